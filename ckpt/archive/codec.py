@@ -1,0 +1,186 @@
+"""Decompression of a stream, found out by its first bytes as podman does it (containers/storage archive.go, DetectCompression)."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from typing import BinaryIO, Final, Protocol
+
+from ckpt.archive.layout import CHUNK_BYTES
+from ckpt.errors import ArchiveInvalid
+
+_MAGIC: Final = ((b"BZh", "bzip2"), (b"\x1f\x8b\x08", "gzip"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+_XZ_MEMORY: Final = 256 << 20
+_ZSTD_WINDOW: Final = 1 << 27
+
+
+class _Engine(Protocol):
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def feed(self, data: bytes, limit: int) -> bytes: ...
+
+    @property
+    def hungry(self) -> bool: ...
+
+
+class _Gzip:
+    def __init__(self) -> None:
+        self._engine = zlib.decompressobj(31)
+
+    @property
+    def eof(self) -> bool:
+        return self._engine.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._engine.unused_data
+
+    @property
+    def hungry(self) -> bool:
+        return not self._engine.unconsumed_tail
+
+    def feed(self, data: bytes, limit: int) -> bytes:
+        return self._engine.decompress(self._engine.unconsumed_tail + data, limit)
+
+
+class _Other:
+    def __init__(self, engine: bz2.BZ2Decompressor | lzma.LZMADecompressor) -> None:
+        self._engine = engine
+
+    @property
+    def eof(self) -> bool:
+        return self._engine.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._engine.unused_data
+
+    @property
+    def hungry(self) -> bool:
+        return self._engine.needs_input
+
+    def feed(self, data: bytes, limit: int) -> bytes:
+        return self._engine.decompress(data, limit)
+
+
+def _bzip2() -> _Other:
+    return _Other(bz2.BZ2Decompressor())
+
+
+def _xz() -> _Other:
+    return _Other(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY))
+
+
+class Counted:
+    """The compressed side of a stream, counted, with the bytes put back that were read to detect the format."""
+
+    def __init__(self, source: BinaryIO, head: bytes) -> None:
+        self._source = source
+        self._head = head
+        self.count = 0
+
+    def read(self, size: int = CHUNK_BYTES) -> bytes:
+        if self._head:
+            data, self._head = self._head[:size], self._head[size:]
+        else:
+            data = self._source.read(size) or b""
+        self.count += len(data)
+        return data
+
+
+class Stream:
+    """Decompressed bytes of an archive: `read` gives exactly as many as asked unless the stream ends."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        head = b""
+        while len(head) < 10 and (data := source.read(10 - len(head))):
+            head += data
+        if not head:
+            raise ArchiveInvalid("the archive is empty")
+        self.compression = next((name for magic, name in _MAGIC if head.startswith(magic)), "none")
+        self.raw = Counted(source, head)
+        self.count = 0
+        self._read = self._reader()
+
+    def read(self, size: int) -> bytes:
+        """`size` bytes, fewer only at the end of the stream. Raises ArchiveInvalid for damaged compressed data."""
+        data = self._read(size)
+        if len(data) < size and data:
+            parts = [data]
+            left = size - len(data)
+            while left and (data := self._read(left)):
+                parts.append(data)
+                left -= len(data)
+            data = b"".join(parts)
+        self.count += len(data)
+        return data
+
+    def _reader(self) -> Callable[[int], bytes]:
+        if self.compression == "none":
+            return self.raw.read
+        if self.compression == "zstd":
+            return self._zstd()
+        makers: dict[str, Callable[[], _Engine]] = {"gzip": _Gzip, "bzip2": _bzip2, "xz": _xz}
+        return self._members(makers[self.compression])
+
+    def _zstd(self) -> Callable[[int], bytes]:
+        import zstandard
+
+        inner = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(
+            self.raw,  # type: ignore[arg-type]
+            read_size=CHUNK_BYTES,
+            read_across_frames=True,
+            closefd=False,
+        )
+
+        def read(size: int) -> bytes:
+            try:
+                return inner.read(size)
+            except zstandard.ZstdError as error:
+                raise ArchiveInvalid(f"the archive is damaged: {error}") from None
+
+        return read
+
+    def _members(self, make: Callable[[], _Engine]) -> Callable[[int], bytes]:
+        engine: _Engine | None = make()
+        pending = b""
+
+        def read(size: int) -> bytes:
+            nonlocal engine, pending
+            try:
+                while engine is not None:
+                    if engine.eof:
+                        pending = engine.unused_data or self.raw.read(CHUNK_BYTES)
+                        # More members may follow; zero padding, as some writers leave it, ends the stream.
+                        pending = pending.lstrip(b"\0")
+                        engine = make() if pending else None
+                        continue
+                    data = pending
+                    pending = b""
+                    if not data and engine.hungry and not (data := self.raw.read(CHUNK_BYTES)):
+                        raise ArchiveInvalid("the archive is truncated: its compressed data ends early")
+                    if found := engine.feed(data, size):
+                        return found
+            except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                raise ArchiveInvalid(f"the archive is damaged: {error}") from None
+            return b""
+
+        return read
+
+
+def open_stream(source: BinaryIO) -> Stream:
+    """Detect the compression of `source` and decompress it while it is read (pipes will do).
+
+    Raises:
+        ArchiveInvalid: the source is empty.
+    """
+    return Stream(source if not isinstance(source, io.RawIOBase) else io.BufferedReader(source, CHUNK_BYTES))

@@ -1,0 +1,210 @@
+"""An archive into a stage. The archive is hostile until its end was read: nothing is written but whitelisted members, beneath the stage."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from ckpt.archive import manifest as manifests
+from ckpt.archive.codec import open_stream
+from ckpt.archive.foreign import foreign_manifest, made_up
+from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, require_members
+from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
+from ckpt.errors import ArchiveInvalid, NoSpace
+from ckpt.model import Manifest
+
+__all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
+
+OnBytes = Callable[[int], None]
+_SMALL: Final = frozenset({MANIFEST, CONFIG, SPEC, NETWORK_STATUS, STATS})
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """What `peek` sees: the small members, and the size of every member. `stats` and `network_status` are raw bytes."""
+
+    compression: str
+    archive_bytes: int
+    manifest: Manifest
+    config: dict[str, Any]
+    spec: dict[str, Any]
+    network_status: bytes = b""
+    stats: bytes = b""
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, on_bytes: OnBytes | None = None) -> Manifest | None:
+    """Unpack an archive from a file or a pipe into `stage` (made with 0700 if it is not there), verifying it on the way.
+
+    Args:
+        on_bytes: called with the number of bytes (compressed, as read from `source`) since the last call.
+
+    Returns:
+        The manifest when the archive has one that belongs to it, else None (`foreign_manifest` makes one up).
+
+    Raises:
+        ArchiveInvalid: not an archive, damaged, truncated, not complete or with members that are not allowed.
+        DigestMismatch: a member is not what the manifest says.
+        NoSpace: the stage's file system is full. After any error the caller removes the stage.
+    """
+    with suppress(FileExistsError):
+        stage.mkdir(mode=0o700)
+    with _no_space(stage), _Directories(stage) as directories, ThreadPoolExecutor(1) as pool:
+        stream = open_stream(source)
+        tar = TarStream(stream, limits)
+        digests: dict[str, str] = {}
+        told = 0
+        for member in tar:
+            if member.name.endswith("/"):
+                directories.get(member.name)
+                continue
+            _check_size(member, limits)
+            fd = directories.create(member.name)
+            try:
+                digest = hashlib.sha256()
+                pending: Future[None] | None = None
+                for piece in tar.data():
+                    # The digest of one piece is made while the next one is decompressed.
+                    if pending:
+                        pending.result()
+                    pending = pool.submit(digest.update, piece)
+                    _write_all(fd, piece)
+                    if on_bytes and stream.raw.count > told:
+                        on_bytes(stream.raw.count - told)
+                        told = stream.raw.count
+                if pending:
+                    pending.result()
+            finally:
+                os.close(fd)
+            if member.name != MANIFEST:
+                digests[member.name] = DIGEST_PREFIX + digest.hexdigest()
+        if on_bytes and stream.raw.count > told:
+            on_bytes(stream.raw.count - told)
+    require_members(stage)
+    config = manifests.json_object(_read_small(stage / CONFIG), CONFIG)
+    manifests.json_object(_read_small(stage / SPEC), SPEC)
+    if not (stage / MANIFEST).exists():
+        return None
+    found = manifests.loads(_read_small(stage / MANIFEST))
+    if config.get("id") != found.container_id or _is_stale(found, digests):
+        os.unlink(stage / MANIFEST)
+        return None
+    compare_digests(digests, found)
+    return found
+
+
+def _is_stale(manifest: Manifest, digests: dict[str, str]) -> bool:
+    """Whether the manifest is of an earlier checkpoint of the same container.
+
+    Podman keeps `artifacts/` of a container that it restored and exports it again with its next checkpoint. Every dump has its own
+    inventory and its own core files; damage hits one member.
+    """
+    cores = [name for name in manifest.digests if name.startswith("checkpoint/core-")]
+    known = manifest.digests.get(INVENTORY)
+    return known is not None and known != digests.get(INVENTORY) and any(manifest.digests[n] != digests.get(n) for n in cores)
+
+
+def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
+    """Read the small members and the sizes of all members of an archive file; nothing is written, digests are not verified.
+
+    Raises:
+        ArchiveInvalid: as `extract`.
+    """
+    small: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    with path.open("rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ArchiveInvalid(f"{path} is not a regular file")
+        stream = open_stream(file)
+        tar = TarStream(stream, limits)
+        for member in tar:
+            if member.name.endswith("/"):
+                continue
+            _check_size(member, limits)
+            sizes[member.name] = member.size_bytes
+            if member.name in _SMALL:
+                small[member.name] = b"".join(tar.data())
+        size = os.fstat(file.fileno()).st_size
+    for name in (CONFIG, SPEC, INVENTORY):
+        if name not in sizes:
+            raise ArchiveInvalid(f"the archive has no {name}, it is not a complete checkpoint")
+    config = manifests.json_object(small[CONFIG], CONFIG)
+    spec = manifests.json_object(small[SPEC], SPEC)
+    manifest = manifests.loads(small[MANIFEST]) if MANIFEST in small else None
+    if manifest is None or manifest.container_id != config.get("id"):
+        manifest = made_up(small[CONFIG], small.get(NETWORK_STATUS, b""), small[SPEC], size_bytes=sum(sizes.values()), members=tuple(sizes))
+    return Peek(stream.compression, size, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
+
+
+def _check_size(member: Member, limits: Limits) -> None:
+    if member.size_bytes > limits.max_total_bytes:
+        raise ArchiveInvalid(f"the archive holds {member.name} with more than {limits.max_total_bytes} bytes")
+    if member.name in _SMALL and member.size_bytes > limits.max_small_bytes:
+        raise ArchiveInvalid(f"the archive holds {member.name} with more than {limits.max_small_bytes} bytes")
+
+
+def _read_small(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(manifests.MAX_BYTES + 1)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+@contextmanager
+def _no_space(stage: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"no space left in {stage} to unpack the archive", hint="free some space or use another store") from error
+        raise
+
+
+class _Directories:
+    """File descriptors of the stage and of the directories in it: nothing is opened by a path that the archive could bend."""
+
+    def __init__(self, stage: Path) -> None:
+        self._stage = stage
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> _Directories:
+        self._fds[""] = os.open(self._stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+    def get(self, name: str) -> int:
+        """The descriptor of `name` ("" or "checkpoint/"), made if it is not there."""
+        if name not in self._fds:
+            leaf = name.rstrip("/")
+            with suppress(FileExistsError):
+                os.mkdir(leaf, 0o700, dir_fd=self._fds[""])
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                self._fds[name] = os.open(leaf, flags, dir_fd=self._fds[""])
+            except OSError as error:
+                raise ArchiveInvalid(f"{self._stage / leaf} is in the way: {error.strerror}") from error
+        return self._fds[name]
+
+    def create(self, name: str) -> int:
+        """A new file, 0600."""
+        head, slash, leaf = name.rpartition("/")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(leaf, flags, 0o600, dir_fd=self.get(head + slash))
+        except FileExistsError:
+            raise ArchiveInvalid(f"{self._stage / name} is there already") from None

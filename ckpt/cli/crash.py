@@ -1,0 +1,51 @@
+"""A bug's traceback goes to a file, never to the terminal."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt import __version__
+from ckpt.errors import Bug
+
+
+def report(error: BaseException, args: Sequence[str], *, log_dir: Path = Path("/var/log/ckpt")) -> Bug:
+    """Write the traceback to `log_dir` (or the temporary directory) and make the error that names the file."""
+    text = "\n".join((
+        f"ckpt {__version__}, Python {platform.python_version()}, Linux {platform.release()} {platform.machine()}",
+        f"command: ckpt {' '.join(args)}",
+        "",
+        "".join(traceback.format_exception(error)),
+    ))
+    path = _write(text, log_dir)
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Bug(
+        f"a bug in ckpt: {what}",
+        where="not known: look with the engine's own tools (podman ps -a)",
+        hint="please report it with the log",
+        log=str(path) if path else None,
+    )
+
+
+def _write(text: str, log_dir: Path) -> Path | None:
+    name = f"bug-{time.strftime('%Y-%m-%dT%H-%M-%S')}-{os.getpid()}.log"
+    for directory in (log_dir, Path(tempfile.gettempdir())):
+        path = directory / name
+        try:
+            if directory == log_dir:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # O_EXCL: in a shared temporary directory nobody's link is followed.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError:
+            continue
+        with open(fd, "w", errors="backslashreplace") as out:
+            out.write(text)
+        return path
+    sys.stderr.write("ckpt: no place for the traceback\n")
+    return None

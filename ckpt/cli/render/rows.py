@@ -1,0 +1,115 @@
+"""Results as plain data: the rows behind `--format json`, `jsonl` and templates. Keys are stable and only ever added (schema 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ckpt.errors import CkptError
+
+if TYPE_CHECKING:
+    from ckpt.events import Event
+    from ckpt.model import Checkpoint, Finding, Manifest
+    from ckpt.ops.inspect import Inspection
+    from ckpt.ops.result import Outcome
+
+SCHEMA: Final = 1
+Row = dict[str, Any]
+
+OUTCOME_FIELDS: Final = (
+    "name", "id", "ok", "ref", "engine", "container_id", "container_name", "checkpoint_id", "state", "path",
+    "size_bytes", "freeze_s", "downtime_s", "total_s", "sent_bytes", "warnings", "error", "stats",
+)  # fmt: skip
+CHECKPOINT_FIELDS: Final = (
+    "ref", "id", "name", "generation", "engine", "runtime", "container_id", "container_image", "created_s", "size_bytes", "freeze_s", "host", "path",
+)  # fmt: skip
+INSPECT_FIELDS: Final = (
+    "ref", "id", "name", "generation", "engine", "engine_version", "runtime", "container_id", "container_image", "created_s", "host",
+    "tcp_established", "file_locks", "shell_job", "left_running", "processes", "volumes", "networks", "addresses", "ports", "host_mounts",
+    "stats", "freeze_s", "size_bytes", "digests", "foreign", "external", "sizes",
+)  # fmt: skip
+CHECK_FIELDS: Final = ("name", "ok", "findings")
+PLAN_FIELDS: Final = ("name", "plan")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as what JSON knows."""
+    if isinstance(value, CkptError):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def event_row(event: Event) -> Row:
+    """An event as a row; `event` is its class in snake case (`StepDone` -> `step_done`)."""
+    name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(event).__name__).lstrip("_")
+    return {"schema": SCHEMA, "event": name, **plain(event)}
+
+
+def outcome_row(outcome: Outcome, *, id_of: str) -> Row:
+    """An outcome; `id_of` says whose id the field `id` is, the checkpoint's or the container's."""
+    manifest = outcome.checkpoint.manifest if outcome.checkpoint else None
+    container = outcome.container
+    checkpoint_id = manifest.id if manifest else None
+    container_id = container.id if container else manifest.container_id if manifest else None
+    stats = dict(outcome.stats)
+    return {
+        "name": outcome.target,
+        "id": (checkpoint_id or container_id) if id_of == "checkpoint" else (container_id or checkpoint_id),
+        "ok": outcome.ok,
+        "ref": outcome.checkpoint.ref if outcome.checkpoint else None,
+        "engine": container.engine if container else manifest.engine if manifest else None,
+        "container_id": container_id,
+        "container_name": container.name if container else manifest.name if manifest else None,
+        "checkpoint_id": checkpoint_id,
+        "state": container.state if container else None,
+        "path": str(outcome.checkpoint.directory) if outcome.checkpoint else None,
+        "size_bytes": stats.get("size_bytes", manifest.size_bytes if manifest else None),
+        "freeze_s": stats.get("freeze_s", manifest.freeze_s if manifest else None),
+        "downtime_s": stats.get("downtime_s"),
+        "total_s": stats.get("total_s"),
+        "sent_bytes": stats.get("sent_bytes"),
+        "warnings": list(outcome.warnings),
+        "error": plain(outcome.error),
+        "stats": plain(stats),
+    }
+
+
+def checkpoint_row(checkpoint: Checkpoint) -> Row:
+    manifest = checkpoint.manifest
+    return {
+        "ref": checkpoint.ref,
+        "id": manifest.id,
+        "name": manifest.name,
+        "generation": manifest.generation,
+        "engine": manifest.engine,
+        "runtime": manifest.runtime,
+        "container_id": manifest.container_id,
+        "container_image": plain(manifest.container_image),
+        "created_s": manifest.created_s,
+        "size_bytes": manifest.size_bytes,
+        "freeze_s": manifest.freeze_s,
+        "host": manifest.host.hostname,
+        "path": str(checkpoint.directory),
+    }
+
+
+def inspection_row(inspection: Inspection) -> Row:
+    manifest: Manifest = inspection.manifest
+    row = {key: plain(getattr(manifest, key)) for key in INSPECT_FIELDS if hasattr(manifest, key)}
+    row["ref"] = f"{manifest.name}@{manifest.generation}"
+    row["foreign"] = manifest.foreign or ("yes" if inspection.foreign else "")
+    row["sizes"] = plain(inspection.sizes)
+    return {key: row[key] for key in INSPECT_FIELDS}
+
+
+def check_row(target: str, ok: bool, findings: tuple[Finding, ...]) -> Row:
+    return {"name": target, "ok": ok, "findings": plain(findings)}

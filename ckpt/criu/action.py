@@ -1,0 +1,74 @@
+"""CRIU's action-script: holds a dump at `post-dump` or a restore at `post-restore` until the job's owner decides.
+
+Run by CRIU as a program of its own (`python -I -S action.py JOB`), so it imports nothing but the standard library and outlives
+ckpt. Its exit status is the verdict (criu(8), ACTION SCRIPTS): at post-dump 0 ends the source and anything else resumes it, at
+post-restore 0 lets the restored tree run and anything else kills it.
+
+The verdict is a line read from the FIFO `JOB/verdict`. Every owner keeps that FIFO open for writing; end of file means that all
+owners are dead. Then the journal decides: a job that reached `commit` goes on holding until a new owner comes
+(`ckpt migrate --continue`), any other is undone.
+"""
+
+import json
+import os
+import sys
+
+HOLD = {"post-dump", "post-restore"}
+
+
+def committed(job: str) -> bool:
+    """True when the journal says that the point of no return was passed and no later line decided otherwise."""
+    reached = False
+    try:
+        with open(os.path.join(job, "journal.jsonl")) as journal:
+            for line in journal:
+                try:
+                    state = json.loads(line).get("state")
+                except ValueError:
+                    break
+                if state == "commit":
+                    reached = True
+                elif state in ("rolled-back", "failed"):
+                    reached = False
+    except OSError:
+        return False
+    return reached
+
+
+def note(job: str, name: str, text: str) -> None:
+    """Write a marker file so that it is whole or not there."""
+    path = os.path.join(job, name)
+    with open(path + ".part", "w") as out:
+        out.write(text)
+    os.rename(path + ".part", path)
+
+
+def wait(job: str) -> int:
+    """Block until a verdict comes; 0 or 1."""
+    fifo = os.path.join(job, "verdict")
+    # The writers have the FIFO open already, so this does not block; should they be gone, O_RDWR could never see it.
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(fd, True)
+    while True:
+        data = os.read(fd, 16)
+        if data:
+            return 0 if data.lstrip().startswith(b"0") else 1
+        if not committed(job):
+            return 1
+        os.close(fd)
+        fd = os.open(fifo, os.O_RDONLY)  # committed: block until a new owner opens it
+
+
+def main() -> int:
+    action = os.environ.get("CRTOOLS_SCRIPT_ACTION", "")
+    if action not in HOLD:
+        return 0
+    job = sys.argv[1]
+    if not os.path.isdir(job):
+        return 1
+    note(job, "held", json.dumps({"action": action, "init_pid": os.environ.get("CRTOOLS_INIT_PID", ""), "pid": os.getpid()}))
+    return wait(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

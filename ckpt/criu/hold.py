@@ -1,0 +1,37 @@
+"""Makes CRIU call our action-script (`action.py`), which holds a dump or a restore until the job's owner decides.
+
+CRIU executes an action-script directly (no shell, no arguments), and takes its path only from a configuration file. Since
+CRIU 3.19 such scripts also run in RPC mode, after the RPC notification of the same name.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ckpt.criu import action
+
+
+def prepare(job_dir: Path) -> Path:
+    """Write the launcher and the CRIU configuration file into the job's directory, forget what an earlier hold left.
+
+    Returns:
+        The configuration file (for `CRIU_CONFIG_FILE` or the RPC option `config_file`).
+    """
+    job_dir = job_dir.absolute()
+    (job_dir / "held").unlink(missing_ok=True)
+    launcher = job_dir / "hold"
+    words = [sys.executable or "/usr/bin/python3", "-I", "-S", os.path.abspath(action.__file__), str(job_dir)]
+    _write(launcher, f"#!/bin/sh\nexec {shlex.join(words)}\n", 0o700)
+    config = job_dir / "criu.conf"
+    _write(config, f'action-script "{launcher}"\n', 0o600)
+    return config
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(fd, "w") as out:
+        out.write(text)

@@ -1,0 +1,131 @@
+"""What engines that drive an OCI runtime share: the shim, the held dump, the held restore.
+
+A job's directory is the meeting point: the engine writes `shim.json` and `criu.conf`, the shim and CRIU's action-script
+answer with the marker files `held`, `bundle` and `runtime.exit`, and read the verdict (see ckpt/store/job.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from ckpt.criu import hold
+from ckpt.engines import _shim
+from ckpt.host.run import Process, which
+from ckpt.store.job import Job
+
+RUN_DIR: Final = Path("/run/ckpt")
+POLL_S: Final = 0.003
+
+
+def _script(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.chmod(0o755)
+    part.rename(path)
+
+
+def quoted(word: str | os.PathLike[str]) -> str:
+    """The word for a POSIX shell script."""
+    return "'" + os.fspath(word).replace("'", "'\\''") + "'"
+
+
+def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
+    """Write the program that stands in for `runtime` into `directory` (nothing is done when it is there); returns its path.
+
+    Args:
+        job: the job that it serves; None: the one that CKPT_SHIM_JOB names. Without either it is the real runtime, as it also
+            is when ckpt is gone: conmon remembers the program for the container's whole life.
+    """
+    real = which(runtime) or runtime
+    path = directory / Path(runtime).name
+    shim = quoted(_shim.__file__)
+    text = (
+        "#!/bin/sh\n"
+        + (f"CKPT_SHIM_JOB={quoted(job.directory)}; export CKPT_SHIM_JOB\n" if job else "")
+        + f'[ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
+        f'  exec {quoted(sys.executable)} -I -S {shim} {quoted(real)} "$@"\n'
+        f'exec {quoted(real)} "$@"\n'
+    )
+    if not path.exists() or path.read_text() != text:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _script(path, text)
+    return path
+
+
+def arm(job: Job, verb: str, images: Path, work: Path) -> None:
+    """Tell the shim what to do for this job: CRIU images in `images`, CRIU's logs and stats in `work`."""
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for marker in ("held", "bundle", "prepared", "runtime.exit", "abort"):
+        (job.directory / marker).unlink(missing_ok=True)
+    config = hold.prepare(job.directory)
+    plan = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
+    part = job.directory / "shim.json.part"
+    part.write_text(json.dumps(plan))
+    part.rename(job.directory / "shim.json")
+
+
+def disarm(job: Job) -> None:
+    """From now on the shim is the real runtime, also for what conmon starts later with this job in its environment."""
+    (job.directory / "shim.json").unlink(missing_ok=True)
+
+
+def wait_for(marker: Path, process: Process | None, timeout_s: float, failed: Callable[[], bool] | None = None) -> bool:
+    """Wait until `marker` is there; False when the process ended, `failed` says so, or the time is over."""
+    end = time.monotonic() + timeout_s
+    while not marker.exists():
+        if (process is not None and process.poll() is not None) or (failed is not None and failed()) or time.monotonic() > end:
+            return marker.exists()
+        time.sleep(POLL_S)
+    return True
+
+
+def runtime_exit(job: Job, timeout_s: float) -> int | None:
+    """How the real runtime of a held dump ended (None: it has not in this time)."""
+    path = job.directory / "runtime.exit"
+    return int(path.read_text() or "1") if wait_for(path, None, timeout_s) else None
+
+
+def alive(pid: int) -> bool:
+    """True when the process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+
+
+def wait_gone(pid: int, timeout_s: float) -> bool:
+    """Wait until the process is gone."""
+    end = time.monotonic() + timeout_s
+    while alive(pid):
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def keep_logs(work: Path, *files: Path) -> None:
+    """Copy what CRIU and the runtime said to the directory that error messages name; best effort."""
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for file in files:
+        if file.exists():
+            shutil.copy2(file, work / file.name)
+
+
+def end_process(process: Process, timeout_s: float = 10.0) -> None:
+    """End a process that we started."""
+    if process.poll() is None:
+        process.terminate()
+        end = time.monotonic() + timeout_s
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(POLL_S)
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -1,0 +1,233 @@
+"""podman's held dump and held restore: the two verdicts, and the undoing of either after the owner's death."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ckpt.criu import log
+from ckpt.engines import _hold
+from ckpt.errors import DumpFailed, RestoreFailed, StateUnknown
+from ckpt.host.run import CommandFailed, Process, run, spawn, which
+from ckpt.model import Container, Manifest, RestoreOptions
+from ckpt.store.job import Job
+
+if TYPE_CHECKING:
+    from ckpt.engines.podman import Podman
+
+UNDO_LIMIT_S: Final = 60.0
+_RUNTIMES: Final = ("crun", "runc")
+
+
+def conf_override(job: Job, *, dump: bool) -> dict[str, str]:
+    """The environment that puts our shim in the runtimes' places for one call (containers.conf(5), CONTAINERS_CONF_OVERRIDE).
+
+    For a dump podman starts the runtime itself, with a cleaned environment: the shim lies in the job and knows it. For a restore
+    conmon does, and hands this environment on to the `podman container cleanup` at the container's end: those files stay.
+    """
+    directory = job.directory / "shim" if dump else _hold.RUN_DIR / "podman"
+    lines = ["[engine.runtimes]"]
+    for runtime in _RUNTIMES:
+        if which(runtime):
+            lines.append(f'{runtime} = ["{_hold.shim_script(runtime, directory, job if dump else None)}"]')
+    text = "\n".join(lines) + "\n"
+    path = directory / "containers.conf"
+    if not path.exists() or path.read_text() != text:
+        part = path.with_name(f"containers.conf.{os.getpid()}")
+        part.write_text(text)
+        part.rename(path)
+    return {"CONTAINERS_CONF_OVERRIDE": os.fspath(path), "CKPT_SHIM_JOB": os.fspath(job.directory)}
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as source:
+            source.seek(max(0, path.stat().st_size - (1 << 20)))
+            return source.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _podman(*args: str, timeout_s: float = UNDO_LIMIT_S) -> bool:
+    try:
+        return run([which("podman") or "podman", *args], check=False, timeout_s=timeout_s).ok
+    except CommandFailed:
+        return False
+
+
+def dump_failed(container: Container, job: Job, work: Path) -> DumpFailed:
+    """What CRIU, the runtime or podman said, as one error with a cause and a next step."""
+    log_path = work / "dump.log"
+    said = _read(log_path)
+    if "Error" in said:
+        cause = log.explain(said, verb="dump")
+        return DumpFailed(f"{container.name} cannot be checkpointed: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}")
+    words = _read(job.directory / "podman.log").strip().splitlines() or _read(job.directory / "runtime.log").strip().splitlines()
+    return DumpFailed(f"{container.name} cannot be checkpointed: {words[-1] if words else 'the dump did not get ready in time'}", log=os.fspath(job.directory / "podman.log"))
+
+
+class PodmanHeldDump:
+    """A held dump of a podman container."""
+
+    def __init__(self, container: Container, job: Job, work: Path, frozen_at_s: float) -> None:
+        self.container = container
+        self.job = job
+        self.work = work
+        self.frozen_at_s = frozen_at_s
+
+    @property
+    def stats_path(self) -> Path:
+        """CRIU's stats-dump, there once the verdict has been given."""
+        return self.work / "stats-dump"
+
+    def resume(self) -> None:
+        self.job.decide("1")
+        code = _hold.runtime_exit(self.job, UNDO_LIMIT_S)
+        _hold.disarm(self.job)
+        if code is None or not self.container.pid or not _hold.alive(self.container.pid):
+            raise StateUnknown(
+                f"{self.container.name} did not answer the order to go on", where=f"{self.container.name}: frozen or gone", hint=f"podman ps; look at {self.work}/dump.log"
+            )
+
+    def end(self) -> None:
+        self.job.decide("0")
+        code = _hold.runtime_exit(self.job, UNDO_LIMIT_S)
+        gone = _hold.wait_gone(self.container.pid or 0, UNDO_LIMIT_S) if self.container.pid else True
+        _hold.disarm(self.job)
+        if code is None or not gone:
+            raise StateUnknown(f"{self.container.name} did not end after its dump", where=f"{self.container.name}: frozen", hint=f"look at {self.work}/dump.log")
+        # conmon tells podman of the exit; until then podman would call it running.
+        _podman("wait", self.container.id)
+
+
+def undo_dump(job: Job, init_pid: int | None) -> None:
+    """Let a container whose dump will not be used go on: verdict 1, wait for CRIU and podman to be through. Idempotent."""
+    engine_pid = job.facts.get("engine_pid")
+    job.decide("1")
+    if engine_pid:
+        _hold.wait_gone(int(engine_pid), UNDO_LIMIT_S)
+    if (job.directory / "runtime.log").exists() or job.held_path.exists():
+        _hold.runtime_exit(job, UNDO_LIMIT_S)
+    _hold.disarm(job)
+
+
+class PodmanRestore:
+    """One attempt to restore: podman's process, and what was made on the way."""
+
+    def __init__(self, job: Job, manifest: Manifest, options: RestoreOptions) -> None:
+        self.job = job
+        self.manifest = manifest
+        self.options = options
+        self.process: Process | None = None
+        self.container_id = ""
+
+    @property
+    def name(self) -> str:
+        return self.options.name or self.manifest.name
+
+    def make_volumes(self, volume_ready: Callable[[str, Path], None]) -> None:
+        """Create the named volumes that are missing, and fill them; one that exists is filled only by a restore in place."""
+        podman = which("podman") or "podman"
+        for name, _ in self.manifest.volumes:
+            existed = run([podman, "volume", "exists", name], check=False).ok
+            if existed and (self.options.name or self._shared(podman, name)):
+                continue
+            if not existed:
+                self.job.write("volume", created_volumes=[*self.job.facts.get("created_volumes", []), name])
+                run([podman, "volume", "create", name])
+            mount = run([podman, "volume", "inspect", "--format", "{{.Mountpoint}}", name]).text.strip()
+            volume_ready(name, Path(mount))
+
+    def _shared(self, podman: str, volume: str) -> bool:
+        users = run([podman, "ps", "-a", "-q", "--no-trunc", "--filter", f"volume={volume}"], check=False).text.split()
+        return any(user != self.manifest.container_id for user in users)
+
+    def start(self, stub: Path) -> None:
+        """Start `podman container restore --import` on the stub."""
+        options = self.options
+        argv: list[str | os.PathLike[str]] = [which("podman") or "podman", "container", "restore", "--import", stub, "--ignore-volumes", "--ignore-rootfs"]
+        tcp = self.manifest.tcp_established if options.tcp_established is None else options.tcp_established
+        locks = self.manifest.file_locks if options.file_locks is None else options.file_locks
+        argv += ["--tcp-established"] if tcp and not options.name else []
+        argv += ["--file-locks"] if locks else []
+        argv += ["--name", options.name] if options.name else []
+        argv += ["--ignore-static-ip"] if options.ignore_static_ip else []
+        argv += ["--ignore-static-mac"] if options.ignore_static_mac else []
+        argv += ["--pod", options.pod] if options.pod else []
+        for mapping in options.publish:
+            argv += ["--publish", mapping]
+        with (self.job.directory / "podman.log").open("wb") as said:
+            self.process = spawn(argv, stdout=said, stderr=said, env=conf_override(self.job, dump=False), new_session=True)
+        self.job.write("podman", engine_pid=self.process.pid)
+
+    def hold(self, rootfs_ready: Callable[[Path], None]) -> int:
+        """Fill the mounted root, let CRIU restore, and wait until the tree is held; returns its first pid."""
+        directory, limit = self.job.directory, self.options.timeout_s
+        if not _hold.wait_for(directory / "bundle", self.process, limit):
+            raise self.failed()
+        told = json.loads((directory / "bundle").read_text())
+        self.container_id = str(told["id"])
+        self.job.write("creating", new_container_id=self.container_id)
+        spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
+        root = Path(told["bundle"], spec["root"]["path"])
+        rootfs_ready(root)
+        (directory / "prepared").touch()
+        if not _hold.wait_for(self.job.held_path, self.process, limit):
+            raise self.failed()
+        return int(json.loads(self.job.held_path.read_text()).get("init_pid") or 0)
+
+    def failed(self) -> RestoreFailed:
+        """Why the restore failed: CRIU's restore.log first, then podman's own words."""
+        log_path = self.job.directory / "criu" / "restore.log"
+        said = _read(log_path)
+        if "Error" in said:
+            cause = log.explain(said, verb="restore")
+            return RestoreFailed(f"{self.name} cannot be restored: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}")
+        words = _read(self.job.directory / "podman.log").strip().splitlines()
+        return RestoreFailed(f"{self.name} cannot be restored: {words[-1] if words else 'no answer in time'}", log=os.fspath(self.job.directory / "podman.log"))
+
+
+class PodmanHeldRestore:
+    """A held restore of a podman container."""
+
+    def __init__(self, engine: Podman, attempt: PodmanRestore, init_pid: int) -> None:
+        self.engine = engine
+        self.attempt = attempt
+        self.init_pid = init_pid
+
+    def resume(self) -> Container:
+        attempt, process = self.attempt, self.attempt.process
+        assert process is not None
+        attempt.job.decide("0")
+        end = time.monotonic() + UNDO_LIMIT_S
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(_hold.POLL_S)
+        if process.poll() != 0:
+            error = attempt.failed()
+            undo_restore(attempt.job)
+            raise error
+        _hold.disarm(attempt.job)
+        return self.engine.describe(Container("podman", attempt.container_id, attempt.name, "running"))
+
+    def abort(self) -> None:
+        undo_restore(self.attempt.job)
+
+
+def undo_restore(job: Job) -> None:
+    """Kill a held restore and remove what it made: the container, the volumes that it created. Idempotent."""
+    facts = job.facts
+    (job.directory / "abort").touch()
+    job.decide("1")
+    if facts.get("engine_pid"):
+        _hold.wait_gone(int(facts["engine_pid"]), UNDO_LIMIT_S)
+    _hold.disarm(job)
+    if facts.get("engine_pid"):
+        # Only what this attempt made: the caller refused to begin when the id or the name was taken.
+        made = facts.get("new_container_id") or (facts["container_name"] if facts.get("copy") else facts["container_id"])
+        _podman("container", "rm", "--force", "--ignore", "--time", "0", str(made))
+    for volume in facts.get("created_volumes", []):
+        _podman("volume", "rm", str(volume))

@@ -1,0 +1,84 @@
+"""The promise of an engine: the protocol that every file in this room fulfils (tests/contract checks it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions
+from ckpt.store.job import Job
+
+MutateFs = Callable[[Path], None]
+
+
+class HeldDump(Protocol):
+    """A dump held at CRIU's `post-dump`: the tree is frozen, its network locked, every CRIU image is written.
+
+    Exactly one of `resume` and `end` is called. A held dump whose owner dies is decided by the job's journal.
+    """
+
+    def resume(self) -> None:
+        """The source goes on as if nothing had been. Raises StateUnknown when it cannot be made sure."""
+
+    def end(self) -> None:
+        """The source ends (SIGKILL by CRIU); the engine knows it as exited. Returns when it is gone."""
+
+
+class HeldRestore(Protocol):
+    """A restore held at CRIU's `post-restore`: the tree is there, frozen, its network locked."""
+
+    def resume(self) -> Container:
+        """Let it run; returns the running container. Raises RestoreFailed when it ended instead."""
+
+    def abort(self) -> None:
+        """Kill the restored tree and remove all that the restore made. Never raises for what is gone already."""
+
+
+class Engine(Protocol):
+    """One kind of workload on *this* host. Stateless: every call asks the real engine.
+
+    The *stage* is a directory in podman's archive layout, unpacked (facts: podman's `--export`): `checkpoint/` (CRIU
+    images), `config.dump`, `spec.dump`, `network.status`, `devshm-checkpoint.tar`, `stats-dump`, `rootfs-diff.tar`,
+    `deleted.files`, `volumes/NAME.tar`, `artifacts/ckpt.json`. `dump` writes what only the engine knows (`checkpoint/`,
+    `*.dump`, `network.status`, devshm, `ctr.log`); rootfs diff, volumes and manifest are written by ops while the dump is held.
+    """
+
+    name: str
+
+    def probe(self) -> Capabilities:
+        """What can be done here; never raises."""
+
+    def containers(self) -> list[Container]:
+        """All containers of this engine, cheap fields only (engine, id, name, state)."""
+
+    def find(self, name: str) -> list[Container]:
+        """Containers whose name is `name` or whose id begins with it (several: ambiguous)."""
+
+    def describe(self, container: Container) -> Container:
+        """The container with every field filled. Raises TargetNotFound when it is gone."""
+
+    def preflight(self, container: Container, options: DumpOptions) -> list[Finding]:
+        """What only this engine knows about being dumpable (runtime able to checkpoint, --rm, dependencies); touches nothing."""
+
+    def dump(self, container: Container, stage: Path, options: DumpOptions, job: Job) -> HeldDump:
+        """Freeze and dump into `stage`, return held. Raises DumpFailed with the container running again."""
+
+    def restore(
+        self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, rootfs_ready: MutateFs, volume_ready: Callable[[str, Path], None]
+    ) -> HeldRestore:
+        """Restore from `stage` and return held.
+
+        Args:
+            rootfs_ready: called with the container's mounted root before CRIU starts; applies the rootfs diff.
+            volume_ready: called with (name, directory) for each named volume that was created; fills it.
+
+        Raises:
+            RestoreFailed: with everything it made removed again.
+        """
+
+    def remove(self, container: Container) -> None:
+        """Remove a container that does not run. Raises BusyError when it does."""
+
+    def rollback(self, job: Job) -> None:
+        """Undo what a dead owner of `job` left behind in the engine (held trees, half-made containers). Idempotent."""

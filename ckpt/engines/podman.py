@@ -1,0 +1,210 @@
+"""podman (rootful), driven through its command line; dumps and restores are held by the OCI-runtime shim.
+
+Podman is asked for its own metadata only: the dump's CRIU images go straight into the stage (the shim changes the runtime's
+`--image-path`), and podman's `--export` makes a small stub of `config.dump`, `spec.dump`, `network.status` and /dev/shm. The
+other way round, podman imports such a stub while the runtime reads the CRIU images from the stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ckpt.criu import action
+from ckpt.engines import _hold
+from ckpt.engines._podman_held import PodmanHeldDump, PodmanHeldRestore, PodmanRestore, conf_override, dump_failed, undo_dump, undo_restore
+from ckpt.engines._podman_inspect import container_from_inspect, state_of
+from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
+from ckpt.errors import BusyError, EngineUnavailable, RestoreFailed, TargetNotFound
+from ckpt.host.run import CommandFailed, Result, run, spawn, which
+from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions
+from ckpt.store.job import Job
+
+QUERY_TIMEOUT_S: Final = 60.0
+HOLD_LIMIT_S: Final = 240.0
+"""Podman gives up on a runtime that does not answer within its container-create timeout (containers.conf(5))."""
+_STUB_MEMBERS: Final = ("config.dump", "spec.dump", "network.status", "devshm-checkpoint.tar", "ctr.log")
+
+
+def podman(*args: str | os.PathLike[str], check: bool = True, timeout_s: float = QUERY_TIMEOUT_S) -> Result:
+    """Run a podman command. Raises EngineUnavailable when there is no podman, CommandFailed when it fails."""
+    program = which("podman")
+    if program is None:
+        raise EngineUnavailable("podman is not installed", hint="apt install podman")
+    return run([program, *args], check=check, timeout_s=timeout_s)
+
+
+class Podman:
+    """The engine `podman`."""
+
+    name = "podman"
+    prefixes = ("podman",)
+
+    def probe(self) -> Capabilities:
+        program = which("podman")
+        if program is None:
+            return Capabilities(False, "podman is not installed")
+        try:
+            version = run([program, "--version"], timeout_s=QUERY_TIMEOUT_S).text.split()[-1]
+        except CommandFailed as error:
+            return Capabilities(False, f"podman does not run: {error.reason}")
+        if os.geteuid() != 0:
+            return Capabilities(False, "checkpointing a podman container requires root", version)
+        runtimes = tuple(name for name in ("crun", "runc") if which(name))
+        return Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
+
+    def containers(self) -> list[Container]:
+        rows = self._rows([])
+        return [
+            Container("podman", row["Id"], (row.get("Names") or [row["Id"][:12]])[0], state_of(row.get("State", "")), created_s=float(row.get("Created") or 0))
+            for row in rows
+        ]
+
+    def _rows(self, filters: Sequence[str]) -> list[dict[str, Any]]:
+        try:
+            return list(json.loads(podman("ps", "-a", "--no-trunc", "--format", "json", *filters).stdout or b"[]") or [])
+        except (CommandFailed, ValueError) as error:
+            raise EngineUnavailable(f"podman does not answer: {error}") from error
+
+    def find(self, name: str) -> list[Container]:
+        everything = self.containers()
+        named = [c for c in everything if c.name == name]
+        return named or [c for c in everything if len(name) >= 2 and c.id.startswith(name)]
+
+    def describe(self, container: Container) -> Container:
+        result = podman("container", "inspect", container.id or container.name, check=False)
+        if not result.ok:
+            raise TargetNotFound(f"podman has no container {container.name or container.id}")
+        return container_from_inspect(json.loads(result.stdout)[0])
+
+    def preflight(self, container: Container, options: DumpOptions) -> list[Finding]:
+        found: list[Finding] = []
+        runtime = container.runtime or "crun"
+        program = which(runtime)
+        if program is None:
+            found.append(Finding("runtime", "error", f"{runtime} is not installed", f"apt install {Path(runtime).name}"))
+        else:
+            answer = run([program, "checkpoint", "--help"], check=False, timeout_s=QUERY_TIMEOUT_S)
+            version = run([program, "--version"], check=False, timeout_s=QUERY_TIMEOUT_S).text
+            named = version.splitlines()[0] if version else runtime
+            if not answer.ok or ("crun" in Path(runtime).name and "+CRIU" not in version):
+                hint = "use a runtime with CRIU support: podman --runtime runc, or Debian 13's crun"
+                found.append(Finding("runtime", "error", f"{named} is built without CRIU support", hint))
+            else:
+                found.append(Finding("runtime", "ok", named))
+        if container.auto_remove:
+            hint = "keep a checkpoint elsewhere (ckpt export), or start it without --rm"
+            found.append(Finding("--rm", "warning", f"{container.name} was started with --rm: podman forgets it as soon as it ends", hint))
+        return found
+
+    def dump(self, container: Container, stage: Path, options: DumpOptions, job: Job) -> HeldDump:
+        work = job.directory / "criu"
+        _hold.arm(job, "checkpoint", stage / "checkpoint", work)
+        stub = job.directory / "stub.tar"
+        flags = [*(["--tcp-established"] if options.tcp_established else []), *(["--file-locks"] if options.file_locks else [])]
+        argv: list[str | os.PathLike[str]] = [which("podman") or "podman", "container", "checkpoint", "--leave-running"]
+        argv += ["--export", stub, "--compress", "none", "--ignore-rootfs", "--ignore-volumes", *flags, container.id]
+        said_path = job.directory / "podman.log"
+        with said_path.open("wb") as said:
+            process = spawn(argv, stdout=said, stderr=said, env=conf_override(job, dump=True), new_session=True)
+        job.write("dumping", engine=self.name, container_id=container.id, container_name=container.name, init_pid=container.pid, engine_pid=process.pid)
+        held = PodmanHeldDump(container, job, work, frozen_at_s=time.monotonic())
+        try:
+            if not _hold.wait_for(job.held_path, process, min(options.timeout_s, HOLD_LIMIT_S)):
+                raise dump_failed(container, job, work)
+            held.frozen_at_s = time.monotonic()
+            end = time.monotonic() + options.timeout_s
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(_hold.POLL_S)
+            if process.poll() != 0:
+                raise dump_failed(container, job, work)
+            self._unpack_stub(stub, stage)
+        except BaseException:
+            _hold.end_process(process)
+            undo_dump(job, container.pid)
+            raise
+        return held
+
+    def _unpack_stub(self, stub: Path, stage: Path) -> None:
+        import tarfile
+
+        with tarfile.open(stub) as tar:
+            for member in tar:
+                if member.isreg() and member.name in _STUB_MEMBERS and (source := tar.extractfile(member)):
+                    fd = os.open(stage / member.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                    with os.fdopen(fd, "wb") as out, source:
+                        while block := source.read(1 << 20):
+                            out.write(block)
+        stub.unlink()
+
+    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest) -> None:
+        import tarfile
+
+        with tarfile.open(stub, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in _STUB_MEMBERS:
+                if (stage / name).exists():
+                    tar.add(stage / name, name, recursive=False)
+            for name in ("checkpoint", "checkpoint/inventory.img"):
+                tar.add(stage / name, name, recursive=False)
+        stub.chmod(0o600)
+
+    def restore(
+        self,
+        stage: Path,
+        manifest: Manifest,
+        options: RestoreOptions,
+        job: Job,
+        *,
+        rootfs_ready: MutateFs,
+        volume_ready: Callable[[str, Path], None],
+    ) -> HeldRestore:
+        work = job.directory / "criu"
+        attempt = PodmanRestore(job, manifest, options)
+        job.write("restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name))
+        if not options.name and self.find(manifest.container_id):
+            raise BusyError(f"podman already has a container with the id of {manifest.name}", hint="remove it first, or restore a copy with -n NAME")
+        wanted = options.name or manifest.name
+        if any(c.name == wanted for c in self.containers()):
+            raise BusyError(f"podman already has a container called {wanted}", hint="choose another name with -n NAME, or remove that one")
+        if manifest.container_image and not self.has_container_image(manifest.container_image.id):
+            name = manifest.container_image.name
+            raise RestoreFailed(f"container image {name} ({manifest.container_image.id[:12]}) is missing here", hint=f"podman pull {name}, or bring it along: ckpt migrate")
+        stub = job.directory / "stub.tar"
+        try:
+            if not options.ignore_volumes:
+                attempt.make_volumes(volume_ready)
+            self._pack_stub(stub, stage, manifest)
+            _hold.arm(job, "restore", stage / "checkpoint", work)
+            attempt.start(stub)
+            init_pid = attempt.hold(rootfs_ready)
+        except BaseException:
+            undo_restore(job)
+            raise
+        finally:
+            stub.unlink(missing_ok=True)
+        return PodmanHeldRestore(self, attempt, init_pid)
+
+    def has_container_image(self, image_id: str) -> bool:
+        """True when the container image with this very id is in podman's storage."""
+        return podman("image", "exists", image_id, check=False).ok
+
+    def remove(self, container: Container) -> None:
+        if self.describe(container).state in ("running", "paused"):
+            raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
+        podman("container", "rm", container.id)
+
+    def rollback(self, job: Job) -> None:
+        facts = job.facts
+        if action.committed(os.fspath(job.directory)):
+            return
+        if "copy" in facts:
+            undo_restore(job)
+        elif "init_pid" in facts:
+            undo_dump(job, facts["init_pid"])
+
+
+ENGINE = Podman

@@ -1,0 +1,77 @@
+"""What happens during an operation, as frozen events. Layers below `cli/` emit, only `cli/render/` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepStarted:
+    """A named step of a plan begins (`check`, `container image`, `volumes`, `dump`, `switchover`)."""
+
+    target: str
+    step: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """The step ended well; `detail` is what a person wants to know of it ("120 MiB, already there")."""
+
+    target: str
+    step: str
+    detail: str = ""
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """The step failed; the error itself is raised."""
+
+    target: str
+    step: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesMoved:
+    """Progress of a transfer: bytes so far and, when known, in all."""
+
+    target: str
+    step: str
+    done_bytes: int
+    total_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """The workload stopped running (CLOCK_MONOTONIC, seconds)."""
+
+    target: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Thawed:
+    """The workload runs again, here or on the destination; `frozen_s` is the length of the pause."""
+
+    target: str
+    frozen_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something worth a line that is no failure: a chosen option, a lesser guarantee, a cleaned leftover."""
+
+    target: str
+    text: str
+    warning: bool = False
+
+
+Event = StepStarted | StepDone | StepFailed | BytesMoved | Frozen | Thawed | Notice
+Emit = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """An `Emit` that drops everything."""

@@ -1,0 +1,234 @@
+"""The nouns of ckpt: frozen, without I/O. Units are in the names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+State = Literal["created", "running", "paused", "exited", "unknown"]
+Severity = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the user names: `web` (engine None: any), `podman:web`, `runc:web`, `pid:1234`."""
+
+    name: str
+    engine: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Split `ENGINE:NAME`; a text without a colon names a container of any engine."""
+        head, colon, tail = text.partition(":")
+        return cls(tail, head) if colon and head and tail else cls(text)
+
+    def __str__(self) -> str:
+        return f"{self.engine}:{self.name}" if self.engine else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerImage:
+    """The container image that a container was made from."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RootFs:
+    """The writable root of a container. `upper_dir`/`lower_dirs` are None/() where it is a plain directory."""
+
+    merged_dir: Path | None = None
+    upper_dir: Path | None = None
+    lower_dirs: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A named volume: its content travels with the checkpoint."""
+
+    name: str
+    source_dir: Path
+    destination: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostMount:
+    """A bind mount of the host: it does not travel and must exist on the destination."""
+
+    source: str
+    destination: str
+
+
+@dataclass(frozen=True, slots=True)
+class PortMapping:
+    host_ip: str
+    host_port: int
+    container_port: int
+    protocol: str = "tcp"
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container or process tree as its engine describes it now. `pid` is its first process on this host."""
+
+    engine: str
+    id: str
+    name: str
+    state: State
+    pid: int | None = None
+    runtime: str | None = None
+    container_image: ContainerImage | None = None
+    rootfs: RootFs = RootFs()
+    volumes: tuple[Volume, ...] = ()
+    host_mounts: tuple[HostMount, ...] = ()
+    ports: tuple[PortMapping, ...] = ()
+    networks: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    bundle_dir: Path | None = None
+    terminal: bool = False
+    created_s: float = 0.0
+    auto_remove: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `check`: what was looked at, how it stands, what to do."""
+
+    check: str
+    severity: Severity
+    detail: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do on this host. `usable` False: `reason` says why (not an error by itself)."""
+
+    usable: bool
+    reason: str = ""
+    version: str = ""
+    runtimes: tuple[str, ...] = ()
+    hold: bool = False
+    clone: bool = False
+    container_images: bool = False
+    volumes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DumpOptions:
+    """How to dump. None means: ckpt finds out by looking at the workload and chooses."""
+
+    leave_running: bool = False
+    tcp_established: bool | None = None
+    file_locks: bool | None = None
+    shell_job: bool | None = None
+    ignore_rootfs: bool = False
+    ignore_volumes: bool = False
+    timeout_s: float = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """How to restore. None means: as the manifest of the checkpoint says."""
+
+    name: str | None = None
+    tcp_established: bool | None = None
+    file_locks: bool | None = None
+    shell_job: bool | None = None
+    ignore_rootfs: bool = False
+    ignore_volumes: bool = False
+    ignore_static_ip: bool = False
+    ignore_static_mac: bool = False
+    publish: tuple[str, ...] = ()
+    pod: str | None = None
+    timeout_s: float = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class DumpStats:
+    """CRIU's stats-dump (images/stats.proto): times in microseconds, counts in pages."""
+
+    freezing_time_us: int = 0
+    frozen_time_us: int = 0
+    memdump_time_us: int = 0
+    memwrite_time_us: int = 0
+    pages_scanned: int = 0
+    pages_written: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What decides whether a checkpoint can run on a host."""
+
+    hostname: str = ""
+    arch: str = ""
+    kernel: str = ""
+    criu_version: str = ""
+    ckpt_version: str = ""
+    cpu_flags: tuple[str, ...] = ()
+    cpus: int = 0
+    memory_available_bytes: int = 0
+    store_free_bytes: int = 0
+    boot_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of a dumped tree; `pid` is the one inside its pid namespace."""
+
+    pid: int
+    ppid: int
+    comm: str
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`artifacts/ckpt.json` (schema 1): what a checkpoint is, and what its restore needs."""
+
+    id: str
+    name: str
+    engine: str
+    container_id: str
+    created_s: float
+    generation: int = 0
+    runtime: str | None = None
+    container_image: ContainerImage | None = None
+    engine_version: str = ""
+    host: HostFacts = HostFacts()
+    tcp_established: bool = False
+    file_locks: bool = False
+    shell_job: bool = False
+    left_running: bool = False
+    processes: tuple[Process, ...] = ()
+    volumes: tuple[tuple[str, str], ...] = ()
+    """(volume name, destination) pairs whose content is in `volumes/NAME.tar`."""
+    networks: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    ports: tuple[PortMapping, ...] = ()
+    host_mounts: tuple[HostMount, ...] = ()
+    stats: DumpStats = DumpStats()
+    freeze_s: float = 0.0
+    size_bytes: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    """Member path -> "sha256:HEX", for every member of the checkpoint but the manifest itself."""
+    foreign: str = ""
+    """Who wrote the archive when it was not ckpt ("podman"); such a manifest is made up on import."""
+    external: dict[str, str] = field(default_factory=dict)
+    """What an engine needs to find again, by its own keys (process: cwd, ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint in a store: its manifest and the directory (podman's archive layout, unpacked) that holds it."""
+
+    manifest: Manifest
+    directory: Path
+
+    @property
+    def ref(self) -> str:
+        """How people name it: NAME@GENERATION."""
+        return f"{self.manifest.name}@{self.manifest.generation}"

@@ -1,0 +1,271 @@
+"""After a crash: what a dead ckpt left behind is undone, or finished where it had passed its point of no return.
+
+Every operation has a job (its journal) and a *guard*: a small process of its own session that blocks on the job's lock. When
+the owner dies the guard gets the lock and settles the job. Should the guard die as well, the next command that looks does it.
+
+The rule is the one of CRIU's action-script: a job whose journal says `commit` is finished, every other one is undone; of
+migrations only the uncommitted are touched, because the other end has a say in the rest (`ckpt migrate --continue`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import ckpt
+from ckpt.engines import registry
+from ckpt.engines.base import Engine
+from ckpt.errors import CkptError
+from ckpt.host.run import CommandFailed, Process, spawn
+from ckpt.model import Container
+from ckpt.store.catalog import Catalog
+from ckpt.store.job import DEFAULT_ROOT, Job
+
+FINAL: Final = ("done", "rolled-back")
+"""Journal states after which nothing is left to do."""
+NEWBORN_S: Final = 60.0
+"""A job directory without a journal is left alone for this long: its owner may just be making it."""
+FINISH_LIMIT_S: Final = 60.0
+POLL_S: Final = 0.02
+KEPT_MIGRATIONS_S: Final = 14 * 86400.0
+"""A finished migration's journal is kept this long: the other host may still ask how it ended."""
+
+_GUARD: Final = (
+    "import sys; p = sys.argv[1]; sys.path.count(p) or sys.path.insert(0, p); "
+    "from ckpt.ops.recover import guard_main; sys.exit(guard_main(sys.argv[2]))"
+)
+
+
+def guard_argv(directory: Path) -> list[str]:
+    """The command line of a job's guard. Isolated (-I), so it needs no environment, and finds this very ckpt, checkout or not."""
+    parent = str(Path(ckpt.__file__).resolve().parent.parent)
+    return [sys.executable or "/usr/bin/python3", "-I", "-c", _GUARD, parent, str(directory)]
+
+
+def start_guard(job: Job) -> Process | None:
+    """Start the guard of a job that this process owns. None when it cannot be started: the next command's sweep is left."""
+    try:
+        with open(job.directory / "guard.log", "ab") as log:
+            return spawn(guard_argv(job.directory), cwd="/", stderr=log, new_session=True)
+    except (OSError, CommandFailed):
+        return None
+
+
+def guard_main(directory: str) -> int:
+    """The body of a guard: wait until the owner is gone, then settle what it left. Returns an exit status."""
+    # Ctrl-C goes to the owner; the guard outlives whatever ends its terminal.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    job = Job(Path(directory))
+    try:
+        job.acquire(wait=True)
+    except OSError:
+        job.release()
+        return 0  # the owner ended well and took the directory with it
+    try:
+        settle(job)
+        Catalog(store_root(job)).sweep()
+    except CkptError as error:
+        sys.stderr.write(f"{error.message}\n")  # into guard.log; the directory stays for the next sweep
+        return 1
+    finally:
+        job.release()
+    return 0
+
+
+def store_root(job: Job) -> Path:
+    """The root of the store that a job belongs to (ROOT/jobs/JOB)."""
+    return job.directory.parent.parent
+
+
+def committed(job: Job) -> bool:
+    """Whether the point of no return was passed: the same reading of the journal as CRIU's action-script has."""
+    reached = False
+    for entry in job.entries():
+        if entry.get("state") == "commit":
+            reached = True
+        elif entry.get("state") in ("rolled-back", "failed"):
+            reached = False
+    return reached
+
+
+def settle(job: Job) -> str:
+    """Bring a dead owner's job to its end; the caller has its lock. Idempotent.
+
+    Returns:
+        "gone" (nothing was left), "undone", "finished", or "left" (a committed migration: for `--continue`).
+
+    Raises:
+        CkptError: it could not be done now; the journal is unchanged, so that it can be tried again.
+    """
+    if not job.directory.is_dir():
+        return "gone"
+    facts = job.facts
+    kind = str(facts.get("kind", ""))
+    migration = kind.startswith("migrate")
+    if not kind or job.state in FINAL:
+        if not migration or _is_old(job):
+            remove(job)
+        return "gone"
+    if committed(job):
+        if migration:
+            return "left"
+        _finish(job, kind, registry.by_name(str(facts["engine"])), facts)
+        job.write("done", by="guard")
+        remove(job)
+        return "finished"
+    registry.by_name(str(facts["engine"])).rollback(job)
+    job.write("rolled-back", by="guard")
+    keep_logs(job, str(facts.get("name", "")))
+    if not migration:
+        remove(job)
+    return "undone"
+
+
+def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
+    """Settle every dead job below `root` and remove dead drafts. What cannot be settled now is left for the next time.
+
+    Returns:
+        One sentence for each job that was settled, for people.
+    """
+    said: list[str] = []
+    jobs = root / "jobs"
+    for directory in sorted(jobs.iterdir()) if jobs.is_dir() else []:
+        job = Job(directory)
+        try:
+            if _is_newborn(job) or not job.acquire():
+                continue
+        except OSError:
+            job.release()
+            if not (directory / "journal.jsonl").exists():
+                shutil.rmtree(directory, ignore_errors=True)  # died before it had all its files, so before it did anything
+            continue
+        try:
+            facts = job.facts
+            result = settle(job)
+            if result in ("undone", "finished"):
+                what = "was undone" if result == "undone" else "was finished"
+                said.append(f"an interrupted {facts.get('kind')} of {facts.get('name')} {what}")
+        except CkptError as error:
+            said.append(f"an interrupted {job.facts.get('kind')} of {job.facts.get('name')} could not be settled: {error.message}")
+        finally:
+            job.release()
+    Catalog(root).sweep()
+    return said
+
+
+def close(job: Job, guard: Process | None) -> None:
+    """End a job whose journal is final: its directory goes, and so does its guard."""
+    remove(job)
+    job.release()
+    if guard is not None:
+        # It has nothing left to do; without this it would stay our zombie until we end.
+        with suppress(ProcessLookupError):
+            guard.kill()
+        guard.wait()
+
+
+def remove(job: Job) -> None:
+    """Remove a job's directory, its journal last, so that a crash in between is found and finished."""
+    for path in list(job.directory.iterdir()) if job.directory.is_dir() else []:
+        if path.name in ("journal.jsonl", "lock"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(job.directory, ignore_errors=True)
+
+
+def log_root(root: Path) -> Path:
+    """Where logs of failures are kept: /var/log/ckpt, or within a store that is not at its usual place."""
+    return Path("/var/log/ckpt") if root == DEFAULT_ROOT else root / "log"
+
+
+def keep_logs(job: Job, name: str, stage: Path | None = None) -> Path | None:
+    """Copy the logs of a failed job (its directory's and the stage's) to where they stay.
+
+    Returns:
+        The new directory; None when there is no log, or no place for one.
+    """
+    places = [job.directory, job.directory / "work", *([stage, stage / "checkpoint"] if stage else [])]
+    logs = [path for place in places if place.is_dir() for path in sorted(place.glob("*.log")) if path.is_file() and path.stat().st_size]
+    if not logs:
+        return None
+    stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.gmtime())
+    kept = log_root(store_root(job)) / f"{stamp}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:100] or 'job'}"
+    try:
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in logs:
+            shutil.copyfile(path, kept / path.name)
+    except OSError:
+        return None
+    return kept
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold signals that ask us to stop until the block is over: a half-given verdict helps nobody.
+
+    Only meaningful in the main thread; elsewhere signals do not arrive anyway.
+    """
+    asked: set[int] = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> None:
+    """Give a committed job's waiting action-script its verdict and wait until the engine agrees."""
+    if kind == "checkpoint" and facts.get("leave_running"):
+        return  # it went on before the commit
+    job.decide("0")
+    wanted = kind == "restore"
+    deadline = time.monotonic() + FINISH_LIMIT_S
+    while True:
+        runs = any(c.id == facts.get("container_id") and _runs(engine, c) for c in engine.find(str(facts.get("container_id"))))
+        if runs == wanted:
+            return
+        if time.monotonic() > deadline:
+            raise CkptError(f"{facts.get('name')} is {'not running' if wanted else 'still there'} after {FINISH_LIMIT_S:g} s")
+        time.sleep(POLL_S)
+
+
+def _runs(engine: Engine, container: Container) -> bool:
+    try:
+        return engine.describe(container).state in ("running", "paused")
+    except CkptError:
+        return False
+
+
+def _is_newborn(job: Job) -> bool:
+    if (job.directory / "journal.jsonl").exists():
+        return False
+    try:
+        return time.time() - job.directory.stat().st_mtime < NEWBORN_S
+    except OSError:
+        return True
+
+
+def _is_old(job: Job) -> bool:
+    entries = job.entries()
+    return not entries or time.time() - float(entries[-1].get("t", 0.0)) > KEPT_MIGRATIONS_S
+
+
+def free_of(job: Job) -> bool:
+    """Whether no living process owns the job (for `ckpt jobs`)."""
+    if not job.directory.is_dir() or not os.path.exists(job.directory / "lock"):
+        return True
+    free = job.acquire()
+    job.release()
+    return free

@@ -1,0 +1,376 @@
+"""The source's end of the peer protocol: one ssh to the destination, calls and files over it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Self
+
+from ckpt.errors import CannotConnect, CkptError, TransferFailed
+from ckpt.events import Emit, ignore
+from ckpt.host.run import Process
+from ckpt.peer import files, messages
+from ckpt.peer.frames import Buffer, Frame, Kind
+from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
+from ckpt.transports import ssh
+
+CALL_TIMEOUT_S: Final = 60.0
+UPLOAD_TIMEOUT_S: Final = 300.0
+_STDERR_BYTES: Final = 64 << 10
+_GIVE_UP_S: Final = 10.0
+_LEAVE_S: Final = 5.0
+
+
+class _Pending:
+    """A call that has no answer yet."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.done = False
+        self.result: dict[str, Any] = {}
+        self.error: CkptError | None = None
+
+
+class Peer:
+    """A connected `ckpt peer`. Calls may come from several threads.
+
+    Args:
+        inp, out: descriptors, taken over.
+        name: what people call the other side, for messages.
+        explain: makes the error for a broken link.
+        on_event: gets the other side's events; called in the reader thread, so it must be quick.
+        compress: zstd level 1 on file content, where it pays.
+    """
+
+    def __init__(
+        self,
+        inp: int,
+        out: int,
+        *,
+        name: str = "the other side",
+        explain: Callable[[CkptError], CkptError] = lambda cause: cause,
+        on_event: Emit = ignore,
+        compress: bool = False,
+        link_timeout_s: float = LINK_TIMEOUT_S,
+        beat_s: float = BEAT_S,
+    ) -> None:
+        self.name = name
+        self.on_event = on_event
+        self.compress = compress
+        self.link = Link(inp, out, on_frame=self._on_frame, on_end=self._on_end, explain=explain, link_timeout_s=link_timeout_s, beat_s=beat_s)
+        self._pending: dict[int, _Pending] = {}
+        self._changed = threading.Condition()
+        self._channel = 0
+        self._ended = False
+
+    @property
+    def hostname(self) -> str:
+        """What the other host calls itself."""
+        return str(self.link.remote.get("host") or self.name)
+
+    @property
+    def version(self) -> str:
+        """The version of ckpt on the other host."""
+        return str(self.link.remote.get("ckpt", ""))
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that went to the link so far (after compression, with framing)."""
+        return self.link.sent_bytes
+
+    def call(self, verb: str, args: dict[str, Any] | None = None, *, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
+        """Run a verb on the other side and return its answer.
+
+        Raises:
+            CkptError: the class, message, where, hint and log that the handler raised there.
+            TransferFailed: the link broke, or no answer came within `timeout_s` (the handler may still run).
+        """
+        channel, pending = self._begin(verb, args)
+        return self._result(verb, channel, pending, timeout_s)
+
+    def upload(self, verb: str = "stage", args: dict[str, Any] | None = None, *, timeout_s: float = UPLOAD_TIMEOUT_S) -> Upload:
+        """A call whose handler receives files: `with peer.upload("stage", {...}) as up: up.send_stage(...)`, then `up.result`.
+
+        Args:
+            timeout_s: for the handler to be ready, and again from the last file to its answer; not for the files between.
+        """
+        return Upload(self, verb, args, timeout_s)
+
+    def send_stage(
+        self,
+        stage: Path,
+        members: Iterable[str],
+        *,
+        on_bytes: Callable[[int], None] = lambda done: None,
+        verb: str = "stage",
+        args: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One upload of files beneath `stage` (see Upload.send_stage); returns the handler's answer."""
+        with self.upload(verb, args) as up:
+            up.send_stage(stage, members, on_bytes=on_bytes)
+        return up.result
+
+    def send_stream(
+        self,
+        path: str,
+        stream: BinaryIO,
+        *,
+        on_bytes: Callable[[int], None] = lambda done: None,
+        verb: str = "stage",
+        args: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One upload of what a pipe brings, as the file `path`; returns the handler's answer."""
+        with self.upload(verb, args) as up:
+            up.send_stream(path, stream, on_bytes=on_bytes)
+        return up.result
+
+    def close(self, *, goodbye: bool = True) -> None:
+        """End the link; without `goodbye` the other side takes it as lost. Never raises."""
+        self.link.close(goodbye=goodbye)
+
+    def _begin(self, verb: str, args: dict[str, Any] | None) -> tuple[int, _Pending]:
+        pending = _Pending()
+        with self._changed:
+            if self._ended:
+                raise self.link.failure()
+            while True:
+                self._channel = self._channel % 0xFFFF + 1
+                if self._channel not in self._pending:
+                    break
+            channel = self._channel
+            self._pending[channel] = pending
+        self.link.send_json(Kind.CALL, channel, {"verb": verb, "args": args or {}})
+        return channel, pending
+
+    def _wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: condition() or self._ended, timeout_s)
+            return condition()
+
+    def _result(self, verb: str, channel: int, pending: _Pending, timeout_s: float) -> dict[str, Any]:
+        if not self._wait(lambda: pending.done, timeout_s):
+            if self._ended:
+                raise self.link.failure()
+            # The channel stays taken: a late answer must not be taken for another call's.
+            raise TransferFailed(f"{self.name} did not answer {verb!r} within {timeout_s:g} s")
+        with self._changed:
+            self._pending.pop(channel, None)
+        if pending.error is not None:
+            raise messages.again(pending.error) from pending.error
+        return pending.result
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.kind is Kind.EVENT:
+            event = messages.event_from_json(frame.json())
+            if event is not None:
+                self.on_event(event)
+            return
+        if frame.kind not in (Kind.READY, Kind.RESULT, Kind.ERROR):
+            raise TransferFailed(f"{self.name} sent an unexpected {frame.kind.name} message")
+        value = frame.json()
+        with self._changed:
+            pending = self._pending.get(frame.channel)
+            if pending is None or pending.done:
+                raise TransferFailed(f"{self.name} answered a question that was not asked")
+            if frame.kind is Kind.READY:
+                pending.ready = True
+            else:
+                pending.done = True
+                if frame.kind is Kind.RESULT:
+                    pending.result = value
+                else:
+                    pending.error = messages.error_from_json(value)
+            self._changed.notify_all()
+
+    def _on_end(self, error: CkptError | None) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+class Upload:
+    """An open upload; see Peer.upload. The other side's refusal (no space, unexpected path) is raised by the next send."""
+
+    def __init__(self, peer: Peer, verb: str, args: dict[str, Any] | None, timeout_s: float) -> None:
+        self._peer = peer
+        self._verb = verb
+        self._args = args
+        self._timeout_s = timeout_s
+        self._channel = 0
+        self._pending = _Pending()
+        self.done_bytes = 0
+        """Bytes of content passed so far, holes included."""
+        self.digests: dict[str, str] = {}
+        """Path -> sha256 in hex, of what was sent."""
+        self.result: dict[str, Any] = {}
+        """The handler's answer, after the block."""
+
+    def __enter__(self) -> Self:
+        self._channel, self._pending = self._peer._begin(self._verb, self._args)
+        if not self._peer._wait(lambda: self._pending.ready or self._pending.done, self._timeout_s) or self._pending.done:
+            self._peer._result(self._verb, self._channel, self._pending, 0)
+            raise TransferFailed(f"{self._peer.name} takes no files for {self._verb!r}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self._control(Kind.DONE, {})
+            self.result = self._peer._result(self._verb, self._channel, self._pending, self._timeout_s)
+            return
+        if self._peer._ended or self._pending.done:
+            return
+        # The handler is told, and given a moment to clean up, so that what is called next does not meet it at work.
+        try:
+            self._peer.link.send_json(Kind.ABORT, self._channel, {"message": str(error)[:500]})
+        except CkptError:
+            return
+        self._peer._wait(lambda: self._pending.done, _GIVE_UP_S)
+
+    def send_stage(self, stage: Path, members: Iterable[str], *, on_bytes: Callable[[int], None] = lambda done: None) -> None:
+        """Send files beneath `stage`; a directory among the members means every file in it.
+
+        Args:
+            members: relative paths; may be a generator that yields files as they become complete.
+            on_bytes: called with the bytes of content passed so far in this upload, holes included.
+
+        Raises:
+            TransferFailed: a member cannot be read, or the link broke.
+            CkptError: what the other side raised while it received.
+        """
+        for member in files.walk(stage, members):
+            self.digests[member] = files.send_file(_Channel(self), stage, member, on_bytes=self._counter(on_bytes))
+
+    def send_stream(self, path: str, stream: BinaryIO, *, on_bytes: Callable[[int], None] = lambda done: None) -> None:
+        """Send what a pipe brings as the file `path`. The caller checks afterwards that the pipe's writer ended well."""
+        self.digests[path] = files.send_stream(_Channel(self), path, stream, on_bytes=self._counter(on_bytes))
+
+    def _counter(self, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+        def count(more_bytes: int) -> None:
+            self.done_bytes += more_bytes
+            on_bytes(self.done_bytes)
+
+        return count
+
+    def _control(self, kind: Kind, value: dict[str, Any]) -> None:
+        self._refused()
+        self._peer.link.send_json(kind, self._channel, value)
+
+    def _refused(self) -> None:
+        if self._pending.done:
+            self._peer._result(self._verb, self._channel, self._pending, 0)
+            raise TransferFailed(f"{self._peer.name} ended {self._verb!r} before all files were there")
+
+
+class _Channel:
+    """The sender's view of an upload."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+
+    def control(self, kind: Kind, value: dict[str, Any]) -> None:
+        self._upload._control(kind, value)
+
+    def data(self, offset: int, data: Buffer) -> None:
+        self._upload._refused()
+        self._upload._peer.link.send_data(self._upload._channel, offset, data, compress=self._upload._peer.compress)
+
+
+class _Ssh:
+    """The ssh process below a peer: its messages are kept for errors."""
+
+    def __init__(self, destination: str, process: Process) -> None:
+        self.destination = destination
+        self.process = process
+        self._tail = bytearray()
+        self._thread = threading.Thread(target=self._drain, name="ckpt-ssh-stderr", daemon=True)
+        self._thread.start()
+
+    def _drain(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stderr:
+            while data := os.read(stderr.fileno(), 4096):
+                self._tail += data
+                del self._tail[:-_STDERR_BYTES]
+
+    def stderr(self) -> str:
+        self._thread.join(0.5)
+        return self._tail.decode(errors="replace")
+
+    def returncode(self, timeout_s: float = 2.0) -> int | None:
+        deadline_s = time.monotonic() + timeout_s
+        while (code := self.process.poll()) is None and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        return code
+
+    def explain(self, cause: CkptError) -> CkptError:
+        """What broke the link, with ssh's own last words."""
+        code = self.returncode(1.0)
+        lines = [line.strip() for line in self.stderr().splitlines() if line.strip()]
+        said = f" (ssh: {lines[-1]})" if lines and code is not None else ""
+        return TransferFailed(f"lost the link to {self.destination}: {cause.message}{said}")
+
+    def end(self, patience_s: float) -> None:
+        """See it gone: by itself, else terminated, else killed."""
+        if self.returncode(patience_s) is None:
+            self.process.terminate()
+            if self.returncode(1.0) is None:
+                self.process.kill()
+            self.process.wait()
+        self._thread.join(1.0)
+
+
+@contextmanager
+def connect(
+    destination: str,
+    *,
+    ssh_options: Sequence[str] = (),
+    timeout_s: float = 20.0,
+    link_timeout_s: float = LINK_TIMEOUT_S,
+    compress: bool = False,
+    on_event: Emit = ignore,
+    command: Sequence[str] = ("ckpt", "peer"),
+) -> Iterator[Peer]:
+    """Connect to `ckpt peer` on the destination. Leaving the block by an exception ends the link without a goodbye.
+
+    Args:
+        ssh_options: the user's `-o` options, as `Key=Value`.
+        timeout_s: for the login and the hello; a person at a terminal gets two minutes for a password.
+        link_timeout_s: how long nothing may be heard before the link counts as dead.
+        command: what to run there.
+
+    Raises:
+        UsageError: the destination is not usable.
+        CannotConnect: with its cause; ssh.PeerMissing when ckpt is not there.
+        PeerVersion: ckpt there speaks another protocol.
+    """
+    parsed = ssh.Destination.parse(destination)
+    process = ssh.open(parsed, command, ssh_options)
+    assert process.stdin is not None and process.stdout is not None
+    inp, out = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
+    process.stdout.close()
+    process.stdin.close()
+    below = _Ssh(str(parsed), process)
+    peer = Peer(inp, out, name=str(parsed), explain=below.explain, on_event=on_event, compress=compress, link_timeout_s=link_timeout_s)
+    well = False
+    try:
+        _shake(peer, below, parsed, max(timeout_s, 120.0) if ssh.interactive() else timeout_s, command[0])
+        yield peer
+        well = True
+    finally:
+        peer.close(goodbye=well)
+        below.end(_LEAVE_S if well else 1.0)
+
+
+def _shake(peer: Peer, below: _Ssh, destination: ssh.Destination, timeout_s: float, command: str) -> None:
+    try:
+        if peer.link.handshake(timeout_s):
+            return
+        code = below.returncode()
+    except CannotConnect:
+        code = None
+    raise ssh.explain(destination, code, below.stderr() or peer.link.preamble, command=command)

@@ -1,0 +1,118 @@
+"""A job: the durable record of one operation (its journal), and the lever that holds its CRIU action-script.
+
+Directory `JOB/`: `journal.jsonl` (one JSON object a line, fsync before the step it announces), `lock` (flock of the living
+owner), `verdict` (FIFO that CRIU's action-script reads), `held` (written by the action-script when the tree is held).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Final, Literal
+
+Verdict = Literal["0", "1"]
+DEFAULT_ROOT: Final = Path("/var/lib/ckpt")
+
+
+class Job:
+    """One operation's directory. Create with `Job.create`, look at another's with `Job.open`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock_fd: int | None = None
+        self._verdict_fd: int | None = None
+
+    @classmethod
+    def create(cls, root: Path, kind: str, **facts: Any) -> Job:
+        """Make a job directory (0700) below `root`/jobs, take its lock, and journal its start."""
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        job = cls(root / "jobs" / f"{stamp}-{secrets.token_hex(4)}")
+        job.directory.mkdir(mode=0o700, parents=True)
+        os.mkfifo(job.verdict_path, 0o600)
+        job.acquire()
+        job.write("started", kind=kind, **facts)
+        return job
+
+    @property
+    def id(self) -> str:
+        return self.directory.name
+
+    @property
+    def verdict_path(self) -> Path:
+        return self.directory / "verdict"
+
+    @property
+    def held_path(self) -> Path:
+        return self.directory / "held"
+
+    def acquire(self, *, wait: bool = False) -> bool:
+        """Take the owner's lock; False when another process lives with it (`wait`: block until it is gone)."""
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._lock_fd = fd
+        # O_RDWR never blocks on a FIFO, and keeps it from reaching end of file while an owner lives.
+        self._verdict_fd = os.open(self.verdict_path, os.O_RDWR | os.O_CLOEXEC)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back (also done by the kernel when the owner dies)."""
+        for fd in (self._verdict_fd, self._lock_fd):
+            if fd is not None:
+                os.close(fd)
+        self._lock_fd = self._verdict_fd = None
+
+    def write(self, state: str, **facts: Any) -> None:
+        """Append a line to the journal and bring it to the disk."""
+        line = json.dumps({"t": time.time(), "state": state, **facts}, separators=(",", ":")) + "\n"
+        fd = os.open(self.directory / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, line.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if state == "started":
+            parent = os.open(self.directory, os.O_RDONLY)
+            os.fsync(parent)
+            os.close(parent)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All journal lines; a torn last line (power loss) is left out."""
+        found = []
+        try:
+            text = (self.directory / "journal.jsonl").read_text()
+        except FileNotFoundError:
+            return []
+        for line in text.splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
+    @property
+    def state(self) -> str:
+        """The newest state in the journal ("" for none)."""
+        entries = self.entries()
+        return str(entries[-1]["state"]) if entries else ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All facts of all lines, later ones winning."""
+        merged: dict[str, Any] = {}
+        for entry in self.entries():
+            merged.update(entry)
+        return merged
+
+    def decide(self, verdict: Verdict) -> None:
+        """Answer the waiting action-script: "0" success (dump: source ends; restore: goes on), "1" failure."""
+        if self._verdict_fd is None:
+            raise RuntimeError("only the owner of a job decides")
+        os.write(self._verdict_fd, verdict.encode() + b"\n")
