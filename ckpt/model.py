@@ -144,6 +144,8 @@ class RestoreOptions:
     ignore_static_mac: bool = False
     publish: tuple[str, ...] = ()
     pod: str | None = None
+    existing_volumes: Literal["refuse", "keep", "replace"] = "refuse"
+    """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
     timeout_s: float = 200.0
 
 

@@ -46,7 +46,7 @@ class Extraction:
 
     def run(self, fd: int) -> None:
         try:
-            tar = tarfile.open(fileobj=os.fdopen(os.dup(fd), "rb"), mode="r:", encoding="utf-8", errors="surrogateescape")
+            tar = tarfile.open(fileobj=os.fdopen(os.dup(fd), "rb"), mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         except (tarfile.TarError, ValueError, OverflowError, KeyError, IndexError, EOFError) as error:
             raise Invalid(f"this is not a tar: {error}") from None
         with tar:

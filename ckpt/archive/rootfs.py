@@ -34,6 +34,8 @@ class _Found:
     deleted: list[bytes] = field(default_factory=list)
     incomplete: bool = False
     """Upper alone does not hold the data (metacopy, redirect_dir): it must be read through the merged directory."""
+    linked: list[bytes] = field(default_factory=list)
+    """Files that share their data with names in the lower layers which were not copied up (index=on)."""
 
 
 def capture(rootfs: RootFs, out: Path | BinaryIO, deleted_files: Path | None = None, *, timeout_s: float = 3600.0) -> list[str]:
@@ -61,10 +63,11 @@ def capture(rootfs: RootFs, out: Path | BinaryIO, deleted_files: Path | None = N
         found.names.append(b".")
         _walk(upper, b"", False, lowers, merged, found)
         source = upper
-        if found.incomplete:
+        if found.incomplete or found.linked:
             if merged is None:
-                raise CkptError("the overlay uses metacopy or redirect_dir and is not mounted, its upper directory alone is not complete")
+                raise CkptError("the overlay uses metacopy, redirect_dir or index and is not mounted, its upper directory alone is not complete")
             source = merged
+            _add_aliases(merged, found)
         _tar.create(source, found.names, out, timeout_s=timeout_s)
     except OSError as error:
         raise CkptError(f"cannot read the changes of the container's root file system: {error}") from error
@@ -138,10 +141,24 @@ def _walk(upper: bytes, at: bytes, hidden: bool, lowers: list[bytes], merged: by
         found.names.append(path)
         if kind == stat.S_IFDIR:
             _walk(upper, path, hidden, lowers, merged, found)
-        elif kind == stat.S_IFREG and _attribute(entry.path, "metacopy") is not None:
-            found.incomplete = True
+        elif kind == stat.S_IFREG:
+            found.incomplete = found.incomplete or _attribute(entry.path, "metacopy") is not None
+            if facts.st_nlink > 1 and _attribute(entry.path, "nlink") is not None:
+                found.linked.append(path)
     if hidden:
         found.deleted += [_join(at, name) for name in _lower_names(lowers, at) if name not in names]
+
+
+def _add_aliases(merged: bytes, found: _Found) -> None:
+    """With index=on a hard link of the container image stays one: its other names show the change without being in upper."""
+    inodes = {(facts.st_dev, facts.st_ino) for path in found.linked if (facts := os.lstat(os.path.join(merged, path)))}
+    if not inodes:
+        return
+    known = set(found.names)
+    for path in _tree(merged):
+        facts = os.lstat(os.path.join(merged, path))
+        if facts.st_nlink > 1 and (facts.st_dev, facts.st_ino) in inodes and path not in known:
+            found.names.append(path)
 
 
 def _is_whiteout(path: bytes, facts: os.stat_result, opaque: bytes | None) -> bool:

@@ -11,19 +11,19 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckpt import __version__
-from ckpt.errors import Bug
+from ckpt import __version__, config
+from ckpt.errors import Bug, CkptError
 
 
-def report(error: BaseException, args: Sequence[str], *, log_dir: Path = Path("/var/log/ckpt")) -> Bug:
-    """Write the traceback to `log_dir` (or the temporary directory) and make the error that names the file."""
+def report(error: BaseException, args: Sequence[str], *, log_dir: Path | None = None) -> Bug:
+    """Write the traceback to `log_dir` (default: the configured one, else the temporary directory) and make the error that names the file."""
     text = "\n".join((
         f"ckpt {__version__}, Python {platform.python_version()}, Linux {platform.release()} {platform.machine()}",
         f"command: ckpt {' '.join(args)}",
         "",
         "".join(traceback.format_exception(error)),
     ))
-    path = _write(text, log_dir)
+    path = _write(text, log_dir or _log_dir())
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return Bug(
         f"a bug in ckpt: {what}",
@@ -31,6 +31,13 @@ def report(error: BaseException, args: Sequence[str], *, log_dir: Path = Path("/
         hint="please report it with the log",
         log=str(path) if path else None,
     )
+
+
+def _log_dir() -> Path:
+    try:
+        return config.load().log_dir
+    except CkptError:
+        return config.Settings().log_dir
 
 
 def _write(text: str, log_dir: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """CRIU images read through pycriu's protobuf classes, never the memory pages. The images are untrusted input.
 
-Format (CRIU's Documentation and pycriu/images/images.py): u32 magic of the kind, u32 magic of the type, then entries of
-u32 length and protobuf; stats and inventory are the same with one entry.
+Format (CRIU's Documentation and pycriu/images/images.py): u32 magic of the kind (not in inventory.img), u32 magic of the
+type, then entries of u32 length and protobuf.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _scan(images_dir: Path) -> list[os.DirEntry[str]]:
 def _entries(path: Path, magic: str, module: str, message: str, *, missing_ok: bool = False) -> Iterator[Any]:
     """The entries of one image of a kind that has no payload between its entries."""
     kind = getattr(load(f"images.{module}"), message)
-    wanted = load("images.magic").by_name[magic]
+    magics = load("images.magic").by_name
     try:
         # O_NOFOLLOW, O_NONBLOCK: whoever packed the archive may have put a link or a FIFO here.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -172,8 +172,10 @@ def _entries(path: Path, magic: str, module: str, message: str, *, missing_ok: b
         status = os.fstat(source.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_CAP_BYTES:
             raise ArchiveInvalid(f"{path.name} is no regular file of a sensible size")
-        head = source.read(8)
-        if len(head) < 8 or wanted not in struct.unpack("<II", head):
+        head = source.read(4)
+        if head in (struct.pack("<I", magics[name]) for name in ("IMG_COMMON", "IMG_SERVICE")):  # inventory.img has none
+            head = source.read(4)
+        if head != struct.pack("<I", magics[magic]):
             raise ArchiveInvalid(f"{path.name} is not what its name says (magic)")
         for count in range(ENTRIES_CAP + 1):
             size = source.read(4)

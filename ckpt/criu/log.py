@@ -37,8 +37,10 @@ NOISE: Final = re.compile(r"RLIMIT_NOFILE|Can't setup RLIMIT|Can't set SIGCHLD|k
 """Error lines that are harmless."""
 
 GENERIC: Final = re.compile(
-    r"(Dumping FAILED|Restoring FAILED|Pre-dumping FAILED|Dump files \(pid: \d+\) failed|Unable to (dump|restore) .* failed|exited, (status|signal)=|"
-    r"killed by signal 9|One of more action scripts failed|Can't dump file \d+ .*failed|Failed to (restore|dump) task|cr-restore\.c:\d+\): \d+ (exited|killed)|"
+    r"(Dumping FAILED|Restoring FAILED|Pre-dumping FAILED|Dump files \(pid: \d+\) failed|Unable to (dump|restore) .* failed|"
+    r"exited, (status|signal)=|"
+    r"killed by signal 9|One of more action scripts failed|Can't dump file \d+ .*failed|Failed to (restore|dump) task|"
+    r"cr-restore\.c:\d+\): \d+ (exited|killed)|"
     r"Error sending cmd|Can't wait|Can't write|Error during|task \d+ (exited|failed)|Unable to kill|uns: Can't stop)",
     re.I,
 )
@@ -52,6 +54,14 @@ RULES: Final[tuple[Rule, ...]] = (
         r"anon_inode:\[io_uring\]",
         "{process} holds an io_uring, which CRIU cannot save",
         "start it with io_uring off (redis: --io-threads 1, node: UV_USE_IO_URING=0, or sysctl kernel.io_uring_disabled=2), then try again",
+    ),
+    Rule(
+        "io_uring-fd",
+        # Newer kernels refuse to hand an io_uring over a unix socket, so CRIU never learns what it was.
+        r"send_fds failed \(-22\)",
+        "{process} holds a descriptor that the kernel does not hand over, most likely an io_uring, which CRIU cannot save",
+        "start it with io_uring off (redis: --io-threads 1, node: UV_USE_IO_URING=0, or sysctl kernel.io_uring_disabled=2), then try again",
+        "dump",
     ),
     Rule(
         "anon-inode",
@@ -80,7 +90,13 @@ RULES: Final[tuple[Rule, ...]] = (
         "dump with --tcp-established to carry the connections along, or close them first",
         "dump",
     ),
-    Rule("tcp-image", r"Connected TCP socket in image", "the checkpoint has connected TCP sockets in it", "restore with --tcp-established", "restore"),
+    Rule(
+        "tcp-image",
+        r"Connected TCP socket in image",
+        "the checkpoint has connected TCP sockets in it",
+        "restore with --tcp-established",
+        "restore",
+    ),
     Rule(
         "in-flight",
         r"In-flight connection",
@@ -118,7 +134,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         "file-changed",
         r"File (?P<path>.+?) has bad (?P<what>size|mode|build-ID)(?: length)? ?(?P<detail>[^\n]*)",
-        "{path} is not what it was at dump time: its {what} differs {detail}",
+        "{path} is not what it was at dump time: bad {what} {detail}",
         _CHANGED,
         "restore",
     ),
@@ -132,7 +148,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         "file-missing",
         r"(?:Can't open file (?P<path>\S+?)(?: on restore)?|(?P<path2>/?\S+)): (?:No such file or directory)",
-        "a file that the program had open is missing here: {path}{path2}",
+        "a file or folder that the program had open is missing here: {path}{path2}",
         _CHANGED,
         "restore",
     ),
@@ -224,7 +240,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "network-lock",
-        r"Locking network failed|Iptables configuration failed|Locking connection failed|iptables-restore.*(?:returned|No such file|failed)|without libnftables",
+        r"Locking network failed|Iptables configuration failed|Locking connection failed|without libnftables|"
+        r"iptables-restore.*(?:returned|No such file|failed)",
         "CRIU could not lock the network: iptables or nftables does not work here",
         "install iptables (iptables-restore) and nftables, also in a minimal container host, then try again",
     ),
@@ -309,7 +326,8 @@ def explain(log_text: str, *, verb: Verb) -> Cause:
         verb: which of the two failed.
     """
     if not log_text.strip():
-        return Cause("CRIU left no log: it was killed, or could not start", "criu check tells whether CRIU works on this host; dmesg whether it was killed", 0)
+        hint = "criu check tells whether CRIU works on this host, dmesg whether it was killed"
+        return Cause("CRIU left no log: it was killed, or could not start", hint, 0)
     task = ""
     errors: list[tuple[int, str, str, str]] = []  # line number, where in CRIU, text, process
     finished = False
@@ -321,7 +339,7 @@ def explain(log_text: str, *, verb: Verb) -> Cause:
         if match and not NOISE.search(line):
             errors.append((number, match.groupdict().get("at", ""), match["text"], task))
     # The last line that we know is nearest to the cause; generic ones only follow from it.
-    for number, at, text, process in reversed(errors):
+    for number, _at, text, process in reversed(errors):
         for rule in RULES:
             if rule.verb in (None, verb) and (found := re.search(rule.pattern, text)):
                 return Cause(_fill(rule.message, found, process), rule.hint, number)
@@ -337,4 +355,7 @@ def explain(log_text: str, *, verb: Verb) -> Cause:
 
 def _fill(template: str, match: re.Match[str], process: str) -> str:
     groups = {key: _CLEAN.sub(" ", value or "").strip() for key, value in match.groupdict().items()}
+    for key, value in groups.items():
+        if key.startswith("path") and value and not value.startswith("/"):
+            groups[key] = f"/{value}"  # CRIU's paths are relative to the root of the tree
     return template.format_map({"process": process or "a process", **groups}).strip()

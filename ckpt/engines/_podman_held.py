@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from ckpt.criu import log
 from ckpt.engines import _hold
-from ckpt.errors import DumpFailed, RestoreFailed, StateUnknown
+from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
 from ckpt.model import Container, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -134,7 +134,9 @@ class PodmanRestore:
         podman = which("podman") or "podman"
         for name, _ in self.manifest.volumes:
             existed = run([podman, "volume", "exists", name], check=False).ok
-            if existed and (self.options.name or self._shared(podman, name)):
+            if existed and self.options.existing_volumes == "refuse":
+                raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or restore with --ignore-volumes to use it as it is")
+            if existed and (self.options.existing_volumes == "keep" or self._shared(podman, name)):
                 continue
             if not existed:
                 self.job.write("volume", created_volumes=[*self.job.facts.get("created_volumes", []), name])

@@ -90,7 +90,8 @@ class Operation:
             return kind(f"{subject}: {failure}", where=where)
         text = failure.log_text()
         if failure.timed_out or not text:
-            return kind(f"{subject}: {failure.reason}", where=where, hint="criu check tells whether CRIU works on this host", log=existing(failure.log))
+            hint = "criu check tells whether CRIU works on this host"
+            return kind(f"{subject}: {failure.reason}", where=where, hint=hint, log=existing(failure.log))
         cause = explain(text, verb=self.verb)
         log = f"{failure.log}:{cause.line_number}" if cause.line_number else str(failure.log)
         return kind(f"{subject}: {cause.message}", where=where, hint=cause.hint, log=log)
@@ -149,7 +150,9 @@ class HeldProcessRestore:
         self._name = name
         self._operation = operation
         self._locks = locks
+        # Held, every id is one of the restored tree. Before that an id may have been taken by a stranger: touch nothing.
         self._pids = {pid: found.start_ticks for pid in ids if (found := tree.stat(pid))}
+        plan(operation.job, verb="restore", images=str(images_dir), pids=self._pids, locks=sorted(locks), done=False)
 
     def resume(self) -> Container:
         """Let it run. Raises RestoreFailed when it ended instead."""
@@ -157,7 +160,7 @@ class HeldProcessRestore:
         pid = self._operation.pid
         if self._operation.failure is not None or self._operation.running or pid is None:
             error = self._operation.error(RestoreFailed, f"{self._name} was not restored", "nothing is running")
-            self.clean()
+            self._clean()
             raise error
         plan(self._operation.job, verb="restore", done=True)
         found = self._find(str(pid))
@@ -168,9 +171,9 @@ class HeldProcessRestore:
     def abort(self) -> None:
         """Kill what was restored; never raises."""
         self._operation.settle("1")
-        self.clean()
+        self._clean()
 
-    def clean(self) -> None:
+    def _clean(self) -> None:
         kill(self._pids)
         wait(lambda: not any(tree.same(pid, ticks) for pid, ticks in self._pids.items()))
         netlock.remove(netlock.locks_of(self._images_dir) - self._locks)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions
+from ckpt.host.run import Process
+from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
 
 MutateFs = Callable[[Path], None]
@@ -64,6 +65,9 @@ class Engine(Protocol):
     def dump(self, container: Container, stage: Path, options: DumpOptions, job: Job) -> HeldDump:
         """Freeze and dump into `stage`, return held. Raises DumpFailed with the container running again."""
 
+    def adopt(self, container: Container, job: Job) -> HeldDump:
+        """The held dump of a job whose first owner is gone (`migrate --continue`)."""
+
     def restore(
         self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, rootfs_ready: MutateFs, volume_ready: Callable[[str, Path], None]
     ) -> HeldRestore:
@@ -82,3 +86,22 @@ class Engine(Protocol):
 
     def rollback(self, job: Job) -> None:
         """Undo what a dead owner of `job` left behind in the engine (held trees, half-made containers). Idempotent."""
+
+
+class CarriesContainerImages(Protocol):
+    """What an engine with `Capabilities.container_images` offers besides."""
+
+    def save_container_image(self, image: ContainerImage) -> Process:
+        """A process that writes the container image to its stdout, id unchanged; the caller reads and waits."""
+
+    def load_container_image(self) -> Process:
+        """A process that reads a container image from its stdin; the caller writes, closes and waits."""
+
+    def has_container_image(self, image_id: str) -> bool:
+        """True when the container image with this very id is there."""
+
+    def name_container_image(self, image: ContainerImage) -> None:
+        """Give a loaded container image its name, unless that name already means another one."""
+
+    def remove_container_image(self, image_id: str) -> None:
+        """Remove a container image that nothing uses; best effort."""

@@ -20,8 +20,8 @@ from ckpt.engines._podman_held import PodmanHeldDump, PodmanHeldRestore, PodmanR
 from ckpt.engines._podman_inspect import container_from_inspect, state_of
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
 from ckpt.errors import BusyError, EngineUnavailable, RestoreFailed, TargetNotFound
-from ckpt.host.run import CommandFailed, Result, run, spawn, which
-from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions
+from ckpt.host.run import PIPE, CommandFailed, Process, Result, run, spawn, which
+from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
 
 QUERY_TIMEOUT_S: Final = 60.0
@@ -188,6 +188,25 @@ class Podman:
             stub.unlink(missing_ok=True)
         return PodmanHeldRestore(self, attempt, init_pid)
 
+    def adopt(self, container: Container, job: Job) -> HeldDump:
+        return PodmanHeldDump(container, job, job.directory / "criu", frozen_at_s=time.monotonic())
+
+    def save_container_image(self, image: ContainerImage) -> Process:
+        # docker-archive rewrites the configuration of an OCI container image, and with it the id; oci-archive that of a Docker one.
+        kind = podman("image", "inspect", "--format", "{{.ManifestType}}", image.id).text
+        form = "docker-archive" if "docker" in kind else "oci-archive"
+        return spawn([which("podman") or "podman", "image", "save", "--quiet", "--format", form, "--output", "/dev/stdout", image.id], stdout=PIPE, stderr=PIPE)
+
+    def load_container_image(self) -> Process:
+        return spawn([which("podman") or "podman", "image", "load", "--quiet"], stdin=PIPE, stdout=PIPE, stderr=PIPE)
+
+    def name_container_image(self, image: ContainerImage) -> None:
+        if image.name and not podman("image", "exists", image.name, check=False).ok:
+            podman("image", "tag", image.id, image.name)
+
+    def remove_container_image(self, image_id: str) -> None:
+        podman("image", "rm", "--force", image_id, check=False)
+
     def has_container_image(self, image_id: str) -> bool:
         """True when the container image with this very id is in podman's storage."""
         return podman("image", "exists", image_id, check=False).ok
@@ -197,6 +216,19 @@ class Podman:
             raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
         podman("container", "rm", container.id)
 
+    def volume_names(self) -> list[str]:
+        """The named volumes here."""
+        return podman("volume", "ls", "--format", "{{.Name}}").text.split()
+
+    def network_names(self) -> list[str]:
+        """The networks here."""
+        return podman("network", "ls", "--format", "{{.Name}}").text.split()
+
+    def remove_volumes(self, names: Sequence[str]) -> None:
+        """Remove the named volumes that no container uses any more; one that is in use stays."""
+        for name in names:
+            podman("volume", "rm", name, check=False)
+
     def rollback(self, job: Job) -> None:
         facts = job.facts
         if action.committed(os.fspath(job.directory)):
@@ -205,6 +237,8 @@ class Podman:
             undo_restore(job)
         elif "init_pid" in facts:
             undo_dump(job, facts["init_pid"])
+        if facts.get("loaded_image"):
+            self.remove_container_image(str(facts["loaded_image"]))
 
 
 ENGINE = Podman

@@ -84,7 +84,8 @@ class ProcessEngine:
             if info.get("TracerPid", "0") != "0":
                 found.append(Finding("traced", "error", f"{who} is traced by process {info['TracerPid']}", "detach the debugger or strace"))
             if "anon_inode:[io_uring]" in tree.descriptors(pid).values():
-                found.append(Finding("io_uring", "error", f"{who} holds an io_uring, which CRIU cannot save", "sysctl kernel.io_uring_disabled=2, restart it"))
+                hint = "set sysctl kernel.io_uring_disabled=2 and start it again"
+                found.append(Finding("io_uring", "error", f"{who} holds an io_uring, which CRIU cannot save", hint))
             if tree.link(pid, "ns/pid") not in ("", own):
                 hint = "name the container instead" if pid == root else "checkpoint the inner container itself"
                 found.append(Finding("namespace", "error", f"{who} is in a pid namespace of its own (a container or sandbox)", hint))
@@ -92,7 +93,8 @@ class ProcessEngine:
         if needs.shell_job and options.shell_job is False:
             found.append(Finding("session", "error", f"process {root} is not the leader of its session", "--shell-job, or start it with setsid"))
         if any(re.match(r"/dev/(pts/|tty)", what) for pid in tree.pids(root) for what in tree.descriptors(pid).values()):
-            found.append(Finding("terminal", "warning", "the tree has a terminal open, which is not there after a restore", "start it with </dev/null >log 2>&1"))
+            hint = "start it with </dev/null >log 2>&1"
+            found.append(Finding("terminal", "warning", "the tree has a terminal open, which is not there after a restore", hint))
         return found
 
     def dump(self, container: Container, stage: Path, options: DumpOptions, job: Job) -> HeldProcessDump:
@@ -129,7 +131,7 @@ class ProcessEngine:
             if not isinstance(error, Exception):
                 raise
             operation.failure = operation.failure or error
-            if not wait(lambda: runs(root, ticks[root])):
+            if not wait(lambda: runs(root, ticks.get(root, -1))):
                 message = f"{container.name} does not run after its dump failed: {error}"
                 raise StateUnknown(message, where=f"look at process {root}", log=existing(job.directory / "dump.log")) from error
             raise operation.error(DumpFailed, f"{container.name} cannot be checkpointed", f"{container.name} is running, untouched") from error
@@ -149,10 +151,9 @@ class ProcessEngine:
         checkpoint = stage / "checkpoint"
         ids = images.all_ids(checkpoint)
         _refuse_taken(ids, manifest.name)
-        began = tree.stat(os.getpid())
         # The locks of a dump of this host are there already; after a failed restore they stay, for another try.
         locks = netlock.locks_of(checkpoint)
-        plan(job, verb="restore", images=str(checkpoint), ids=sorted(ids), after_ticks=began.start_ticks if began else 0, locks=sorted(locks), done=False)
+        plan(job, verb="restore", images=str(checkpoint), pids={}, locks=sorted(locks), done=False)
         request = swrk.Request(
             checkpoint,
             job.directory,
@@ -162,11 +163,15 @@ class ProcessEngine:
             shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
             config_file=hold.prepare(job.directory),
         )
+        began_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
         operation = Operation("restore", job, options.timeout_s)
         try:
             operation.start(lambda on_notify, limit: swrk.restore(request, on_notify=on_notify, limit=limit))
         except BaseException as error:
-            HeldProcessRestore(self.find, manifest.name, operation, ids, checkpoint, locks).clean()
+            # CRIU kills what it made when it fails. Not so when it was killed itself: then the new processes are its own.
+            if operation.timed_out:
+                kill({pid: found.start_ticks for pid in ids if (found := tree.stat(pid)) and found.start_ticks >= began_ticks})
+            netlock.remove(netlock.locks_of(checkpoint) - locks)
             if not isinstance(error, Exception):
                 raise
             operation.failure = operation.failure or error
@@ -193,14 +198,12 @@ class ProcessEngine:
         if left.get("verb") == "dump":
             pids = {int(pid): int(ticks) for pid, ticks in left.get("pids", {}).items()}
             root = int(left.get("root", 0))
-            wait(lambda: runs(root, pids.get(root, -1)))
+            wait(lambda: runs(root, pids.get(root, -1)) or not tree.same(root, pids.get(root, -1)))
             thaw({int(pid): int(ticks) for pid, ticks in left.get("moving", {}).items()})
             if runs(root, pids.get(root, -1)):
                 netlock.unlock(Path(left["images"]), root)
         elif left.get("verb") == "restore":
-            ids = {int(pid) for pid in left.get("ids", [])}
-            after = int(left.get("after_ticks", 0))
-            kill({pid: s.start_ticks for pid in ids if (s := tree.stat(pid)) and s.start_ticks >= after and not _is_ours(pid)})
+            kill({int(pid): int(ticks) for pid, ticks in left.get("pids", {}).items()})
             netlock.remove(netlock.locks_of(Path(left["images"])) - set(left.get("locks", [])))
 
 

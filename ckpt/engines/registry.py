@@ -67,13 +67,16 @@ def by_prefix(prefix: str) -> NamedEngine:
     raise UsageError(f"no engine is called {prefix!r}", hint=f"known are {known}")
 
 
-def usable() -> list[NamedEngine]:
+def usable(among: Callable[[NamedEngine], bool] = lambda engine: True) -> list[NamedEngine]:
     """The engines that can be used on this host now.
+
+    Args:
+        among: which engines count at all.
 
     Raises:
         EngineUnavailable: not one; says why for each.
     """
-    probed = [(engine, engine.probe()) for engine in engines()]
+    probed = [(engine, engine.probe()) for engine in engines() if among(engine)]
     fit = [engine for engine, can in probed if can.usable]
     if not fit:
         reasons = "; ".join(f"{engine.name}: {can.reason or 'not usable'}" for engine, can in probed)

@@ -128,6 +128,10 @@ class OpenKinds:
         return bool(self.terminals) or self.session_outside
 
     @property
+    def terminal(self) -> bool:
+        return self.needs_shell_job
+
+    @property
     def ghosts_over_limit(self) -> tuple[DeletedFile, ...]:
         return tuple(f for f in self.deleted_files if not f.linked and f.size_bytes > GHOST_LIMIT_BYTES)
 

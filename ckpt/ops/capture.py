@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -77,8 +78,12 @@ def describe(
     host: HostFacts | None = None,
     engine_version: str = "",
     freeze_s: float = 0.0,
+    digests: dict[str, str] | None = None,
 ) -> Manifest:
     """The manifest of a complete stage; reads every byte for the digests, so it may be done after the workload goes on.
+
+    Args:
+        digests: of the members, where they are known already or come later (a migration computes them while it sends).
 
     Raises:
         CkptError: the CRIU images make no sense.
@@ -105,8 +110,7 @@ def describe(
         host_mounts=container.host_mounts,
         stats=dump_stats(stage),
         freeze_s=freeze_s,
-        digests=layout.digest_members(stage),
-        external=external_facts(container),
+        digests=layout.digest_members(stage) if digests is None else digests,
     )
 
 
@@ -142,17 +146,11 @@ def dump_stats(stage: Path, *more: Path) -> DumpStats:
     return DumpStats()
 
 
-def external_facts(container: Container) -> dict[str, str]:
-    """What the engine keeps for its own restore: labels under `ckpt.external.` (an engine sets them in `describe`)."""
-    prefix = "ckpt.external."
-    return {key.removeprefix(prefix): value for key, value in container.labels.items() if key.startswith(prefix)}
-
-
 def host_facts() -> HostFacts:
     """What decides whether a checkpoint made here can run elsewhere. Never raises: an unknown fact is empty."""
     machine = os.uname()
     flags, cpus = _cpu()
-    free = HostFacts(
+    return HostFacts(
         hostname=socket.gethostname(),
         arch=machine.machine,
         kernel=machine.release,
@@ -163,7 +161,6 @@ def host_facts() -> HostFacts:
         memory_available_bytes=_memory_available_bytes(),
         boot_id=_first_line("/proc/sys/kernel/random/boot_id"),
     )
-    return free
 
 
 def store_free_bytes(facts: HostFacts, root: Path) -> HostFacts:
@@ -178,6 +175,7 @@ def store_free_bytes(facts: HostFacts, root: Path) -> HostFacts:
     return replace(facts, store_free_bytes=space.f_bavail * space.f_frsize)
 
 
+@cache
 def _criu_version() -> str:
     try:
         from ckpt.criu import features

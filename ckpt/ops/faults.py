@@ -27,7 +27,7 @@ def point(name: str) -> None:
     if not wanted:
         return
     for item in wanted.split(","):
-        step, _, action = item.strip().partition(":")
+        step, _, action = item.strip().rpartition(":")
         if step == name:
             _strike(name, action)
 

@@ -110,23 +110,27 @@ def settle(job: Job) -> str:
         return "gone"
     facts = job.facts
     kind = str(facts.get("kind", ""))
-    migration = kind.startswith("migrate")
     if not kind or job.state in FINAL:
-        if not migration or _is_old(job):
-            remove(job)
+        remove(job)
         return "gone"
     if committed(job):
-        if migration:
+        if kind == "migrate-source":
             return "left"
-        _finish(job, kind, registry.by_name(str(facts["engine"])), facts)
+        if kind == "migrate-destination":
+            if job.state == "commit":
+                _finish(job, "restore", registry.by_name(str(facts["engine"])), facts)
+                job.write("running", by="guard")
+            elif _is_old(job):
+                remove(job)
+            return "left"
+        _finish(job, kind, registry.by_name(str(facts.get("engine", ""))), facts)
         job.write("done", by="guard")
         remove(job)
         return "finished"
-    registry.by_name(str(facts["engine"])).rollback(job)
+    registry.by_name(str(facts.get("engine", ""))).rollback(job)
     job.write("rolled-back", by="guard")
     keep_logs(job, str(facts.get("name", "")))
-    if not migration:
-        remove(job)
+    remove(job)
     return "undone"
 
 
@@ -196,8 +200,10 @@ def keep_logs(job: Job, name: str, stage: Path | None = None) -> Path | None:
     Returns:
         The new directory; None when there is no log, or no place for one.
     """
-    places = [job.directory, job.directory / "work", *([stage, stage / "checkpoint"] if stage else [])]
-    logs = [path for place in places if place.is_dir() for path in sorted(place.glob("*.log")) if path.is_file() and path.stat().st_size]
+    # One level below too: engines give CRIU a work directory within the job's.
+    places = [job.directory, *([stage] if stage else [])]
+    found = (path for place in places for pattern in ("*.log", "*/*.log") for path in sorted(place.glob(pattern)))
+    logs = [path for path in found if path.is_file() and path.stat().st_size]
     if not logs:
         return None
     stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.gmtime())
@@ -231,9 +237,11 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
         return  # it went on before the commit
     job.decide("0")
     wanted = kind == "restore"
+    identity = str(facts.get("new_container_id") or facts.get("container_id") or "")
     deadline = time.monotonic() + FINISH_LIMIT_S
     while True:
-        runs = any(c.id == facts.get("container_id") and _runs(engine, c) for c in engine.find(str(facts.get("container_id"))))
+        there = {c.id: c for text in (identity, str(facts.get("name", ""))) if text for c in engine.find(text)}
+        runs = any(_runs(engine, c) for c in there.values() if not identity or c.id == identity)
         if runs == wanted:
             return
         if time.monotonic() > deadline:

@@ -85,7 +85,7 @@ def _named(prefix: str) -> NamedEngine:
 
 
 def _implicit() -> list[NamedEngine]:
-    return [engine for engine in registry.usable() if "pid" not in engine.prefixes]
+    return registry.usable(lambda engine: "pid" not in engine.prefixes)
 
 
 def _matches(candidates: Iterable[NamedEngine], name: str) -> list[Resolved]:

@@ -212,9 +212,11 @@ class Upload:
 
     def __enter__(self) -> Self:
         self._channel, self._pending = self._peer._begin(self._verb, self._args)
-        if not self._peer._wait(lambda: self._pending.ready or self._pending.done, self._timeout_s) or self._pending.done:
-            self._peer._result(self._verb, self._channel, self._pending, 0)
-            raise TransferFailed(f"{self._peer.name} takes no files for {self._verb!r}")
+        if not self._peer._wait(lambda: self._pending.ready or self._pending.done, self._timeout_s):
+            self._give_up("it was not ready in time", 0)
+            raise self._peer.link.failure() if self._peer._ended else TransferFailed(f"{self._peer.name} was not ready within {self._timeout_s:g} s")
+        if not self._pending.ready:
+            self._refused()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -222,14 +224,17 @@ class Upload:
             self._control(Kind.DONE, {})
             self.result = self._peer._result(self._verb, self._channel, self._pending, self._timeout_s)
             return
+        self._give_up(str(error)[:500], _GIVE_UP_S)
+
+    def _give_up(self, why: str, patience_s: float) -> None:
+        """Tell the handler, and give it a moment to clean up, so that what is called next does not meet it at work."""
         if self._peer._ended or self._pending.done:
             return
-        # The handler is told, and given a moment to clean up, so that what is called next does not meet it at work.
         try:
-            self._peer.link.send_json(Kind.ABORT, self._channel, {"message": str(error)[:500]})
+            self._peer.link.send_json(Kind.ABORT, self._channel, {"message": why})
         except CkptError:
             return
-        self._peer._wait(lambda: self._pending.done, _GIVE_UP_S)
+        self._peer._wait(lambda: self._pending.done, patience_s)
 
     def send_stage(self, stage: Path, members: Iterable[str], *, on_bytes: Callable[[int], None] = lambda done: None) -> None:
         """Send files beneath `stage`; a directory among the members means every file in it.
@@ -275,9 +280,12 @@ class _Channel:
     def control(self, kind: Kind, value: dict[str, Any]) -> None:
         self._upload._control(kind, value)
 
-    def data(self, offset: int, data: Buffer) -> None:
+    def buffer(self) -> bytearray:
+        return self._upload._peer.link.pool.take()
+
+    def data(self, offset: int, data: Buffer, lease: bytearray) -> None:
         self._upload._refused()
-        self._upload._peer.link.send_data(self._upload._channel, offset, data, compress=self._upload._peer.compress)
+        self._upload._peer.link.send_data(self._upload._channel, offset, data, compress=self._upload._peer.compress, lease=lease)
 
 
 class _Ssh:

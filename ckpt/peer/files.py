@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from ckpt.errors import TransferFailed
-from ckpt.peer.frames import PIPE_BYTES, Buffer, Frame, Kind
+from ckpt.peer.frames import CHUNK_BYTES, PIPE_BYTES, Buffer, Frame, Kind
 
-CHUNK_BYTES: Final = 1 << 20
 MAX_PATH_BYTES: Final = 1024
 MAX_DEPTH: Final = 16
 _ZEROS: Final = memoryview(bytes(CHUNK_BYTES))
@@ -32,7 +31,9 @@ class Carrier(Protocol):
 
     def control(self, kind: Kind, value: dict[str, object]) -> None: ...
 
-    def data(self, offset: int, data: Buffer) -> None: ...
+    def buffer(self) -> bytearray: ...
+
+    def data(self, offset: int, data: Buffer, lease: bytearray) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,15 @@ def send_file(carrier: Carrier, stage: Path, member: str, *, on_bytes: Callable[
                 on_bytes(start - done)
             done = start
             while done < end:
-                data = os.pread(fd, min(CHUNK_BYTES, end - done), done)
-                if not data:
+                lease = carrier.buffer()
+                count = os.preadv(fd, [memoryview(lease)[: end - done]], done)
+                if not count:
                     raise TransferFailed(f"cannot send {member}: it became shorter while it was read")
+                data = memoryview(lease)[:count]
                 digest.update(data)
-                carrier.data(done, data)
-                done += len(data)
-                on_bytes(len(data))
+                carrier.data(done, data, lease)
+                done += count
+                on_bytes(count)
         _hash_zeros(digest, about.st_size - done)
         if about.st_size > done:
             on_bytes(about.st_size - done)
@@ -124,26 +127,34 @@ def send_stream(carrier: Carrier, path: str, stream: BinaryIO, *, on_bytes: Call
     digest = hashlib.sha256()
     done = 0
     try:
-        while data := _read_full(stream):
+        while count := _fill(stream, lease := carrier.buffer()):
+            data = memoryview(lease)[:count]
             digest.update(data)
-            carrier.data(done, data)
-            done += len(data)
-            on_bytes(len(data))
+            carrier.data(done, data, lease)
+            done += count
+            on_bytes(count)
     except OSError as error:
         raise TransferFailed(f"cannot read what becomes {path}: {error.strerror}") from error
     carrier.control(Kind.END, {"size": done, "sha256": digest.hexdigest()})
     return digest.hexdigest()
 
 
-def _read_full(stream: BinaryIO) -> Buffer:
-    """A whole chunk, so that the 64 KiB pieces of a pipe do not become small frames; shorter only at the end."""
-    data = stream.read(CHUNK_BYTES)
-    if not data or len(data) >= CHUNK_BYTES // 4:
-        return data
-    gathered = bytearray(data)
-    while len(gathered) < CHUNK_BYTES and (data := stream.read(CHUNK_BYTES - len(gathered))):
-        gathered += data
-    return gathered
+def _fill(stream: BinaryIO, buffer: bytearray) -> int:
+    """Fill the buffer, so that the 64 KiB pieces of a pipe do not become small frames; fewer bytes only at the end."""
+    view = memoryview(buffer)
+    readinto = getattr(stream, "readinto", None)
+    done = 0
+    while done < len(view):
+        if readinto is not None:
+            count = int(readinto(view[done:]) or 0)
+        else:
+            piece = stream.read(len(view) - done)
+            count = len(piece)
+            view[done : done + count] = piece
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -210,6 +221,7 @@ class Receiver:
         self._fd = -1
         self._sink: BinaryIO | None = None
         self._mode = 0
+        self._size: int | None = None
         self._position = 0
         self._total_bytes = 0
         self._digest = hashlib.sha256()
@@ -262,6 +274,7 @@ class Receiver:
         if self._max_bytes is not None and isinstance(size, int) and self._total_bytes + size > self._max_bytes:
             raise TransferFailed(f"{path!r} makes the transfer larger than the {self._max_bytes} bytes allowed")
         self._seen.add(path)
+        self._size = size if isinstance(size, int) else None
         self._mode = mode & 0o7777 if isinstance(mode, int) else 0o600
         self._position = 0
         self._digest = hashlib.sha256()
@@ -300,15 +313,13 @@ class Receiver:
         data = memoryview(frame.data())
         self._skip_to(frame.offset, len(data))
         self._digest.update(data)
-        if self._sink is not None:
-            self._sink.write(data)
-        else:
-            at = self._position
-            rest = data
-            while rest:
-                count = os.pwrite(self._fd, rest, at)
-                rest = rest[count:]
-                at += count
+        at = self._position
+        rest = data
+        while rest:
+            # An unbuffered stream may take a part, as write(2) may.
+            count = os.pwrite(self._fd, rest, at) if self._sink is None else self._sink.write(rest)
+            rest = rest[count:]
+            at += count
         self._position += len(data)
         self._total_bytes += len(data)
         self._on_bytes(self._total_bytes)
@@ -318,8 +329,10 @@ class Receiver:
         hole = offset - self._position
         if self._max_bytes is not None and self._total_bytes + hole + more_bytes > self._max_bytes:
             raise TransferFailed(f"the transfer is larger than the {self._max_bytes} bytes allowed")
-        if hole and self._sink is not None:
+        if hole and (self._size is None or self._sink is not None):
             raise TransferFailed(f"the other side sent a hole in a stream: {self._path}")
+        if self._size is not None and offset + more_bytes > self._size:
+            raise TransferFailed(f"{self._path} is larger than announced")
         _hash_zeros(self._digest, hole)
         self._position = offset
         self._total_bytes += hole
@@ -327,7 +340,7 @@ class Receiver:
     def _finish(self, frame: Frame) -> None:
         value = frame.json()
         size, sha256 = value.get("size"), value.get("sha256")
-        if self._path is None or not isinstance(size, int) or size < self._position:
+        if self._path is None or not isinstance(size, int) or size < self._position or size != (self._size or size):
             raise TransferFailed("the other side ended a file that it did not begin, or with a wrong size")
         self._skip_to(size, 0)
         if self._sink is not None:

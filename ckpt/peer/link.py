@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from ckpt.errors import CannotConnect, CkptError, TransferFailed
 from ckpt.peer import messages
-from ckpt.peer.frames import ZSTD, Buffer, Frame, FrameReader, FrameWriter, Kind, message, prepare
+from ckpt.peer.frames import ZSTD, Buffer, BufferPool, Frame, FrameReader, FrameWriter, Kind, have_zstd, message, prepare
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def _compressed(frame: Frame) -> Frame:
     packed: bytes = compressor.compress(view)
     if len(packed) > _WORTH * len(view):
         return frame
-    return Frame(frame.kind, frame.channel, packed, frame.offset, frame.flags | ZSTD, len(view))
+    return Frame(frame.kind, frame.channel, packed, frame.offset, frame.flags | ZSTD, len(view), frame.lease)
 
 
 class Link:
@@ -123,7 +123,10 @@ class Link:
         self._beat_s = beat_s
         self._stop = threading.Event()
         self._ended = threading.Lock()
-        self._reader = FrameReader(inp, silence_s=link_timeout_s, stopped=self._stop.is_set)
+        self._shaken = False
+        self._write_error: CkptError | None = None
+        self.pool = BufferPool()
+        self._reader = FrameReader(inp, silence_s=link_timeout_s, stopped=self._stop.is_set, pool=self.pool)
         self._writer = FrameWriter(out, stopped=self._stop.is_set)
         self._outbox: ByteQueue[Frame | Future[Frame]] = ByteQueue()
         self._pool: ThreadPoolExecutor | None = None
@@ -160,6 +163,9 @@ class Link:
             return False
         self.remote = frame.json()
         messages.check_hello(self.remote)
+        self._shaken = True
+        if self._write_error is not None:
+            self._broken(self._write_error)
         self._start(self._read_loop, "ckpt-link-reader")
         return True
 
@@ -176,10 +182,14 @@ class Link:
         """Queue a control message."""
         self.send(message(kind, channel, value or {}))
 
-    def send_data(self, channel: int, offset: int, data: Buffer, *, compress: bool) -> None:
-        """Queue a piece of a file; compression runs on all cores and keeps the order."""
-        frame = Frame(Kind.DATA, channel, data, offset)
-        if not (compress and self.remote.get("zstd") and messages.have_zstd()):
+    def send_data(self, channel: int, offset: int, data: Buffer, *, compress: bool, lease: bytearray | None = None) -> None:
+        """Queue a piece of a file; compression runs on all cores and keeps the order.
+
+        Args:
+            lease: the buffer of `pool` that `data` lies in; it goes back there once sent.
+        """
+        frame = Frame(Kind.DATA, channel, data, offset, lease=lease)
+        if not (compress and self.remote.get("zstd") and have_zstd()):
             self._put(frame, len(data))
             return
         if self._pool is None:
@@ -203,11 +213,19 @@ class Link:
                     return
                 if item is None:
                     item = Frame(Kind.BEAT)
-                self._writer.write(item.result() if isinstance(item, Future) else item)
+                frame = item.result() if isinstance(item, Future) else item
+                self._writer.write(frame)
+                self.pool.give(frame.lease)
         except CkptError as error:
-            self._broken(error)
+            self._unsent(error)
         except Exception as error:
-            self._broken(TransferFailed(f"cannot send: {type(error).__name__}: {error}"))
+            self._unsent(TransferFailed(f"cannot send: {type(error).__name__}: {error}"))
+
+    def _unsent(self, cause: CkptError) -> None:
+        # Before the hello the reader finds the end by itself, and ssh's exit status tells more than a broken pipe does.
+        self._write_error = cause
+        if self._shaken:
+            self._broken(cause)
 
     def _read_loop(self) -> None:
         try:
@@ -241,22 +259,21 @@ class Link:
         self._broken(TransferFailed("ended by a signal"))
 
     def close(self, *, goodbye: bool, timeout_s: float = 5.0) -> None:
-        """End the link. With `goodbye` everything queued is sent first, and a BYE after it."""
+        """End the link. With `goodbye` everything queued is sent first, then a BYE, and the other side's BYE is waited for."""
         deadline_s = time.monotonic() + timeout_s
-        if goodbye and self.error is None:
+        goodbye = goodbye and self.error is None
+        if goodbye:
             self._outbox.put(Frame(Kind.BYE))
         self._outbox.close(drop=not goodbye)
-        current = threading.current_thread()
-        for thread in self._threads[:1]:  # the writer drains its queue first
-            if goodbye and thread is not current:
+        if goodbye:
+            for thread in self._threads:  # the writer comes first
                 thread.join(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
         for thread in self._threads:
-            if thread is not current:
-                thread.join(2.0)
+            thread.join(2.0)
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        if all(not thread.is_alive() or thread is current for thread in self._threads):
+        if not any(thread.is_alive() for thread in self._threads):
             for fd in self._fds:
                 os.close(fd)
         self._fds = set()

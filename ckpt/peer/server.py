@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Final
 
-from ckpt.errors import CkptError, FeatureMissing, TransferFailed
+from ckpt.errors import CkptError, FeatureMissing, TransferFailed, UsageError
 from ckpt.events import Event
 from ckpt.peer import messages
 from ckpt.peer.files import Allow, ReceivedFile, Receiver
@@ -98,7 +98,11 @@ class Session:
                     frame = self._inbox.get()
                 except Closed:
                     raise self._link.failure() from None
-                if frame is not None and not receiver.take(frame):
+                if frame is None:
+                    continue
+                more = receiver.take(frame)
+                self._link.pool.give(frame.lease)
+                if not more:
                     return receiver.files
         finally:
             receiver.close()
@@ -233,6 +237,8 @@ def main(handlers: Mapping[str, Handler], *, concurrent: Collection[str] = ()) -
     Afterwards stdin is empty and stdout is stderr, for this process and its children: only frames go out. SIGTERM, SIGHUP and SIGINT
     end the session as a cut link would, so that what hangs on it is undone.
     """
+    if os.isatty(0) or os.isatty(1):
+        raise UsageError("`ckpt peer` is started by ckpt on another host", hint="see ckpt migrate")
     inp, out = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -68,7 +68,18 @@ def put(path: Path, data: bytes = b"original\n", mode: int = 0o644) -> None:
 
 
 def make_lower(top: Path, bottom: Path) -> None:
-    for name in ("data/state", "data/gone", "data/keep", "etc/motd", "dir/a", "dir/sub/b", "tofile/x/y", "renamed/one", "renamed/deep/two", "meta/file"):
+    for name in (
+        "data/state",
+        "data/gone",
+        "data/keep",
+        "etc/motd",
+        "dir/a",
+        "dir/sub/b",
+        "tofile/x/y",
+        "renamed/one",
+        "renamed/deep/two",
+        "meta/file",
+    ):
         put(bottom / name)
     put(bottom / "todir")
     put(bottom / "opaque/old")

@@ -59,8 +59,9 @@ def outcome_row(outcome: Outcome, *, id_of: str) -> Row:
     manifest = outcome.checkpoint.manifest if outcome.checkpoint else None
     container = outcome.container
     checkpoint_id = manifest.id if manifest else None
-    container_id = container.id if container else manifest.container_id if manifest else None
     stats = dict(outcome.stats)
+    # A migration's container lives on the destination, under the id that it got there.
+    container_id = stats.get("container_id") or (container.id if container else manifest.container_id if manifest else None)
     return {
         "name": outcome.target,
         "id": (checkpoint_id or container_id) if id_of == "checkpoint" else (container_id or checkpoint_id),

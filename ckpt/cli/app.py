@@ -1,0 +1,60 @@
+"""The top of the command tree. Verbs are loaded when they are used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Final
+
+import click
+
+from ckpt import __version__
+from ckpt.cli.common import global_options
+
+VERBS: Final = {
+    "checkpoint": "ckpt.cli.checkpoint",
+    "restore": "ckpt.cli.restore",
+    "export": "ckpt.cli.export",
+    "import": "ckpt.cli.import_",
+    "migrate": "ckpt.cli.migrate",
+    "check": "ckpt.cli.check",
+    "list": "ckpt.cli.list_",
+    "inspect": "ckpt.cli.inspect",
+    "rm": "ckpt.cli.rm",
+    "peer": "ckpt.cli.peer",
+    "guard": "ckpt.cli.guard",
+}
+"""Verb -> module, in the order of the help. The module's `command` is the verb."""
+HIDDEN: Final = frozenset({"peer", "guard"})
+
+
+class LazyGroup(click.Group):
+    """Imports a verb's module only when that verb (or the whole help) is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = VERBS.get(cmd_name)
+        if module is None:
+            return None
+        command = importlib.import_module(module).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            close = difflib.get_close_matches(args[0], [name for name in VERBS if name not in HIDDEN])
+            ctx.fail(f"there is no verb {args[0]!r}" + (f", did you mean {' or '.join(close)}?" if close else ""))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@global_options
+@click.version_option(__version__, "-V", "--version", prog_name="ckpt", message="%(prog)s %(version)s")
+def app(**options: object) -> None:
+    """Save running containers and process trees with CRIU, bring them back, and move them between hosts.
+
+    A TARGET is a container's name or id (web), with its engine where that is not clear (podman:web, runc:web), or a process tree
+    (pid:1234). A CHECKPOINT in the store is web (the newest of web), web@2, or an id.
+    """

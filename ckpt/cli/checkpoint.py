@@ -1,0 +1,153 @@
+"""`ckpt checkpoint`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckpt.cli.common import Session, all_and_latest, dump_options, one_way, state_options, targets_argument, verb
+from ckpt.cli.export import compress_options, destination
+from ckpt.cli.render.rows import Row
+from ckpt.errors import CkptError, UsageError
+from ckpt.model import DumpOptions, Target
+
+if TYPE_CHECKING:
+    from ckpt.ops.result import Outcome
+
+_SUFFIXES = {"zstd": ".tar.zst", "gzip": ".tar.gz", "none": ".tar"}
+_CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrite_time_us", "pages_scanned", "pages_written")
+
+
+@verb(
+    "checkpoint",
+    examples=(
+        ("ckpt checkpoint web", "save web to the store and end it"),
+        ("ckpt checkpoint -R web", "save it, let it run on"),
+        ("ckpt checkpoint -a", "save all running containers"),
+        ("ckpt checkpoint -e web.tar.zst web", "save to an archive instead of the store"),
+        ("ckpt checkpoint pid:1234", "save a process tree"),
+    ),
+)
+@targets_argument()
+@all_and_latest("running container")
+@click.option("-R", "--leave-running", is_flag=True, help="Let it run on after the dump.")
+@click.option("-e", "--export", "export_to", metavar="FILE", help="Write an archive (a file, a directory, or - for stdout), not to the store.", type=click.Path())
+@compress_options
+@state_options()
+@click.option("-k", "--keep", is_flag=True, help="Accepted for podman's sake: the store always keeps CRIU's logs.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first container that fails.")
+@click.option("--print-stats", is_flag=True, help="Print podman's JSON of times (microseconds) and pages instead of names.")
+def command(
+    session: Session,
+    targets: tuple[str, ...],
+    every: bool,
+    latest: bool,
+    leave_running: bool,
+    export_to: str | None,
+    compress: str | None,
+    level: int | None,
+    keep: bool,
+    fail_fast: bool,
+    print_stats: bool,
+    **state: Any,
+) -> int:
+    """Save running containers or process trees.
+
+    The checkpoint goes to the store, and the container ends (unless -R). When saving fails, the container runs on. What its restore
+    needs (TCP connections, file locks, a terminal) is found out by looking; options override that.
+    """
+    one_way(targets, every=every, latest=latest, what="target")
+    if export_to is None and (compress or level is not None):
+        raise UsageError("--compress and --level go with --export")
+    options = dump_options(session, leave_running=leave_running, **state)
+    session_targets = [Target.parse(target) for target in targets]
+    if export_to is not None:
+        output = _place(export_to, several=every or len(targets) > 1)
+        session.need_root()
+        if every or latest:
+            targets = _chosen(every)
+        outcomes = _export(session, targets, output, compress or session.settings.compress, level, options, fail_fast)
+    else:
+        session.need_root()
+        from ckpt.ops import checkpoint as use_case
+
+        outcomes = use_case.checkpoint(
+            session_targets, all=every, latest=latest, options=options, store_root=session.store_root, emit=session.emit, keep_going=not fail_fast
+        )
+    return session.finish(outcomes, id_of="checkpoint", stats=_stats if print_stats else None)
+
+
+def _place(export_to: str, *, several: bool) -> str:
+    """Where to export to. Several archives do not fit into one file (podman lets the last one win)."""
+    if several and not os.path.isdir(export_to):
+        raise UsageError(f"several containers cannot go into one archive {export_to}", hint="name a directory that exists: each gets a file of its own there")
+    return export_to
+
+
+def _chosen(every: bool) -> tuple[str, ...]:
+    from ckpt.ops import resolve
+
+    found = resolve.all_running() if every else [resolve.latest()]
+    return tuple(resolve.qualified(engine, container, among=found) for engine, container in found)
+
+
+def _export(
+    session: Session, targets: Sequence[str], output: str, compress: str, level: int | None, options: DumpOptions, fail_fast: bool
+) -> list[Outcome]:
+    from ckpt.ops import export as use_case
+    from ckpt.ops.result import failure
+
+    outcomes: list[Outcome] = []
+    for target in targets:
+        name = Target.parse(target).name.replace("/", "_")
+        file = os.path.join(output, name + _SUFFIXES[compress]) if output != "-" and os.path.isdir(output) else output
+        # Qualified: this is about what runs, not about a checkpoint of that name in the store.
+        ref = target if Target.parse(target).engine else _qualified(target)
+        try:
+            outcome = use_case.export(
+                ref, destination(session, file), compress=compress, level=level, leave_running=options.leave_running, options=options,
+                store_root=session.store_root, emit=session.emit,
+            )  # fmt: skip
+        except CkptError as error:
+            outcome = failure(target, error)
+        outcomes.append(_retarget(outcome, target))
+        if fail_fast and not outcome.ok:
+            break
+    return outcomes
+
+
+def _qualified(target: str) -> str:
+    from ckpt.ops import resolve
+
+    engine, container = resolve.resolve(Target.parse(target))
+    return resolve.qualified(engine, container)
+
+
+def _retarget(outcome: Outcome, target: str) -> Outcome:
+    from dataclasses import replace
+
+    return replace(outcome, target=target)
+
+
+def _stats(rows: Sequence[Row]) -> object:
+    """Podman's `container checkpoint --print-stats` (pkg/domain/entities/types: CheckpointReport), times in microseconds."""
+    return {
+        "podman_checkpoint_duration": sum(microseconds(row["stats"].get("total_s")) for row in rows),
+        "container_statistics": [
+            {
+                "Id": row["container_id"],
+                "runtime_checkpoint_duration": microseconds(row["stats"].get("dump_s", row["stats"].get("total_s"))),
+                "criu_statistics": {key.removesuffix("_us"): row["stats"].get(key, 0) for key in _CRIU_STATS},
+            }
+            for row in rows
+        ],
+    }
+
+
+def microseconds(seconds: float | None) -> int:
+    return round((seconds or 0.0) * 1e6)
+
+

@@ -1,0 +1,206 @@
+"""What all verbs share: the session (settings, output), groups of options, and how outcomes become an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ckpt import config
+from ckpt.cli import completion
+from ckpt.cli.render.reporter import Lines, Reporter
+from ckpt.cli.render.rows import OUTCOME_FIELDS, Row, outcome_row
+from ckpt.errors import Bug, CkptError, DoneWithWarnings, NeedsContinue, PermissionDenied, StateUnknown, UsageError
+from ckpt.events import Event
+from ckpt.model import DumpOptions
+
+if TYPE_CHECKING:
+    from ckpt.ops.result import Outcome
+
+F = TypeVar("F", bound=Callable[..., Any])
+_GRAVE = (StateUnknown, NeedsContinue, Bug)
+"""Of several failures these decide the exit code: what is left to do matters more than what came first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One run of a verb."""
+
+    settings: config.Settings
+    reporter: Reporter
+
+    @property
+    def store_root(self) -> Path:
+        return self.settings.store
+
+    def emit(self, event: Event) -> None:
+        self.reporter.emit(event)
+
+    def need_root(self) -> None:
+        """Raises PermissionDenied for anybody else: engines and CRIU are root's."""
+        if os.geteuid() != 0:
+            raise PermissionDenied("this needs root: CRIU and the system's containers are root's", where="nothing was touched", hint="run it with sudo")
+
+    def finish(self, outcomes: Sequence[Outcome], *, id_of: str = "container", table: Lines | None = None, stats: Callable[[Sequence[Row]], object] | None = None) -> int:
+        """Show the outcomes and return the exit code.
+
+        Args:
+            id_of: whose id `-q` and `.ID` give, "checkpoint" or "container".
+            table: the lines for a person; without it the name that was typed, one a line.
+            stats: makes the document of `--print-stats`.
+        """
+        rows = [outcome_row(outcome, id_of=id_of) for outcome in outcomes]
+        code = exit_code(outcomes)
+        good = [row for row in rows if row["ok"]]
+        if stats is not None:
+            self.reporter.document(stats(good))
+        else:
+            machine = self.reporter.kind in ("json", "jsonl")
+            self.reporter.show(rows if machine else good, table=table or names, exit_code=code)
+        for outcome in outcomes:
+            for warning in outcome.warnings:
+                self.reporter.warning(f"{outcome.target}: {warning}")
+            if outcome.error is not None:
+                self.reporter.error(outcome.error)
+        return code
+
+
+def names(rows: Sequence[Row]) -> Iterable[str]:
+    """The name the user typed, one a line."""
+    return [row["name"] for row in rows]
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0, or the gravest failure's code, or the first one's; warnings alone give 100."""
+    errors = [outcome.error or CkptError("failed") for outcome in outcomes if not outcome.ok]
+    for kind in _GRAVE:
+        if any(isinstance(error, kind) for error in errors):
+            return kind.exit_code
+    if errors:
+        return errors[0].exit_code
+    return DoneWithWarnings.exit_code if any(outcome.warnings for outcome in outcomes) else 0
+
+
+class Verb(click.Command):
+    """A verb with the examples that its man page and `--help` show."""
+
+    examples: tuple[tuple[str, str], ...] = ()
+    """(command line, what it does)"""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write_dl(list(self.examples), col_max=44)
+
+
+def global_options(function: F) -> F:
+    """The options that stand before or after the verb."""
+    for option in reversed((
+        click.option("--format", "fmt", metavar="FORMAT", help="table, json, jsonl, or a template like '{{.Name}} {{.ID}}'."),
+        click.option("-q", "--quiet", is_flag=True, default=None, help="Only ids on stdout, no progress."),
+        click.option("--store", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store (default /var/lib/ckpt, or CKPT_STORE)."),
+        click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much of the log to show on stderr."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def verb(name: str, *, fields: Sequence[str] = OUTCOME_FIELDS, examples: Sequence[tuple[str, str]] = ()) -> Callable[[Callable[..., int]], click.Command]:
+    """Make a click command of a function that takes a `Session` and the options, and returns the exit code."""
+
+    def wrap(function: Callable[..., int]) -> click.Command:
+        def callback(fmt: str | None, quiet: bool | None, store: Path | None, log_level: str | None, **options: Any) -> int:
+            outer = _outer()
+            session = _session(
+                name, fields, fmt or outer.get("fmt") or "table", bool(quiet or outer.get("quiet")), store or outer.get("store"), log_level or outer.get("log_level")
+            )
+            with session.reporter:
+                try:
+                    return function(session, **options)
+                except CkptError as error:
+                    session.reporter.failed(error)
+                    raise
+
+        callback.__doc__ = function.__doc__
+        # click keeps the options of the decorators below this one here, until the command is made.
+        callback.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+        command = click.command(name, cls=Verb)(global_options(callback))
+        command.params.sort(key=lambda param: isinstance(param, click.Option) and param.name in ("fmt", "quiet", "store", "log_level"))
+        command.examples = tuple(examples)
+        return command
+
+    return wrap
+
+
+def _outer() -> dict[str, Any]:
+    parent = click.get_current_context().parent
+    return parent.params if parent else {}
+
+
+def _session(name: str, fields: Sequence[str], fmt: str, quiet: bool, store: Path | None, log_level: str | None) -> Session:
+    reporter = Reporter(name, fmt, fields, quiet=quiet)
+    settings = config.load()
+    if store is not None:
+        settings = replace(settings, store=Path(os.path.abspath(store)))
+    logging.getLogger("ckpt").setLevel((log_level or settings.log_level).upper())
+    return Session(settings, reporter)
+
+
+def _flag(name: str, help: str) -> Callable[[F], F]:
+    """`--name/--no-name`, unset by default: then ckpt finds out."""
+    return click.option(f"--{name}/--no-{name}", default=None, help=help)
+
+
+def state_options(*, restoring: bool = False) -> Callable[[F], F]:
+    """What a dump saves, or a restore brings back, beyond memory."""
+    found = "as the checkpoint says" if restoring else "found out by looking"
+
+    def add(function: F) -> F:
+        for option in reversed((
+            _flag("tcp-established", f"Keep established TCP connections (default: {found})."),
+            _flag("file-locks", f"Keep file locks (default: {found})."),
+            click.option("--ignore-rootfs", is_flag=True, help="Leave out changes to the root file system."),
+            click.option("--ignore-volumes", is_flag=True, help="Leave out the content of named volumes."),
+            timeout_option,
+        )):  # fmt: skip
+            function = option(function)
+        return function
+
+    return add
+
+
+timeout_option = click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time for a dump or restore (default 200).")
+
+
+def dump_options(session: Session, **given: Any) -> DumpOptions:
+    timeout_s = given.pop("timeout_s", None)
+    return DumpOptions(timeout_s=timeout_s if timeout_s is not None else session.settings.timeout_s, **given)
+
+
+def all_and_latest(what: str) -> Callable[[F], F]:
+    def add(function: F) -> F:
+        function = click.option("-l", "--latest", is_flag=True, help=f"The newest {what}.")(function)
+        return click.option("-a", "--all", "every", is_flag=True, help=f"Every {what}.")(function)
+
+    return add
+
+
+def targets_argument(*, name: str = "targets") -> Callable[[F], F]:
+    return click.argument(name, nargs=-1, metavar="[TARGET]...", shell_complete=completion.containers)
+
+
+def one_way(given: Sequence[str], *, every: bool = False, latest: bool = False, what: str) -> None:
+    """Exactly one of names, --all and --latest. Raises UsageError."""
+    ways = [bool(given), every, latest]
+    if sum(ways) > 1:
+        raise UsageError(f"give {what}s, --all or --latest, not several of these")
+    if not any(ways):
+        raise UsageError(f"which {what}?", hint=f"name one, see {click.get_current_context().command_path} --help")
+    empty = [name for name in given if not name.strip()]
+    if empty:
+        raise UsageError(f"an empty name is no {what}")

@@ -1,0 +1,94 @@
+"""`ckpt migrate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckpt.cli import completion
+from ckpt.cli.common import Session, timeout_option, verb
+from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
+from ckpt.cli.render.tables import migrated_line
+from ckpt.cli.render.units import clean
+from ckpt.errors import UsageError
+from ckpt.model import Target
+
+if TYPE_CHECKING:
+    from ckpt.ops.migrate import MigrateOptions
+
+
+@verb(
+    "migrate",
+    fields=(*OUTCOME_FIELDS, *(field for field in PLAN_FIELDS if field not in OUTCOME_FIELDS)),
+    examples=(
+        ("ckpt migrate web root@b", "move web to host b"),
+        ("ckpt migrate --dry-run web root@b", "say what would be done"),
+        ("ckpt migrate --continue 20261121T120311-1a2b3c4d", "finish one that was cut after its point of no return"),
+    ),
+)
+@click.argument("target", required=False, shell_complete=completion.containers)
+@click.argument("destination", required=False, metavar="[USER@]HOST[:PORT]")
+@click.option("--continue", "job_id", metavar="ID", help="Finish a migration that was cut; the error that it ended with names the ID.")
+@click.option("--dry-run", is_flag=True, help="Print the steps, do nothing.")
+@click.option("-n", "--name", metavar="NAME", help="Name on the destination (default: the same).")
+@click.option("--keep-source", is_flag=True, help="Keep the ended container (and its volumes) on the source.")
+@click.option("--tcp-established/--no-tcp-established", default=None, help="Keep established TCP connections (default: found out by looking).")
+@click.option("--file-locks/--no-file-locks", default=None, help="Keep file locks (default: found out by looking).")
+@click.option("--ignore-volumes", is_flag=True, help="Leave the content of named volumes behind.")
+@click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports on the destination.")
+@click.option("--ssh-option", "ssh_options", multiple=True, metavar="OPTION", help="An option for ssh -o (Port=2222). Can be repeated.")
+@timeout_option
+def command(
+    session: Session,
+    target: str | None,
+    destination: str | None,
+    job_id: str | None,
+    dry_run: bool,
+    timeout_s: float | None,
+    ssh_options: tuple[str, ...],
+    **given: Any,
+) -> int:
+    """Move a running container to another host that runs ckpt too, over ssh.
+
+    Both hosts are checked first. The container image, changed files, volumes and memory are copied, the copy is restored and held there,
+    and only when it stands ready the switch is made: there is never more than one running copy, and never none. When something fails
+    before the switch, the source runs on.
+    """
+    if job_id is not None:
+        if target or destination or dry_run:
+            raise UsageError("--continue ID needs no target and no destination")
+        session.need_root()
+        from ckpt.ops import migrate as use_case
+
+        outcome = use_case.continue_(job_id, store_root=session.store_root, emit=session.emit)
+        return session.finish([outcome], table=lambda rows: _closing(rows, str(outcome.stats.get("destination", ""))))
+    if not target or not destination:
+        raise UsageError("what is to go where?", hint="ckpt migrate web root@b")
+    session.need_root()
+    from ckpt.ops import migrate as use_case
+
+    options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), **given)
+    if timeout_s is not None:
+        from dataclasses import replace
+
+        options = replace(options, timeout_s=timeout_s)
+    if dry_run:
+        return _plan(session, target, destination, options)
+    outcome = use_case.migrate(Target.parse(target), destination, options=options, store_root=session.store_root, emit=session.emit)
+    return session.finish([outcome], table=lambda rows: _closing(rows, destination))
+
+
+def _plan(session: Session, target: str, destination: str, options: MigrateOptions) -> int:
+    from ckpt.ops import migrate as use_case
+
+    steps = use_case.plan(Target.parse(target), destination, options=options)
+    row: Row = {"name": target, "plan": [{"step": name, "detail": detail} for name, detail in steps]}
+    session.reporter.show([row], table=lambda rows: [f"  {clean(name):<16} {clean(detail)}".rstrip() for name, detail in steps])
+    return 0
+
+
+def _closing(rows: Sequence[Row], destination: str) -> list[str]:
+    """The greppable closing line; of a continued migration that ended with the source running on, the name alone."""
+    return [migrated_line(row["name"], destination, row["stats"]) if destination else row["name"] for row in rows]

@@ -1,0 +1,88 @@
+"""`ckpt restore`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt.cli import completion
+from ckpt.cli.checkpoint import microseconds
+from ckpt.cli.common import Session, all_and_latest, one_way, state_options, verb
+from ckpt.cli.render.rows import Row
+from ckpt.errors import UsageError
+from ckpt.model import RestoreOptions
+
+
+@verb(
+    "restore",
+    examples=(
+        ("ckpt restore web", "the newest checkpoint of web"),
+        ("ckpt restore web@2", "an older one"),
+        ("ckpt restore -n copy web", "beside the original, under another name"),
+        ("ckpt restore -i web.tar.zst", "from an archive, podman's too"),
+    ),
+)
+@click.argument("refs", nargs=-1, metavar="[CHECKPOINT]...", shell_complete=completion.checkpoints)
+@all_and_latest("checkpoint")
+@click.option("-i", "--import", "import_file", type=click.Path(path_type=Path), metavar="FILE", help="Restore from an archive, past the store.")
+@click.option("-n", "--name", metavar="NAME", help="Give the container this name (and a new id).")
+@click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports than the checkpoint's ([IP:]HOST:CONTAINER[/PROTOCOL]).")
+@click.option("--pod", metavar="POD", help="Restore into this pod.")
+@click.option("-k", "--keep", is_flag=True, help="Keep CRIU's logs of a restore that went well.")
+@state_options(restoring=True)
+@click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
+@click.option("--ignore-static-mac", is_flag=True, help="Take a new MAC address.")
+@click.option("--print-stats", is_flag=True, help="Print podman's JSON of times (microseconds) and pages instead of names.")
+def command(
+    session: Session,
+    refs: tuple[str, ...],
+    every: bool,
+    latest: bool,
+    import_file: Path | None,
+    keep: bool,
+    print_stats: bool,
+    publish: tuple[str, ...],
+    timeout_s: float | None,
+    **given: Any,
+) -> int:
+    """Bring checkpoints back to life.
+
+    The checkpoint stays in the store. -a restores the newest checkpoint of every name that does not run.
+    """
+    if import_file is not None:
+        if refs or every or latest:
+            raise UsageError("--import takes an archive instead of a checkpoint's name, --all or --latest")
+    else:
+        one_way(refs, every=every, latest=latest, what="checkpoint")
+    if given["name"] is not None and (every or len(refs) > 1):
+        raise UsageError("--name fits one checkpoint only")
+    session.need_root()
+    options = RestoreOptions(publish=publish, timeout_s=timeout_s if timeout_s is not None else session.settings.timeout_s, **given)
+    from ckpt.ops import restore as use_case
+
+    outcomes = use_case.restore(
+        refs, all=every, latest=latest, import_file=import_file, options=options, store_root=session.store_root, emit=session.emit, keep=keep
+    )
+    return session.finish(outcomes, id_of="container", stats=_stats if print_stats else None)
+
+
+def _stats(rows: Sequence[Row]) -> object:
+    """Podman's `container restore --print-stats` (pkg/domain/entities/types: RestoreReport), times in microseconds."""
+    return {
+        "podman_restore_duration": sum(microseconds(row["stats"].get("total_s")) for row in rows),
+        "container_statistics": [
+            {
+                "Id": row["container_id"],
+                "runtime_restore_duration": microseconds(row["stats"].get("restore_s", row["stats"].get("total_s"))),
+                "criu_statistics": {
+                    "forking_time": row["stats"].get("forking_time_us", 0),
+                    "restore_time": row["stats"].get("restore_time_us", 0),
+                    "pages_restored": row["stats"].get("pages_restored", 0),
+                },
+            }
+            for row in rows
+        ],
+    }

@@ -1,0 +1,374 @@
+"""Save running containers to the store. Whatever goes wrong before the checkpoint is safe, the container goes on."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpt.archive import layout
+from ckpt.engines.base import HeldDump
+from ckpt.engines.registry import NamedEngine
+from ckpt.errors import BusyError, CkptError, DumpFailed, FeatureMissing, NoSpace, PermissionDenied, StateUnknown, UsageError
+from ckpt.events import Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.host.run import CommandFailed, Process
+from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, Finding, HostFacts, Manifest, Target
+from ckpt.ops import capture, faults, recover, resolve
+from ckpt.ops.result import Outcome, failure
+from ckpt.store.catalog import Catalog, Draft
+from ckpt.store.job import DEFAULT_ROOT, Job
+
+Keep = Callable[[Draft, Manifest], tuple[Checkpoint | None, dict[str, float | int | str]]]
+"""What makes a finished draft safe (the store, an archive file): the step after which the source may end. Returns the checkpoint, if
+one came of it, and figures."""
+
+_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError)
+
+
+def checkpoint(
+    targets: Sequence[Target],
+    *,
+    all: bool = False,
+    latest: bool = False,
+    options: DumpOptions,
+    store_root: Path = DEFAULT_ROOT,
+    emit: Emit,
+    keep_going: bool = False,
+) -> list[Outcome]:
+    """Save each target to the store and end it (or not: `options.leave_running`).
+
+    All targets are found before the first one is touched. Errors of single targets are in their outcomes; after the first one
+    the rest is left alone unless `keep_going`.
+
+    Args:
+        all: every running container, instead of `targets`.
+        latest: the container created last, instead of `targets`.
+
+    Raises:
+        CkptError: nothing could be begun at all.
+        KeyboardInterrupt: after the target at hand was brought back to running.
+    """
+    for line in recover.sweep(store_root):
+        emit(Notice("", line, warning=True))
+    found, outcomes = _find(targets, all=all, latest=latest)
+    if outcomes and not keep_going:
+        return outcomes
+    catalog = Catalog(store_root)
+
+    def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
+        return draft.commit(manifest), {}
+
+    for label, engine, container in found:
+        try:
+            outcomes.append(save(engine, container, label, options, catalog, emit, keep))
+        except CkptError as error:
+            outcomes.append(failure(label, error))
+        if not outcomes[-1].ok and not keep_going:
+            break
+    return outcomes
+
+
+def save(
+    engine: NamedEngine,
+    container: Container,
+    label: str,
+    options: DumpOptions,
+    catalog: Catalog,
+    emit: Emit,
+    keep: Keep,
+    *,
+    step: str = "store",
+) -> Outcome:
+    """Dump one container into a draft, make it safe by `keep`, then end or resume it.
+
+    Raises:
+        BusyError: it does not run.
+        DumpFailed, NoSpace, FeatureMissing: it runs on as before.
+        StateUnknown: it could not be made sure that it runs on.
+    """
+    ready(container, label)
+    chosen = settle(container, label, options, emit)
+    check(engine.preflight(container, chosen), label)
+    # These ask CRIU and the engine, so not while the container is frozen.
+    host, version = capture.host_facts(), engine.probe().version
+    job = Job.create(
+        catalog.root,
+        "checkpoint",
+        engine=engine.name,
+        container_id=container.id,
+        name=container.name or container.id,
+        leave_running=chosen.leave_running,
+    )
+    guard = recover.start_guard(job)
+    attempt = _Attempt(engine, container, label, chosen, catalog, emit, job, guard)
+    try:
+        manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), version)
+        began = time.monotonic()
+        emit(StepStarted(label, step))
+        kept, figures = keep(attempt.needed_draft(), manifest)
+        emit(StepDone(label, step, kept.ref if kept else "", time.monotonic() - began))
+        faults.point("stored")
+    except BaseException as error:
+        raise attempt.undo(error) from error
+    return attempt.finish(kept, figures)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One dump on its way, and how to undo it."""
+
+    engine: NamedEngine
+    container: Container
+    label: str
+    options: DumpOptions
+    catalog: Catalog
+    emit: Emit
+    job: Job
+    guard: Process | None
+    draft: Draft | None = None
+    held: HeldDump | None = None
+    frozen_at_s: float = 0.0
+    freeze_s: float = 0.0
+
+    def needed_draft(self) -> Draft:
+        assert self.draft is not None
+        return self.draft
+
+    def dump(self, host: HostFacts, version: str) -> Manifest:
+        """Dump and complete the stage. With leave_running the workload goes on before the digests are made."""
+        self.draft = self.catalog.begin(self.container.name or self.container.id)
+        self.job.write("dumping", draft=self.draft.id)
+        faults.point("dumping")
+        self.emit(StepStarted(self.label, "dump"))
+        self.frozen_at_s = time.monotonic()
+        self.held = self.engine.dump(self.container, self.draft.stage, self.options, self.job)
+        self.emit(Frozen(self.label, self.frozen_at_s))
+        self.job.write("held")
+        faults.point("held")
+        capture.frozen_parts(self.draft.stage, self.container, self.options, emit=self.emit, label=self.label)
+        faults.point("captured")
+        self.freeze_s = time.monotonic() - self.frozen_at_s
+        if self.options.leave_running:
+            with recover.uninterrupted():
+                self.thaw()
+                self.job.write("resumed")
+            self._bring_stats()
+            faults.point("resumed")
+        manifest = capture.describe(
+            self.draft.stage,
+            self.container,
+            self.options,
+            host=host,
+            engine_version=version,
+            freeze_s=self.freeze_s,
+        )
+        self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
+        faults.point("described")
+        return manifest
+
+    def _bring_stats(self) -> None:
+        """After a resume CRIU has written its statistics: they become a member of the checkpoint, as in podman's archives."""
+        for path in self._stats_files():
+            if not (self.needed_draft().stage / layout.STATS).exists():
+                shutil.copyfile(path, self.needed_draft().stage / layout.STATS)
+
+    def thaw(self) -> None:
+        """Let the source go on; at most once."""
+        held, self.held = self.held, None
+        if held is not None:
+            held.resume()
+            self.freeze_s = time.monotonic() - self.frozen_at_s
+            self.emit(Thawed(self.label, self.freeze_s))
+
+    def undo(self, error: BaseException) -> BaseException:
+        """Bring the source back and drop the draft; returns what to raise."""
+        with recover.uninterrupted():
+            try:
+                if self.held is not None:
+                    self.thaw()
+                elif not isinstance(error, CkptError):
+                    # Broken off somewhere inside of the engine: it may or may not have been dumping.
+                    self.engine.rollback(self.job)
+            except CkptError as worse:
+                self.discard()
+                self.job.release()  # the guard goes on trying
+                return _unsure(worse, error, self.label)
+            said = explained(error, self.label, self._whereabouts())
+            log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
+            if isinstance(said, CkptError):
+                said.log = _kept_log(said.log, log)
+            self.job.write("rolled-back")
+            self.discard()
+            recover.close(self.job, self.guard)
+            return said
+
+    def discard(self) -> None:
+        if self.draft is not None:
+            self.draft.discard()
+
+    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str]) -> Outcome:
+        """The checkpoint is safe: end the source. From here on nothing is undone."""
+        with recover.uninterrupted():
+            self.job.write("commit", checkpoint_id=kept.manifest.id if kept else "")
+            faults.point("commit")
+            try:
+                if self.held is not None:
+                    self.held.end()
+                    self.held = None
+            except CkptError as error:
+                if kept is None:
+                    self.discard()
+                self.job.release()  # the guard gives the verdict again
+                where = f"{kept.ref if kept else 'its archive'} is complete; {self.label} may still be frozen"
+                worse = StateUnknown(
+                    f"{self.label} was saved, but could not be ended: {error.message}",
+                    where=where,
+                    hint=error.hint or f"look at {self.label} with its own engine and stop it",
+                    log=error.log,
+                )
+                return Outcome(self.label, False, checkpoint=kept, container=self.container, error=worse)
+            faults.point("ended")
+            stats = capture.dump_stats(kept.directory if kept else self.needed_draft().stage, *self._stats_files())
+            self.job.write("done")
+            if kept is None:
+                self.discard()
+            recover.close(self.job, self.guard)
+        now = self.container
+        with suppress(CkptError):
+            now = self.engine.describe(self.container)
+        sizes: dict[str, float | int | str] = {"size_bytes": kept.manifest.size_bytes} if kept else {}
+        return Outcome(self.label, True, kept, now, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures})
+
+    def _stats_files(self) -> list[Path]:
+        """Where CRIU leaves its statistics: the work directory that the engine gave it, in the job's."""
+        return [path for pattern in ("stats-dump", "*/stats-dump") for path in sorted(self.job.directory.glob(pattern))]
+
+    def _whereabouts(self) -> str:
+        try:
+            now = self.engine.describe(self.container)
+        except CkptError:
+            return f"{self.label} is gone"
+        return f"{self.label} is {now.state}"
+
+
+def ready(container: Container, label: str) -> None:
+    """Raise BusyError, with what to do, unless the container runs."""
+    if container.state == "running":
+        return
+    hints = {
+        "paused": "unpause it first: a paused container cannot be dumped",
+        "exited": "there is nothing to save; start it first",
+        "created": "there is nothing to save yet; start it first",
+    }
+    raise BusyError(f"{label} is {container.state}, not running", where=f"{label} is {container.state}, untouched", hint=hints.get(container.state))
+
+
+def settle(container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:
+    """The options with nothing left open: what the user did not say is found out by looking at the workload."""
+    if None not in (options.tcp_established, options.file_locks, options.shell_job):
+        return options
+    tcp = locks = shell = False
+    if container.pid is not None:
+        from ckpt.host import procfs
+
+        kinds = procfs.open_kinds(container.pid)
+        tcp, locks = kinds.needs_tcp_established, kinds.needs_file_locks
+        # A container's terminal and session are its engine's business; a process tree's may belong to somebody else.
+        shell = kinds.needs_shell_job and container.runtime == "criu"
+    chosen = replace(
+        options,
+        tcp_established=tcp if options.tcp_established is None else options.tcp_established,
+        file_locks=locks if options.file_locks is None else options.file_locks,
+        shell_job=shell if options.shell_job is None else options.shell_job,
+    )
+    for text, now, before in (
+        ("has TCP connections (or may get some): they are saved too", chosen.tcp_established, options.tcp_established),
+        ("holds file locks: they are saved too", chosen.file_locks, options.file_locks),
+        ("sits on a terminal: it is saved as a shell job", chosen.shell_job, options.shell_job),
+    ):
+        if now and before is None:
+            emit(Notice(label, text))
+    return chosen
+
+
+def check(findings: Sequence[Finding], label: str) -> None:
+    """Raise what the first finding of severity "error" means; all of them are in the hint's place when it has none.
+
+    Raises:
+        FeatureMissing: something of the host is missing (CRIU, kernel, runtime).
+        DumpFailed: the container itself cannot be dumped.
+    """
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if not errors:
+        return
+    first = errors[0]
+    words = {"criu", "kernel", "runtime", "feature", "features"}
+    kind = FeatureMissing if words & set(first.check.lower().replace("-", " ").replace("_", " ").split()) else DumpFailed
+    more = "; ".join(finding.detail for finding in errors[1:])
+    message = f"{label} cannot be checkpointed: {first.detail}" + (f" (also: {more})" if more else "")
+    raise kind(message, where=f"{label} is running, untouched", hint=first.hint or f"ckpt check {label} tells more")
+
+
+def explained(error: BaseException, label: str, whereabouts: str) -> BaseException:
+    """The error as a person gets it, with where the workload is now. Bugs and interruptions stay what they are."""
+    if isinstance(error, _AS_THEY_ARE):
+        error.where = error.where or whereabouts
+        return error
+    if isinstance(error, CkptError):
+        return DumpFailed(error.message, where=error.where or whereabouts, hint=error.hint, log=error.log)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"no space left to save {label}", where=whereabouts, hint="free some space (ckpt prune, ckpt rm) or name another store")
+    if isinstance(error, (OSError, CommandFailed)):
+        return DumpFailed(f"{label} could not be saved: {error}", where=whereabouts)
+    return error
+
+
+def _find(targets: Sequence[Target], *, all: bool, latest: bool) -> tuple[list[tuple[str, NamedEngine, Container]], list[Outcome]]:
+    if all or latest:
+        if targets:
+            raise UsageError("name targets, or say --all or --latest, not both")
+        pairs = resolve.all_running() if all else [resolve.latest()]
+        return [(container.name or container.id, engine, container) for engine, container in pairs], []
+    if not targets:
+        raise UsageError("name what to checkpoint", hint="a container, or --all, or --latest")
+    found: dict[tuple[str, str], tuple[str, NamedEngine, Container]] = {}
+    failed: list[Outcome] = []
+    for target in targets:
+        try:
+            engine, container = resolve.resolve(target)
+            found.setdefault((engine.name, container.id), (str(target), engine, container))
+        except CkptError as error:
+            failed.append(failure(str(target), error))
+    return list(found.values()), failed
+
+
+def _unsure(worse: CkptError, error: BaseException, label: str) -> StateUnknown:
+    first = error.message if isinstance(error, CkptError) else str(error) or type(error).__name__
+    return StateUnknown(
+        f"saving {label} failed ({first}), and so did letting it go on: {worse.message}",
+        where=worse.where or f"{label} may be frozen",
+        hint=worse.hint or "ckpt tries again in the background and at its next start",
+        log=worse.log,
+    )
+
+
+def _kept_log(named: str | None, kept: Path | None) -> str | None:
+    """The same log file where it is now: the job's directory and the stage, which the engine named, are about to go."""
+    if kept is None:
+        return named
+    if named is None:
+        return str(kept)
+    path, colon, line = named.rpartition(":")
+    if not colon or not line.isdigit():
+        path, line = named, ""
+    copy = kept / Path(path).name
+    return f"{copy}{':' + line if line else ''}" if copy.exists() else named
+
+
+def _figures(stats: DumpStats) -> dict[str, float | int | str]:
+    values: dict[str, float | int | str] = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
+    return values if any(values.values()) else {}

@@ -1,0 +1,404 @@
+"""Migration: one command that moves a running workload to another host, with exactly one live copy at every moment.
+
+DESIGN section 3: the source's dump is held (frozen, network locked) until the destination holds the restored tree; the
+source's journal says `commit`, the destination resumes, the source ends. Before `commit` every failure lets the source go
+on; after it only the destination's journal decides, and the source stays frozen until it has been asked.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+from ckpt.archive import layout
+from ckpt.archive import manifest as manifest_file
+from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
+from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue, StateUnknown, TargetNotFound, TransferFailed
+from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.host.run import Process
+from ckpt.model import Container, DumpOptions, Manifest, Target
+from ckpt.ops import capture, faults, recover
+from ckpt.ops.resolve import resolve
+from ckpt.ops.result import Outcome, failure
+from ckpt.peer import client
+from ckpt.peer.client import Peer
+from ckpt.store.catalog import Catalog, Draft
+from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.transports import ssh
+
+RESTORE_LIMIT_S: Final = 230.0
+ASK_LIMIT_S: Final = 20.0
+"""After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
+STEPS: Final = ("check", "begin", "container-image", "dump", "capture", "transfer", "restore", "commit", "resume", "end", "remove")
+"""The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate:STEP` for the tests."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateOptions:
+    """How to migrate. None means: ckpt looks at the workload and chooses."""
+
+    name: str | None = None
+    keep_source: bool = False
+    tcp_established: bool | None = None
+    file_locks: bool | None = None
+    ignore_volumes: bool = False
+    ssh_options: tuple[str, ...] = ()
+    publish: tuple[str, ...] = ()
+    timeout_s: float = RESTORE_LIMIT_S
+
+
+def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[tuple[str, str]]:
+    """The steps as (name, what it does) for --dry-run."""
+    texts = {
+        "check": f"look at {target} here and at {destination}; nothing is touched",
+        "begin": "open a journal on both hosts",
+        "container-image": "bring the container image along, by id, if it is missing there",
+        "dump": "freeze the workload and dump it, held",
+        "capture": "read its root file system and volumes, still frozen",
+        "transfer": "send it, digests compared",
+        "restore": "restore it there, held",
+        "commit": "journal the point of no return",
+        "resume": "let it run there",
+        "end": "end the frozen source",
+        "remove": "keep the stopped source" if options.keep_source else "remove the source container and the volumes that moved",
+    }
+    return [(step, texts[step]) for step in STEPS]
+
+
+class _Migration:
+    """One migration from this host, up to its outcome."""
+
+    def __init__(self, typed: str, engine: Engine, container: Container, destination: str, options: MigrateOptions, root: Path, emit: Emit) -> None:
+        self.typed = typed
+        self.engine = engine
+        self.container = container
+        self.destination = destination
+        self.options = options
+        self.root = root
+        self.emit = emit
+        self.job: Job | None = None
+        self.guard: Process | None = None
+        self.draft: Draft | None = None
+        self.held: HeldDump | None = None
+        self.committed = False
+        self.frozen_at_s = 0.0
+        self.began_s = time.monotonic()
+        self.stats: dict[str, float | int | str] = {}
+
+    def step(self, name: str, detail: str = "") -> None:
+        """A step begins: told, and a fault point for the tests."""
+        self.emit(StepStarted(self.typed, name, detail))
+        faults.point(f"migrate:{name}")
+
+    def done(self, name: str, detail: str = "") -> None:
+        self.emit(StepDone(self.typed, name, detail))
+
+    def run(self) -> Outcome:
+        """All steps; undoes what it did when one before `commit` fails."""
+        try:
+            with ExitStack() as stack:
+                dump_options, peer, report = self.check(stack)
+                self.begin(peer)
+                try:
+                    self.bring_container_image(peer, report)
+                    manifest = self.dump_and_send(peer, dump_options)
+                    self.step("restore")
+                    answer = {"manifest": manifest_file.dumps(manifest).decode(), "name": self.options.name, "publish": list(self.options.publish)}
+                    peer.call("restore", {**answer, "ignore_volumes": self.options.ignore_volumes}, timeout_s=self.options.timeout_s)
+                    self.done("restore", "held there")
+                except BaseException:
+                    with suppress(CkptError):
+                        peer.call("abort", timeout_s=60)
+                    raise
+                self.switch_over(peer)
+        except BaseException as error:
+            self.give_up(error)
+            raise
+        return Outcome(self.typed, True, container=replace(self.container, name=self.options.name or self.container.name), stats=self.stats)
+
+    def check(self, stack: ExitStack) -> tuple[DumpOptions, Peer, dict[str, Any]]:
+        """Everything that can be known before anything is touched, on both ends."""
+        from ckpt.host import facts, procfs
+        from ckpt.ops import check, destination
+
+        self.step("check")
+        container = self.container
+        if container.state != "running":
+            hint = f"podman unpause {container.name}" if container.state == "paused" else "only a running workload can be migrated"
+            raise BusyError(f"{container.name} is {container.state}, not running", where=f"{container.name} is {container.state}, untouched", hint=hint)
+        wanted = DumpOptions(tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes)
+        wanted = check.decide(self.engine, container, wanted)
+        check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
+        moved = replace(container, name=self.options.name or container.name)
+        if self.options.ignore_volumes:
+            moved = replace(moved, volumes=())
+        if self.options.publish:
+            moved = replace(moved, ports=())
+        try:
+            peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options))
+            report = peer.call("facts", destination.request_for(moved))
+        except CkptError as error:
+            error.where = error.where or f"{container.name} is running, untouched"
+            raise
+        kinds = procfs.open_kinds(container.pid) if container.pid else procfs.OpenKinds()
+        findings = destination.destination_findings(
+            moved,
+            facts.gather(self.root),
+            report,
+            memory_bytes=kinds.dump_bytes,
+            disk_bytes=kinds.dump_bytes,
+            connections=kinds.tcp_established,
+            there=peer.hostname,
+        )
+        for finding in findings:
+            if finding.severity == "warning":
+                self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
+        check.raise_on_error(container.name, findings, to=peer.hostname)
+        self.done("check", f"nothing stands in the way of {peer.hostname}")
+        return wanted, peer, report
+
+    def begin(self, peer: Peer) -> None:
+        container = self.container
+        self.step("begin")
+        facts = {"destination": self.destination, "ssh_options": list(self.options.ssh_options), "keep_source": self.options.keep_source}
+        facts["moved_volumes"] = [] if self.options.ignore_volumes else [volume.name for volume in container.volumes]
+        self.job = Job.create(self.root, "migrate-source", engine=self.engine.name, container_id=container.id, name=container.name, **facts)
+        self.guard = recover.start_guard(self.job)
+        self.draft = Catalog(self.root).begin(container.name)
+        there = peer.call("begin", {"engine": self.engine.name, "name": self.options.name or container.name, "container_id": container.id})
+        self.job.write("begun", remote_job=there["job"], remote_machine=there.get("machine", ""))
+
+    def bring_container_image(self, peer: Peer, report: dict[str, Any]) -> None:
+        image = self.container.container_image
+        if image is None or report.get("container_image") is not False:
+            self.done("container-image", "already there" if image else "none needed")
+            faults.point("migrate:container-image")
+            return
+        self.step("container-image", image.name)
+        process = cast(CarriesContainerImages, self.engine).save_container_image(image)
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            with peer.upload("container-image", {"id": image.id, "name": image.name}) as upload:
+                upload.send_stream("container-image.tar", cast(BinaryIO, process.stdout), on_bytes=lambda done: self.emit(BytesMoved(self.typed, "container-image", done)))
+                if process.wait(timeout=60) != 0:
+                    said = process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
+                    raise TransferFailed(f"container image {image.name} cannot be read: {said}")
+            self.stats["container_image_bytes"] = upload.done_bytes
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self.done("container-image", f"{image.name} sent")
+
+    def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
+        """Freeze, dump, read what belongs to it, send everything; the dump stays held."""
+        assert self.job is not None and self.draft is not None
+        stage = self.draft.stage
+        self.step("dump")
+        began_s = time.monotonic()
+        self.held = self.engine.dump(self.container, stage, options, self.job)
+        self.frozen_at_s = began_s
+        self.emit(Frozen(self.typed, began_s))
+        self.done("dump", f"{time.monotonic() - began_s:.2f} s")
+        self.step("capture")
+        capture.frozen_parts(stage, self.container, options, label=self.typed, emit=self.emit)
+        manifest = capture.describe(stage, self.container, options, digests={})
+        members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]
+        total_bytes = sum((stage / name).stat().st_size for name in members)
+        self.step("transfer")
+        with peer.upload("stage") as upload:
+            upload.send_stage(stage, members, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "transfer", done, total_bytes)))
+        self.stats["sent_bytes"] = peer.sent_bytes
+        self.done("transfer", f"{total_bytes / (1 << 20):.1f} MiB")
+        return replace(manifest, id=self.draft.id, digests={name: f"sha256:{digest}" for name, digest in upload.digests.items()})
+
+    def switch_over(self, peer: Peer) -> None:
+        assert self.job is not None and self.held is not None
+        self.step("commit")
+        with recover.uninterrupted():
+            self.job.write("commit")
+            self.committed = True
+            faults.point("migrate:committed")
+            self.emit(StepStarted(self.typed, "resume"))
+            try:
+                faults.point("migrate:resume")
+                answer = peer.call("resume", timeout_s=60)
+                self.stats["container_id"] = str(answer.get("container_id", ""))
+            except CkptError as error:
+                if isinstance(error, TransferFailed):
+                    self.ask(error)
+                else:
+                    self.job.write("failed")
+                    self.committed = False
+                    raise
+            frozen_s = time.monotonic() - self.frozen_at_s
+            self.stats["downtime_s"] = frozen_s
+            self.emit(Thawed(self.typed, frozen_s))
+            self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
+            self.step("end")
+            end_source(self.engine, self.container, self.held, self.job, self.options.keep_source, faults_at="migrate:remove")
+            self.job.write("done")
+        with suppress(CkptError):
+            peer.call("finish")
+        self.stats["total_s"] = time.monotonic() - self.began_s
+        self.close()
+
+    def ask(self, cause: CkptError) -> None:
+        """After `commit`, with the link lost: the destination's journal decides. Returns when the workload runs there."""
+        assert self.job is not None
+        deadline_s = time.monotonic() + ASK_LIMIT_S
+        while True:
+            try:
+                state = ask_destination(self.job)
+            except CkptError as error:
+                state, cause = "undecided", error
+            if state == "running":
+                return
+            if state == "failed":
+                self.job.write("failed")
+                self.committed = False
+                raise TransferFailed(f"lost the link to {self.destination} at the switchover, before it took over")
+            if time.monotonic() > deadline_s:
+                raise NeedsContinue(
+                    f"no answer from {self.destination} after the point of no return: {cause.message}",
+                    where=f"{self.container.name} is frozen here, and may be running on {self.destination}",
+                    hint=f"when {self.destination} can be reached again: ckpt migrate --continue {self.job.id}",
+                )
+            time.sleep(0.2)
+
+    def give_up(self, error: BaseException) -> None:
+        """Undo this end, and say in the error where the workload is."""
+        name = self.container.name
+        if self.committed:
+            if self.job is not None:
+                self.job.release()
+            if self.draft is not None:
+                self.draft.discard()
+            return
+        with recover.uninterrupted():
+            if self.held is not None:
+                self.held.resume()
+                self.emit(Thawed(self.typed, time.monotonic() - self.frozen_at_s))
+            if self.job is not None:
+                kept = recover.keep_logs(self.job, name, None)
+                if isinstance(error, CkptError) and kept is not None:
+                    error.log = error.log if error.log and Path(error.log.split(":")[0]).exists() and "jobs" not in error.log else str(kept)
+                self.job.write("rolled-back")
+            self.close()
+        if isinstance(error, CkptError):
+            error.where = f"{name} is running here, nothing is left on {self.destination}" if self.job is not None else error.where or f"{name} is running, untouched"
+
+    def close(self) -> None:
+        if self.draft is not None:
+            self.draft.discard()
+        if self.job is not None:
+            recover.close(self.job, self.guard)
+
+
+def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, keep: bool, *, faults_at: str = "") -> None:
+    """End the frozen source for good and, unless it is to be kept, remove it with the volumes that moved along."""
+    held.end()
+    job.write("ended")
+    if faults_at:
+        faults.point(faults_at)
+    if not keep:
+        with suppress(CkptError):
+            engine.remove(container)
+        remove_volumes = getattr(engine, "remove_volumes", None)
+        if remove_volumes is not None:
+            remove_volumes(job.facts.get("moved_volumes", []))
+
+
+def ask_destination(job: Job) -> str:
+    """Ask the destination of a committed migration how it ended: "running", "failed" or "undecided".
+
+    Raises:
+        CkptError: it cannot be reached, or it is another machine by now.
+    """
+    facts = job.facts
+    with client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
+        answer = peer.call("status", {"job": facts["remote_job"]})
+    if answer.get("machine") != facts.get("remote_machine"):
+        raise StateUnknown(f"{facts['destination']} is another machine than the one that the migration went to")
+    return str(answer["state"])
+
+
+def migrate(target: Target, destination: str, *, options: MigrateOptions, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Outcome:
+    """Move a running workload to another host.
+
+    Args:
+        destination: `[user@]host[:port]`, or `ssh://…`.
+
+    Returns:
+        The outcome; its error is a MigrationRolledBack (the source runs), a NeedsContinue (frozen, --continue resolves), or what the
+        check before anything was touched found.
+    """
+    typed = str(target)
+    try:
+        for said in recover.sweep(store_root):
+            emit(Notice(typed, said))
+        ssh.Destination.parse(destination)
+        engine, container = resolve(target)
+        container = engine.describe(container)
+        move = _Migration(typed, engine, container, destination, options, store_root, emit)
+        try:
+            return move.run()
+        except ssh.PeerMissing:
+            from ckpt.ops import migrate_plain
+
+            return migrate_plain.migrate(typed, engine, container, destination, options=options, store_root=store_root, emit=emit)
+        except (NeedsContinue, StateUnknown) as error:
+            return failure(typed, error)
+        except CkptError as error:
+            if move.job is None:
+                return failure(typed, error)
+            rolled = MigrationRolledBack(f"{container.name} was not migrated: {error.message}", where=error.where, hint=error.hint, log=error.log)
+            rolled.__cause__ = error
+            return failure(typed, rolled)
+    except CkptError as error:
+        return failure(typed, error)
+
+
+def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Outcome:
+    """Finish a migration that was cut after its point of no return: end the source or let it go on, as the destination says."""
+    from ckpt.engines import registry
+
+    job = Job(store_root / "jobs" / job_id)
+    try:
+        if "/" in job_id or not job.directory.is_dir() or job.facts.get("kind") != "migrate-source":
+            raise TargetNotFound(f"no migration {job_id} waits here", hint="look into the message of the migration that was cut")
+        if not job.acquire():
+            raise BusyError(f"migration {job_id} is under way")
+        facts = job.facts
+        name = str(facts.get("name"))
+        try:
+            if not recover.committed(job):
+                recover.settle(job)
+                return Outcome(name, True, warnings=(f"{name} was running here already",))
+            engine = registry.by_name(str(facts["engine"]))
+            container = engine.describe(Container(engine.name, str(facts["container_id"]), name, "running"))
+            state = ask_destination(job)
+            if state == "undecided":
+                raise NeedsContinue(f"{facts['destination']} has not decided yet", where=f"{name} is frozen here", hint=f"try again: ckpt migrate --continue {job_id}")
+            with recover.uninterrupted():
+                held = engine.adopt(container, job)
+                if state == "running":
+                    if job.state != "ended":
+                        end_source(engine, container, held, job, bool(facts.get("keep_source")))
+                    job.write("done")
+                    emit(Notice(name, f"{name} runs on {facts['destination']}; the frozen source was ended"))
+                else:
+                    held.resume()
+                    job.write("rolled-back")
+                    emit(Notice(name, f"{facts['destination']} has no copy; {name} goes on here"))
+            with suppress(CkptError), client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
+                peer.call("settle", {"job": facts["remote_job"]})
+            recover.remove(job)
+            return Outcome(name, True, container=container)
+        finally:
+            job.release()
+    except CkptError as error:
+        return failure(job_id, error)

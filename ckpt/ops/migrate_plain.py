@@ -1,0 +1,160 @@
+"""Migration to a host without ckpt: an archive, and that host's own `podman container restore`.
+
+The source's dump is held here too, so that a destination that fails leaves the source running. What is missing: the
+destination is not held, so when the link breaks during its restore ckpt must ask it whether it runs, and the source stays
+frozen until there is an answer.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from ckpt.archive import manifest as manifest_file
+from ckpt.archive import writer
+from ckpt.engines.base import Engine, HeldDump
+from ckpt.errors import CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, RestoreFailed, TransferFailed
+from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.host.run import CommandFailed
+from ckpt.model import Container, DumpOptions
+from ckpt.ops import capture, check, recover
+from ckpt.ops.migrate import MigrateOptions, end_source
+from ckpt.ops.result import Outcome, failure
+from ckpt.store.catalog import Catalog
+from ckpt.store.job import Job
+from ckpt.transports import ssh
+
+LACKS: Final = (
+    "has no ckpt: the plain way is taken (an archive and podman's own restore). It lacks the check beforehand, the held restore "
+    "on the destination, and the journal there"
+)
+STEP_LIMIT_S: Final = 600.0
+
+
+def migrate(
+    typed: str, engine: Engine, container: Container, destination: str, *, options: MigrateOptions, store_root: Path, emit: Emit
+) -> Outcome:
+    """Move a podman container to a host that has podman but no ckpt.
+
+    Returns:
+        The outcome; its error is FeatureMissing (the destination has no podman either), MigrationRolledBack, or NeedsContinue.
+    """
+    emit(Notice(typed, f"{destination} {LACKS}", warning=True))
+    there = ssh.Remote(ssh.Destination.parse(destination), options.ssh_options)
+    untouched = f"{container.name} is running, untouched"
+    if engine.name != "podman":
+        return failure(typed, FeatureMissing(f"{destination} has no ckpt, which {engine.name} needs there", where=untouched, hint=f"install ckpt on {destination}"))
+    try:
+        there.run(["podman", "--version"])
+        taken = there.run(["podman", "container", "exists", options.name or container.name], check=False).ok
+    except CommandFailed as error:
+        return failure(typed, FeatureMissing(f"{destination} has neither ckpt nor podman: {error.reason}", where=untouched, hint=f"install ckpt on {destination}"))
+    if taken:
+        return failure(typed, FeatureMissing(f"{destination} has a container {options.name or container.name} already", where=untouched))
+    wanted = check.decide(engine, container, DumpOptions(tcp_established=options.tcp_established, file_locks=options.file_locks, ignore_volumes=options.ignore_volumes))
+    job = Job.create(store_root, "checkpoint", engine=engine.name, container_id=container.id, name=container.name, leave_running=True)
+    guard = recover.start_guard(job)
+    draft = Catalog(store_root).begin(container.name)
+    held: HeldDump | None = None
+    began_s = frozen_s = time.monotonic()
+    remote_file = f"/var/tmp/ckpt-{job.id}.tar.zst"
+    try:
+        _bring_container_image(there, engine, container, typed, emit)
+        emit(StepStarted(typed, "dump"))
+        frozen_s = time.monotonic()
+        held = engine.dump(container, draft.stage, wanted, job)
+        emit(Frozen(typed, frozen_s))
+        capture.frozen_parts(draft.stage, container, wanted, label=typed, emit=emit)
+        manifest = capture.describe(draft.stage, container, wanted)
+        (draft.stage / "artifacts").mkdir(mode=0o700, exist_ok=True)
+        (draft.stage / "artifacts" / "ckpt.json").write_bytes(manifest_file.dumps(manifest))
+        emit(StepStarted(typed, "transfer"))
+        sent_bytes = there.send(["sh", "-c", f"umask 077; cat > {remote_file}"], lambda out: writer.write(draft.stage, out, on_bytes=lambda done: emit(BytesMoved(typed, "transfer", done))))
+        emit(StepDone(typed, "transfer", f"{sent_bytes / (1 << 20):.1f} MiB"))
+        emit(StepStarted(typed, "restore"))
+        flags = [*(["--tcp-established"] if wanted.tcp_established and not options.name else []), *(["--file-locks"] if wanted.file_locks else [])]
+        flags += ["--name", options.name] if options.name else []
+        flags += ["--ignore-volumes"] if options.ignore_volumes else []
+        with recover.uninterrupted():
+            _restore_there(there, remote_file, flags, options.name or container.id, container, destination)
+            frozen_for_s = time.monotonic() - frozen_s
+            emit(Thawed(typed, frozen_for_s))
+            end_source(engine, container, held, job, options.keep_source or options.ignore_volumes)
+            job.write("done")
+    except NeedsContinue as error:
+        job.release()
+        return failure(typed, error)
+    except BaseException as error:
+        with recover.uninterrupted():
+            if held is not None:
+                held.resume()
+            job.write("rolled-back")
+            draft.discard()
+            recover.close(job, guard)
+        with suppress(CommandFailed, CkptError):
+            there.run(["rm", "-f", remote_file], check=False)
+        if isinstance(error, CommandFailed):
+            error = TransferFailed(f"{destination}: {error.reason}")
+        if isinstance(error, CkptError):
+            return failure(typed, MigrationRolledBack(f"{container.name} was not migrated: {error.message}", where=f"{container.name} is running here", hint=error.hint, log=error.log))
+        raise
+    draft.discard()
+    recover.close(job, guard)
+    stats: dict[str, float | int | str] = {"downtime_s": frozen_for_s, "total_s": time.monotonic() - began_s, "sent_bytes": sent_bytes}
+    return Outcome(typed, True, container=container, stats=stats)
+
+
+def _bring_container_image(there: ssh.Remote, engine: Engine, container: Container, typed: str, emit: Emit) -> None:
+    image = container.container_image
+    if image is None or there.run(["podman", "image", "exists", image.id], check=False).ok:
+        return
+    emit(StepStarted(typed, "container-image", image.name))
+    process = engine.save_container_image(image)  # type: ignore[attr-defined]
+    try:
+        there.send(["podman", "image", "load", "--quiet"], lambda out: _copy(process.stdout, out))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    if not there.run(["podman", "image", "exists", image.name], check=False).ok:
+        there.run(["podman", "image", "tag", image.id, image.name])
+    emit(StepDone(typed, "container-image", f"{image.name} sent"))
+
+
+def _copy(source: object, out: object) -> int:
+    import shutil
+
+    shutil.copyfileobj(source, out, 1 << 20)  # type: ignore[misc, arg-type]
+    return 0
+
+
+def _restore_there(there: ssh.Remote, remote_file: str, flags: list[str], name: str, container: Container, destination: str) -> None:
+    """Run podman's restore on the destination; when it is not known how it ended, ask until it is."""
+    try:
+        result = there.run(["podman", "container", "restore", "--import", remote_file, *flags], check=False, timeout_s=STEP_LIMIT_S)
+        if result.ok:
+            there.run(["rm", "-f", remote_file], check=False)
+            return
+        if result.returncode != 255:
+            there.run(["podman", "container", "rm", "--force", "--ignore", name], check=False)
+            raise RestoreFailed(f"{destination} could not restore it: {result.error_text.rsplit(chr(10), 1)[-1]}")
+    except CommandFailed:
+        pass
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        try:
+            answer = there.run(["podman", "container", "inspect", "--format", "{{.State.Status}}", name], check=False)
+        except CommandFailed:
+            continue
+        if answer.ok and answer.text.strip() == "running":
+            return
+        if answer.returncode not in (0, 255):
+            raise RestoreFailed(f"{destination} has no copy")
+        time.sleep(0.5)
+    raise NeedsContinue(
+        f"no answer from {destination} during its restore",
+        where=f"{container.name} is frozen here, and may be running on {destination}",
+        hint=f"look with: ssh {destination} podman ps; when it is not there, end this ckpt's hold: podman container inspect {container.name}",
+    )

@@ -1,0 +1,316 @@
+"""Bring checkpoints back. Nothing is touched before the checkpoint is known to be whole, and it stays in the store."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from ckpt.archive import layout
+from ckpt.engines import registry
+from ckpt.engines.base import HeldRestore
+from ckpt.engines.registry import NamedEngine
+from ckpt.errors import BusyError, CkptError, EngineUnavailable, NoSpace, RestoreFailed, StateUnknown, TargetNotFound, UsageError
+from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
+from ckpt.host.run import CommandFailed, Process
+from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
+from ckpt.ops import faults, proof, recover
+from ckpt.ops.import_ import unpack
+from ckpt.ops.result import Outcome, failure
+from ckpt.store.catalog import Catalog
+from ckpt.store.job import DEFAULT_ROOT, Job
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint to restore from: in the store, or unpacked from a file for this one time."""
+
+    label: str
+    stage: Path
+    manifest: Manifest
+    checkpoint: Checkpoint | None = None
+    verified: bool = False
+
+    @property
+    def remains(self) -> str:
+        """What is still there when the restore fails."""
+        return f"the checkpoint {self.checkpoint.ref} is still in the store" if self.checkpoint else f"{self.label} is unchanged"
+
+
+def restore(
+    refs: Sequence[str],
+    *,
+    all: bool = False,
+    latest: bool = False,
+    import_file: Path | None = None,
+    options: RestoreOptions,
+    store_root: Path = DEFAULT_ROOT,
+    emit: Emit,
+    keep: bool = True,
+) -> list[Outcome]:
+    """Restore each reference from the store, or `import_file`.
+
+    Args:
+        refs: NAME (its newest checkpoint), NAME@N, NAME@latest, an id.
+        all: the newest checkpoint of every name whose container does not run, instead of `refs`.
+        latest: the checkpoint made last, instead of `refs`.
+        import_file: an archive; it is restored without ever being in the store.
+        keep: also keep CRIU's logs and statistics of a restore that went well.
+
+    Raises:
+        CkptError: nothing could be begun at all.
+    """
+    for line in recover.sweep(store_root):
+        emit(Notice("", line, warning=True))
+    catalog = Catalog(store_root)
+    if sum((bool(refs), all, latest, import_file is not None)) != 1:
+        raise UsageError("say what to restore: checkpoints, --all, --latest or --import FILE, one of them")
+    if options.name is not None and (all or len(refs) > 1):
+        raise UsageError("--name is for one checkpoint only")
+    if import_file is not None:
+        return [_guarded(str(import_file), partial(_from_file, import_file, options, catalog, emit, keep))]
+    chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
+    for label, checkpoint in chosen:
+        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep)))
+    return outcomes
+
+
+def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, *, keep: bool = True) -> Outcome:
+    """Restore from a stage: verify it, make room for it, restore it held, compare it with what was dumped, let it run.
+
+    Raises:
+        BusyError: the container runs, or its name is taken.
+        ArchiveInvalid, DigestMismatch: the checkpoint is damaged; nothing was touched.
+        RestoreFailed: nothing of the restore is left.
+    """
+    manifest = source.manifest
+    engine = registry.by_name(manifest.engine)
+    can = engine.probe()
+    if not can.usable:
+        raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
+    if options.name is not None and not can.clone:
+        raise UsageError(f"{engine.name} cannot restore under another name")
+    old = _in_the_way(engine, manifest, options, source)
+    if not source.verified:
+        began = time.monotonic()
+        emit(StepStarted(source.label, "verify"))
+        if manifest.digests:
+            layout.check_digests(source.stage, manifest)
+        else:
+            layout.require_members(source.stage)
+        emit(StepDone(source.label, "verify", "digests equal" if manifest.digests else "no digests in it", time.monotonic() - began))
+    faults.point("verified")
+    job = Job.create(
+        root,
+        "restore",
+        engine=engine.name,
+        container_id=manifest.container_id if options.name is None else "",
+        name=options.name or manifest.name,
+        copy=options.name is not None,
+    )
+    guard = recover.start_guard(job)
+    attempt = _Attempt(engine, source, options, job, guard, emit)
+    try:
+        if old is not None:
+            # The checkpoint is whole, so what is removed can come back from it.
+            job.write("removing", removed_id=old.id)
+            engine.remove(old)
+            faults.point("removed")
+        attempt.hold()
+        container = attempt.release()
+    except BaseException as error:
+        raise attempt.undo(error) from error
+    if keep:
+        recover.keep_logs(job, source.label)
+    recover.close(job, guard)
+    return Outcome(source.label, True, source.checkpoint, container, warnings=tuple(attempt.warnings), stats=attempt.stats)
+
+
+class _Attempt:
+    """One restore on its way, and how to undo it."""
+
+    def __init__(self, engine: NamedEngine, source: Source, options: RestoreOptions, job: Job, guard: Process | None, emit: Emit) -> None:
+        self.engine = engine
+        self.source = source
+        self.options = options
+        self.job = job
+        self.guard = guard
+        self.emit = emit
+        self.held: HeldRestore | None = None
+        self.warnings: list[str] = []
+        self.stats: dict[str, float | int | str] = {}
+        self.committed = False
+
+    def hold(self) -> None:
+        """Restore, held, and compare what is there with what was dumped."""
+        from ckpt.archive import rootfs
+
+        stage, manifest, options = self.source.stage, self.source.manifest, self.options
+        began = time.monotonic()
+        self.emit(StepStarted(self.source.label, "restore"))
+        self.job.write("restoring")
+        faults.point("restoring")
+
+        def rootfs_ready(root: Path) -> None:
+            if not options.ignore_rootfs:
+                self.warn(rootfs.apply(stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES, root))
+
+        def volume_ready(name: str, directory: Path) -> None:
+            tar = stage / "volumes" / f"{name}.tar"
+            if not options.ignore_volumes and tar.exists():
+                self.warn(rootfs.apply_tree(tar, directory, empty=True))
+
+        chosen = _as_dumped(options, manifest)
+        self.held = self.engine.restore(stage, manifest, chosen, self.job, rootfs_ready=rootfs_ready, volume_ready=volume_ready)
+        self.job.write("held")
+        faults.point("restored")
+        proof.check(self.held, manifest)
+        self.stats["restore_s"] = round(time.monotonic() - began, 6)
+        self.emit(StepDone(self.source.label, "restore", _count(manifest), time.monotonic() - began))
+
+    def release(self) -> Container:
+        """Let it run: from here on nothing is undone."""
+        assert self.held is not None
+        with recover.uninterrupted():
+            self.job.write("commit")
+            self.committed = True
+            faults.point("restore-commit")
+            container = self.held.resume()
+            self.job.write("done", container_id=container.id)
+        self.emit(Thawed(self.source.label, max(0.0, time.time() - self.source.manifest.created_s)))
+        return container
+
+    def warn(self, texts: Sequence[str]) -> None:
+        self.warnings += texts
+        for text in texts:
+            self.emit(Notice(self.source.label, text, warning=True))
+
+    def undo(self, error: BaseException) -> BaseException:
+        """Remove what the restore made; returns what to raise."""
+        with recover.uninterrupted():
+            held, self.held = self.held, None
+            try:
+                if held is not None:
+                    held.abort()
+                elif not isinstance(error, CkptError):
+                    self.engine.rollback(self.job)
+            except CkptError as worse:
+                self.job.write("failed", error=worse.message)
+                self.job.release()  # the guard goes on trying
+                return StateUnknown(f"the restore of {self.source.label} failed, and so did its undoing: {worse.message}", log=worse.log)
+            log = recover.keep_logs(self.job, self.source.label)
+            self.job.write("rolled-back")
+            recover.close(self.job, self.guard)
+        where = f"nothing is running; {self.source.remains}"
+        if isinstance(error, (NoSpace, BusyError, RestoreFailed)):
+            error.where = error.where or where
+            error.log = error.log or (str(log) if log else None)
+            return error
+        if isinstance(error, CkptError):
+            return RestoreFailed(error.message, where=error.where or where, hint=error.hint, log=error.log or (str(log) if log else None))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpace(f"no space left to restore {self.source.label}", where=where)
+        if isinstance(error, (OSError, CommandFailed)):
+            return RestoreFailed(f"{self.source.label} could not be restored: {error}", where=where, log=str(log) if log else None)
+        return error
+
+
+def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
+    with catalog.lease(checkpoint) as stage:
+        return bring_back(Source(label, stage, checkpoint.manifest, checkpoint), options, catalog.root, emit, keep=keep)
+
+
+def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
+    if not path.is_file():
+        raise TargetNotFound(f"there is no archive {str(path)!r}")
+    draft = catalog.begin(path.name)
+    with ExitStack() as stack:
+        stack.callback(draft.discard)
+        with path.open("rb") as file:
+            manifest, warnings = unpack(file, draft, str(path), emit, path.stat().st_size)
+        for text in warnings:
+            emit(Notice(str(path), text, warning=True))
+        return bring_back(Source(str(path), draft.stage, manifest, verified=True), options, catalog.root, emit, keep=keep)
+
+
+def _choose(catalog: Catalog, refs: Sequence[str], *, all: bool, latest: bool) -> tuple[list[tuple[str, Checkpoint]], list[Outcome]]:
+    chosen: list[tuple[str, Checkpoint]] = []
+    failed: list[Outcome] = []
+    if all:
+        newest = {c.manifest.name: c for c in catalog.all()}
+        return [(name, c) for name, c in sorted(newest.items()) if not _runs(c.manifest)], []
+    if latest:
+        known = catalog.all()
+        if not known:
+            raise TargetNotFound("the store is empty")
+        last = max(known, key=lambda c: c.manifest.created_s)
+        return [(last.ref, last)], []
+    for ref in refs:
+        try:
+            chosen.append((ref, catalog.find(ref)))
+        except CkptError as error:
+            failed.append(failure(ref, error))
+    return chosen, failed
+
+
+def _runs(manifest: Manifest) -> bool:
+    with suppress(CkptError):
+        engine = registry.by_name(manifest.engine)
+        there = (*engine.find(manifest.container_id), *engine.find(manifest.name))
+        return any(c.id == manifest.container_id and c.state in ("running", "paused") for c in there)
+    return False
+
+
+def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions, source: Source) -> Container | None:
+    """The stopped container that the restored one replaces; BusyError for one that runs, or for another of the same name."""
+    if options.name is not None:
+        if any(c.name == options.name for c in engine.find(options.name)):
+            raise BusyError(f"there is a container {options.name!r} already", hint="choose another name, or remove it first")
+        return None
+    own: Container | None = None
+    for container in (*engine.find(manifest.container_id), *engine.find(manifest.name)):
+        if container.id == manifest.container_id:
+            own = engine.describe(container)
+    if own is not None and own.state in ("running", "paused"):
+        where = f"{own.name or own.id} is {own.state}, untouched"
+        message = f"{source.label} cannot be restored over itself: it is {own.state}"
+        raise BusyError(message, where=where, hint="stop it first, or restore a copy: -n NAME")
+    for container in engine.find(manifest.name):
+        if container.name == manifest.name and container.id != manifest.container_id:
+            where = f"{container.name} is {container.state}, untouched"
+            raise BusyError(f"another container is called {manifest.name!r} now", where=where, hint="remove or rename it, or restore a copy: -n NAME")
+    return own
+
+
+def _as_dumped(options: RestoreOptions, manifest: Manifest) -> RestoreOptions:
+    """The options with what the user left open as the manifest says."""
+    if options.name is not None:
+        volumes: Literal["refuse", "keep", "replace"] = "keep"
+    else:
+        # A volume of the same name on the host that was dumped is the container's own: memory and volume go together.
+        volumes = "replace" if manifest.host.hostname == os.uname().nodename else "refuse"
+    return replace(
+        options,
+        existing_volumes=volumes,
+        tcp_established=manifest.tcp_established if options.tcp_established is None else options.tcp_established,
+        file_locks=manifest.file_locks if options.file_locks is None else options.file_locks,
+        shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
+    )
+
+
+def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
+    try:
+        return work()
+    except CkptError as error:
+        return failure(label, error)
+
+
+def _count(manifest: Manifest) -> str:
+    number = len(manifest.processes)
+    return f"{number} process{'' if number == 1 else 'es'}" if number else ""

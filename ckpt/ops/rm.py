@@ -1,0 +1,43 @@
+"""Remove checkpoints from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt.errors import CkptError, UsageError
+from ckpt.events import Emit
+from ckpt.model import Checkpoint
+from ckpt.ops.result import Outcome, failure
+from ckpt.store.catalog import Catalog
+from ckpt.store.job import DEFAULT_ROOT
+
+
+def rm(refs: Sequence[str], *, all: bool = False, store_root: Path = DEFAULT_ROOT, emit: Emit) -> list[Outcome]:
+    """Remove what `refs` name (a bare NAME: its newest checkpoint), or everything. All are found before the first one goes.
+
+    Raises:
+        UsageError: neither or both of `refs` and `all`.
+    """
+    if bool(refs) == all:
+        raise UsageError("name what to remove, or say --all, one of them")
+    catalog = Catalog(store_root)
+    chosen: dict[str, tuple[str, Checkpoint]] = {}
+    outcomes: list[Outcome] = []
+    if all:
+        chosen = {c.manifest.id: (c.ref, c) for c in catalog.all()}
+    for ref in refs:
+        try:
+            found = catalog.find(ref)
+            chosen.setdefault(found.manifest.id, (ref, found))
+        except CkptError as error:
+            outcomes.append(failure(ref, error))
+    if outcomes:
+        return outcomes  # a mistyped name: nothing is removed
+    for label, checkpoint in chosen.values():
+        try:
+            catalog.remove(checkpoint)
+            outcomes.append(Outcome(label, True, checkpoint, stats={"size_bytes": checkpoint.manifest.size_bytes}))
+        except CkptError as error:
+            outcomes.append(failure(label, error))
+    return outcomes
