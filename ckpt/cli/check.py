@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt.cli.common import Session, dump_options, one_way, state_options, targets_argument, verb
+from ckpt.cli.common import Session, dump_options, one_way, ssh_option, state_options, targets_argument, verb
 from ckpt.cli.render.rows import CHECK_FIELDS, Row, check_row
 from ckpt.cli.render.tables import check_lines
 from ckpt.errors import CkptError
@@ -23,8 +23,9 @@ from ckpt.model import Target
 @targets_argument()
 @click.option("-a", "--all", "every", is_flag=True, help="Every running container.")
 @click.option("--to", metavar="[USER@]HOST[:PORT]", help="Also ask whether it can run there.")
+@ssh_option
 @state_options()
-def command(session: Session, targets: tuple[str, ...], every: bool, to: str | None, **state: Any) -> int:
+def command(session: Session, targets: tuple[str, ...], every: bool, to: str | None, ssh_options: tuple[str, ...], **state: Any) -> int:
     """Say whether containers can be saved, and why not. Touches nothing.
 
     Exits with 1 when one of them cannot.
@@ -33,7 +34,14 @@ def command(session: Session, targets: tuple[str, ...], every: bool, to: str | N
     session.need_root()
     from ckpt.ops import check as use_case
 
-    reports = use_case.check([Target.parse(target) for target in targets], all=every, to=to, options=dump_options(session, **state), emit=session.emit)
+    reports = use_case.check(
+        [Target.parse(target) for target in targets],
+        all=every,
+        to=to,
+        options=dump_options(session, **state),
+        emit=session.emit,
+        ssh_options=(*session.settings.ssh_options, *ssh_options),
+    )
     rows = [check_row(report.target, report.ok, report.findings) for report in reports]
     code = 0 if all(report.ok for report in reports) else CkptError.exit_code
     session.reporter.show(rows, table=_lines, exit_code=code)

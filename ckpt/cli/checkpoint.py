@@ -34,7 +34,9 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
 @targets_argument()
 @all_and_latest("running container")
 @click.option("-R", "--leave-running", is_flag=True, help="Let it run on after the dump.")
-@click.option("-e", "--export", "export_to", metavar="FILE", help="Write an archive (a file, a directory, or - for stdout), not to the store.", type=click.Path())
+@click.option(
+    "-e", "--export", "export_to", metavar="FILE", type=click.Path(), help="Write an archive (a file, a directory, - for stdout), not to the store."
+)
 @compress_options
 @state_options()
 @click.option("-k", "--keep", is_flag=True, help="Accepted for podman's sake: the store always keeps CRIU's logs.")
@@ -83,7 +85,8 @@ def command(
 def _place(export_to: str, *, several: bool) -> str:
     """Where to export to. Several archives do not fit into one file (podman lets the last one win)."""
     if several and not os.path.isdir(export_to):
-        raise UsageError(f"several containers cannot go into one archive {export_to}", hint="name a directory that exists: each gets a file of its own there")
+        hint = "name a directory that exists: each gets a file of its own there"
+        raise UsageError(f"several containers cannot go into one archive {export_to}", hint=hint)
     return export_to
 
 
@@ -132,14 +135,14 @@ def _retarget(outcome: Outcome, target: str) -> Outcome:
     return replace(outcome, target=target)
 
 
-def _stats(rows: Sequence[Row]) -> object:
+def _stats(rows: Sequence[Row], took_s: float) -> object:
     """Podman's `container checkpoint --print-stats` (pkg/domain/entities/types: CheckpointReport), times in microseconds."""
     return {
-        "podman_checkpoint_duration": sum(microseconds(row["stats"].get("total_s")) for row in rows),
+        "podman_checkpoint_duration": microseconds(took_s),
         "container_statistics": [
             {
                 "Id": row["container_id"],
-                "runtime_checkpoint_duration": microseconds(row["stats"].get("dump_s", row["stats"].get("total_s"))),
+                "runtime_checkpoint_duration": microseconds(row["stats"].get("dump_s", row["freeze_s"])),
                 "criu_statistics": {key.removesuffix("_us"): row["stats"].get(key, 0) for key in _CRIU_STATS},
             }
             for row in rows

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +34,7 @@ class Session:
 
     settings: config.Settings
     reporter: Reporter
+    began_s: float = field(default_factory=time.monotonic)
 
     @property
     def store_root(self) -> Path:
@@ -44,21 +46,29 @@ class Session:
     def need_root(self) -> None:
         """Raises PermissionDenied for anybody else: engines and CRIU are root's."""
         if os.geteuid() != 0:
-            raise PermissionDenied("this needs root: CRIU and the system's containers are root's", where="nothing was touched", hint="run it with sudo")
+            what = "this needs root: CRIU and the system's containers are root's"
+            raise PermissionDenied(what, where="nothing was touched", hint="run it with sudo")
 
-    def finish(self, outcomes: Sequence[Outcome], *, id_of: str = "container", table: Lines | None = None, stats: Callable[[Sequence[Row]], object] | None = None) -> int:
+    def finish(
+        self,
+        outcomes: Sequence[Outcome],
+        *,
+        id_of: str = "container",
+        table: Lines | None = None,
+        stats: Callable[[Sequence[Row], float], object] | None = None,
+    ) -> int:
         """Show the outcomes and return the exit code.
 
         Args:
             id_of: whose id `-q` and `.ID` give, "checkpoint" or "container".
             table: the lines for a person; without it the name that was typed, one a line.
-            stats: makes the document of `--print-stats`.
+            stats: makes the document of `--print-stats` of the rows and the seconds that all took.
         """
         rows = [outcome_row(outcome, id_of=id_of) for outcome in outcomes]
         code = exit_code(outcomes)
         good = [row for row in rows if row["ok"]]
         if stats is not None:
-            self.reporter.document(stats(good))
+            self.reporter.document(stats(good, time.monotonic() - self.began_s))
         else:
             machine = self.reporter.kind in ("json", "jsonl")
             self.reporter.show(rows if machine else good, table=table or names, exit_code=code)
@@ -103,21 +113,27 @@ def global_options(function: F) -> F:
     for option in reversed((
         click.option("--format", "fmt", metavar="FORMAT", help="table, json, jsonl, or a template like '{{.Name}} {{.ID}}'."),
         click.option("-q", "--quiet", is_flag=True, default=None, help="Only ids on stdout, no progress."),
-        click.option("--store", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store (default /var/lib/ckpt, or CKPT_STORE)."),
+        click.option(
+            "--store", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store (default /var/lib/ckpt, or CKPT_STORE).",
+        ),
         click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much of the log to show on stderr."),
     )):  # fmt: skip
         function = option(function)
     return function
 
 
-def verb(name: str, *, fields: Sequence[str] = OUTCOME_FIELDS, examples: Sequence[tuple[str, str]] = ()) -> Callable[[Callable[..., int]], click.Command]:
+def verb(
+    name: str, *, fields: Sequence[str] = OUTCOME_FIELDS, examples: Sequence[tuple[str, str]] = ()
+) -> Callable[[Callable[..., int]], click.Command]:
     """Make a click command of a function that takes a `Session` and the options, and returns the exit code."""
 
     def wrap(function: Callable[..., int]) -> click.Command:
         def callback(fmt: str | None, quiet: bool | None, store: Path | None, log_level: str | None, **options: Any) -> int:
             outer = _outer()
             session = _session(
-                name, fields, fmt or outer.get("fmt") or "table", bool(quiet or outer.get("quiet")), store or outer.get("store"), log_level or outer.get("log_level")
+                Reporter(name, fmt or outer.get("fmt") or "table", fields, quiet=bool(quiet or outer.get("quiet"))),
+                store or outer.get("store"),
+                log_level or outer.get("log_level"),
             )
             with session.reporter:
                 try:
@@ -142,8 +158,7 @@ def _outer() -> dict[str, Any]:
     return parent.params if parent else {}
 
 
-def _session(name: str, fields: Sequence[str], fmt: str, quiet: bool, store: Path | None, log_level: str | None) -> Session:
-    reporter = Reporter(name, fmt, fields, quiet=quiet)
+def _session(reporter: Reporter, store: Path | None, log_level: str | None) -> Session:
     settings = config.load()
     if store is not None:
         settings = replace(settings, store=Path(os.path.abspath(store)))
@@ -174,7 +189,14 @@ def state_options(*, restoring: bool = False) -> Callable[[F], F]:
     return add
 
 
-timeout_option = click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time for a dump or restore (default 200).")
+timeout_option = click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Longest time for a dump or restore (default 200).",
+)
+ssh_option = click.option("--ssh-option", "ssh_options", multiple=True, metavar="OPTION", help="An option for ssh -o (Port=2222). Can be repeated.")
 
 
 def dump_options(session: Session, **given: Any) -> DumpOptions:

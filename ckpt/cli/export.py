@@ -56,7 +56,7 @@ def _need_root_for_container(session: Session, ref: str) -> None:
 @click.option("-R", "--leave-running", is_flag=True, help="Let a running container run on.")
 @state_options()
 def command(session: Session, ref: str, output: str, compress: str | None, level: int | None, leave_running: bool, **state: Any) -> int:
-    """Write a checkpoint as one file that podman can restore too.
+    """Write a checkpoint as one file that podman restores too.
 
     A checkpoint in the store is written as it is. The name of a running container saves it on the way: it ends (unless -R) when the
     archive is safely on the disk.

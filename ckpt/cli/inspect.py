@@ -20,7 +20,10 @@ from ckpt.cli.render.tables import inspect_lines
 )
 @click.argument("refs", nargs=-1, metavar="CHECKPOINT|FILE...", shell_complete=completion.checkpoints_or_files)
 def command(session: Session, refs: tuple[str, ...]) -> int:
-    """Show what is in checkpoints or archives: processes, what was open, sizes, and what a restore needs."""
+    """Show what is in a checkpoint or an archive.
+
+    Its processes, what was open, the sizes, and what a restore needs. A text with a / in it is always a file.
+    """
     one_way(refs, what="checkpoint")
     from ckpt.ops import inspect as use_case
 

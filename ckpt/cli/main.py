@@ -60,7 +60,7 @@ def _run(args: list[str]) -> int:
     from ckpt.cli.app import app
 
     try:
-        with app.make_context("ckpt", args) as context:
+        with app.make_context("ckpt", list(args)) as context:
             if not args:
                 sys.stderr.write(context.get_help() + "\n")
                 return UsageError.exit_code

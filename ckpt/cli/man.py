@@ -20,11 +20,11 @@ _COMMON = {"fmt", "quiet", "store", "log_level"}
 
 def pages() -> dict[str, str]:
     """File name -> content."""
-    context = click.Context(app, info_name="ckpt")
+    context = click.Context(app, info_name="ckpt", help_option_names=["-h", "--help"])
     verbs = [(name, command) for name in VERBS if (command := app.get_command(context, name)) is not None and not command.hidden]
     made = {"ckpt.1": "\n".join(_top(context, verbs)) + "\n"}
     for name, command in verbs:
-        made[f"ckpt-{name}.1"] = "\n".join(_verb(click.Context(command, info_name=f"ckpt {name}"), name, command)) + "\n"
+        made[f"ckpt-{name}.1"] = "\n".join(_verb(click.Context(command, info_name=f"ckpt {name}", help_option_names=["-h", "--help"]), name, command)) + "\n"
     return made
 
 
@@ -38,7 +38,7 @@ def _top(context: click.Context, verbs: Sequence[tuple[str, click.Command]]) -> 
         yield from (".TP", rf"\fBckpt\-{_escape(name)}\fR(1)", _escape(command.get_short_help_str(200)))
     yield ".SH OPTIONS"
     yield "These stand before or after the verb."
-    yield from _options(context, [param for param in app.params if isinstance(param, click.Option)])
+    yield from _options(context, [param for param in app.get_params(context) if isinstance(param, click.Option)])
     yield ".SH OUTPUT"
     yield from _paragraphs(_OUTPUT)
     yield ".SH THE PROMISE"
@@ -65,6 +65,7 @@ def _verb(context: click.Context, name: str, command: click.Command) -> Iterator
     options = [param for param in command.get_params(context) if isinstance(param, click.Option)]
     yield ".SH OPTIONS"
     yield from _options(context, [option for option in options if option.name not in _COMMON])
+    yield ".PP"
     yield r"The options of \fBckpt\fR(1) (\fB\-\-format\fR, \fB\-\-quiet\fR, \fB\-\-store\fR, \fB\-\-log\-level\fR) work here too."
     if isinstance(command, Verb) and command.examples:
         yield ".SH EXAMPLES"
@@ -85,10 +86,9 @@ def _options(context: click.Context, options: Sequence[click.Option]) -> Iterato
         if record is None:
             continue
         names, meaning = record
+        meaning = re.sub(r"\s+\[[^]]*x[^]]*\]$", "", meaning)  # click's own words for a range
         shown = re.sub(r"(--?[\w-]+)", lambda found: rf"\fB{_escape(found[1])}\fR", names.replace("\\", r"\e"))
         yield from (".TP", shown, _escape(meaning))
-    if all(option.name != "help" for option in options):
-        yield from (".TP", r"\fB\-h\fR, \fB\-\-help\fR", "Show the help and exit.")
 
 
 def _exit_codes() -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli import completion
-from ckpt.cli.common import Session, timeout_option, verb
+from ckpt.cli.common import Session, ssh_option, timeout_option, verb
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         ("ckpt migrate --continue 20261121T120311-1a2b3c4d", "finish one that was cut after its point of no return"),
     ),
 )
-@click.argument("target", required=False, shell_complete=completion.containers)
+@click.argument("target", required=False, metavar="TARGET", shell_complete=completion.containers)
 @click.argument("destination", required=False, metavar="[USER@]HOST[:PORT]")
 @click.option("--continue", "job_id", metavar="ID", help="Finish a migration that was cut; the error that it ended with names the ID.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, do nothing.")
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--file-locks/--no-file-locks", default=None, help="Keep file locks (default: found out by looking).")
 @click.option("--ignore-volumes", is_flag=True, help="Leave the content of named volumes behind.")
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports on the destination.")
-@click.option("--ssh-option", "ssh_options", multiple=True, metavar="OPTION", help="An option for ssh -o (Port=2222). Can be repeated.")
+@ssh_option
 @timeout_option
 def command(
     session: Session,
@@ -50,9 +50,9 @@ def command(
     ssh_options: tuple[str, ...],
     **given: Any,
 ) -> int:
-    """Move a running container to another host that runs ckpt too, over ssh.
+    """Move a running container to another host, over ssh.
 
-    Both hosts are checked first. The container image, changed files, volumes and memory are copied, the copy is restored and held there,
+    The other host runs ckpt too. Both hosts are checked first. The container image, changed files, volumes and memory are copied, the copy is restored and held there,
     and only when it stands ready the switch is made: there is never more than one running copy, and never none. When something fails
     before the switch, the source runs on.
     """

@@ -69,14 +69,14 @@ def command(
     return session.finish(outcomes, id_of="container", stats=_stats if print_stats else None)
 
 
-def _stats(rows: Sequence[Row]) -> object:
+def _stats(rows: Sequence[Row], took_s: float) -> object:
     """Podman's `container restore --print-stats` (pkg/domain/entities/types: RestoreReport), times in microseconds."""
     return {
-        "podman_restore_duration": sum(microseconds(row["stats"].get("total_s")) for row in rows),
+        "podman_restore_duration": microseconds(took_s),
         "container_statistics": [
             {
                 "Id": row["container_id"],
-                "runtime_restore_duration": microseconds(row["stats"].get("restore_s", row["stats"].get("total_s"))),
+                "runtime_restore_duration": microseconds(row["stats"].get("restore_s")),
                 "criu_statistics": {
                     "forking_time": row["stats"].get("forking_time_us", 0),
                     "restore_time": row["stats"].get("restore_time_us", 0),

@@ -13,15 +13,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from ckpt.criu import hold
+from ckpt.criu import hold, log
 from ckpt.engines import _shim
+from ckpt.errors import CkptError
 from ckpt.host.run import Process, which
 from ckpt.store.job import Job
 
 RUN_DIR: Final = Path("/run/ckpt")
 POLL_S: Final = 0.003
+UNDO_LIMIT_S: Final = 60.0
+_TAIL_BYTES: Final = 1 << 20
+_Failure = TypeVar("_Failure", bound=CkptError)
 
 
 def _script(path: Path, text: str) -> None:
@@ -129,3 +133,48 @@ def end_process(process: Process, timeout_s: float = 10.0) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def exited(process: Process, timeout_s: float) -> int | None:
+    """Wait for a process that we started; its status, None when it has not ended in this time."""
+    end = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(POLL_S)
+    return process.poll()
+
+
+def tail(path: Path) -> str:
+    """The end of a log ("" when there is none)."""
+    try:
+        with path.open("rb") as source:
+            source.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return source.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def failure(kind: type[_Failure], subject: str, log_path: Path, *, verb: log.Verb, said: tuple[Path, ...], silent: str) -> _Failure:
+    """Why a dump or restore failed, as one error: what CRIU's log tells, else the last words of the runtime or engine.
+
+    Args:
+        subject: the beginning of the sentence ("web cannot be checkpointed").
+        said: logs of the programs around CRIU, the best one first.
+        silent: what to say when nobody said anything.
+    """
+    text = tail(log_path)
+    if "Error" in text:
+        cause = log.explain(text, verb=verb)
+        return kind(f"{subject}: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}")
+    words = next((lines for path in said if (lines := tail(path).strip().splitlines())), [silent])
+    return kind(f"{subject}: {words[-1]}", log=os.fspath(said[0]))
+
+
+def undo_dump(job: Job) -> None:
+    """Let a container whose dump will not be used go on: verdict 1, wait for CRIU, the runtime and the engine. Idempotent."""
+    engine_pid = job.facts.get("engine_pid")
+    job.decide("1")
+    if engine_pid:
+        wait_gone(int(engine_pid), UNDO_LIMIT_S)
+    if (job.directory / "runtime.log").exists() or job.held_path.exists():
+        runtime_exit(job, UNDO_LIMIT_S)
+    disarm(job)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ckpt.criu import log
 from ckpt.engines import _hold
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
@@ -19,7 +18,7 @@ from ckpt.store.job import Job
 if TYPE_CHECKING:
     from ckpt.engines.podman import Podman
 
-UNDO_LIMIT_S: Final = 60.0
+UNDO_LIMIT_S: Final = _hold.UNDO_LIMIT_S
 _RUNTIMES: Final = ("crun", "runc")
 
 
@@ -43,15 +42,6 @@ def conf_override(job: Job, *, dump: bool) -> dict[str, str]:
     return {"CONTAINERS_CONF_OVERRIDE": os.fspath(path), "CKPT_SHIM_JOB": os.fspath(job.directory)}
 
 
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as source:
-            source.seek(max(0, path.stat().st_size - (1 << 20)))
-            return source.read().decode(errors="replace")
-    except OSError:
-        return ""
-
-
 def _podman(*args: str, timeout_s: float = UNDO_LIMIT_S) -> bool:
     try:
         return run([which("podman") or "podman", *args], check=False, timeout_s=timeout_s).ok
@@ -61,13 +51,9 @@ def _podman(*args: str, timeout_s: float = UNDO_LIMIT_S) -> bool:
 
 def dump_failed(container: Container, job: Job, work: Path) -> DumpFailed:
     """What CRIU, the runtime or podman said, as one error with a cause and a next step."""
-    log_path = work / "dump.log"
-    said = _read(log_path)
-    if "Error" in said:
-        cause = log.explain(said, verb="dump")
-        return DumpFailed(f"{container.name} cannot be checkpointed: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}")
-    words = _read(job.directory / "podman.log").strip().splitlines() or _read(job.directory / "runtime.log").strip().splitlines()
-    return DumpFailed(f"{container.name} cannot be checkpointed: {words[-1] if words else 'the dump did not get ready in time'}", log=os.fspath(job.directory / "podman.log"))
+    said = (job.directory / "podman.log", job.directory / "runtime.log")
+    subject, silent = f"{container.name} cannot be checkpointed", "the dump did not get ready in time"
+    return _hold.failure(DumpFailed, subject, work / "dump.log", verb="dump", said=said, silent=silent)
 
 
 class PodmanHeldDump:
@@ -106,13 +92,7 @@ class PodmanHeldDump:
 
 def undo_dump(job: Job, init_pid: int | None) -> None:
     """Let a container whose dump will not be used go on: verdict 1, wait for CRIU and podman to be through. Idempotent."""
-    engine_pid = job.facts.get("engine_pid")
-    job.decide("1")
-    if engine_pid:
-        _hold.wait_gone(int(engine_pid), UNDO_LIMIT_S)
-    if (job.directory / "runtime.log").exists() or job.held_path.exists():
-        _hold.runtime_exit(job, UNDO_LIMIT_S)
-    _hold.disarm(job)
+    _hold.undo_dump(job)
 
 
 class PodmanRestore:
@@ -184,13 +164,9 @@ class PodmanRestore:
 
     def failed(self) -> RestoreFailed:
         """Why the restore failed: CRIU's restore.log first, then podman's own words."""
+        said = (self.job.directory / "podman.log",)
         log_path = self.job.directory / "criu" / "restore.log"
-        said = _read(log_path)
-        if "Error" in said:
-            cause = log.explain(said, verb="restore")
-            return RestoreFailed(f"{self.name} cannot be restored: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}")
-        words = _read(self.job.directory / "podman.log").strip().splitlines()
-        return RestoreFailed(f"{self.name} cannot be restored: {words[-1] if words else 'no answer in time'}", log=os.fspath(self.job.directory / "podman.log"))
+        return _hold.failure(RestoreFailed, f"{self.name} cannot be restored", log_path, verb="restore", said=said, silent="no answer in time")
 
 
 class PodmanHeldRestore:

@@ -29,6 +29,9 @@ class HeldDump(Protocol):
 class HeldRestore(Protocol):
     """A restore held at CRIU's `post-restore`: the tree is there, frozen, its network locked."""
 
+    init_pid: int
+    """Its first process as this host numbers it; 0 where that cannot be told."""
+
     def resume(self) -> Container:
         """Let it run; returns the running container. Raises RestoreFailed when it ended instead."""
 

@@ -1,8 +1,8 @@
 """Injected faults: what the tests use to die, run out of space or hang at an exact step of an operation.
 
 `CKPT_FAULT="STEP:ACTION"` (several separated by commas). ACTION is `kill` (SIGKILL to ourselves), `enospc` (raises OSError),
-`fail` (raises CkptError), `interrupt` (raises KeyboardInterrupt) or `hang` (sleeps until a signal comes). Without the variable
-a point costs one look-up.
+`fail` (raises CkptError), `interrupt` (raises KeyboardInterrupt), `hang` (sleeps until a signal comes) or `gate=PATH` (makes
+PATH.reached, then waits until PATH is there). Without the variable a point costs one look-up.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def _strike(name: str, action: str) -> None:
             raise CkptError(f"injected fault at {name}")
         case "interrupt":
             raise KeyboardInterrupt
+        case gate if gate.startswith("gate="):
+            path = gate.removeprefix("gate=")
+            open(f"{path}.reached", "w").close()
+            while not os.path.exists(path):
+                time.sleep(0.01)
         case "hang":
             while True:
                 time.sleep(3600)

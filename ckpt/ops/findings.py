@@ -34,7 +34,7 @@ def is_process_tree(container: Container) -> bool:
 
 def _processes(kinds: OpenKinds) -> str:
     count = len(kinds.pids) - len(kinds.entered)
-    return f"{count} {'process' if count == 1 else 'processes'}, {kinds.threads} threads, {size_text(kinds.dump_bytes)} of memory"
+    return f"{count} {'process' if count == 1 else 'processes'}, {kinds.threads} {'thread' if kinds.threads == 1 else 'threads'}, {size_text(kinds.dump_bytes)} of memory"
 
 
 def _unsupported(kinds: OpenKinds, criu: str, gpu_plugin: bool) -> Iterable[Finding]:

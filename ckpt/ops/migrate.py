@@ -33,7 +33,7 @@ RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
 STEPS: Final = ("check", "begin", "container-image", "dump", "capture", "transfer", "restore", "commit", "resume", "end", "remove")
-"""The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate:STEP` for the tests."""
+"""The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class _Migration:
     def step(self, name: str, detail: str = "") -> None:
         """A step begins: told, and a fault point for the tests."""
         self.emit(StepStarted(self.typed, name, detail))
-        faults.point(f"migrate:{name}")
+        faults.point(f"migrate-{name}")
 
     def done(self, name: str, detail: str = "") -> None:
         self.emit(StepDone(self.typed, name, detail))
@@ -121,8 +121,7 @@ class _Migration:
 
     def check(self, stack: ExitStack) -> tuple[DumpOptions, Peer, dict[str, Any]]:
         """Everything that can be known before anything is touched, on both ends."""
-        from ckpt.host import facts, procfs
-        from ckpt.ops import check, destination
+        from ckpt.ops import check
 
         self.step("check")
         container = self.container
@@ -132,27 +131,15 @@ class _Migration:
         wanted = DumpOptions(tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes)
         wanted = check.decide(self.engine, container, wanted)
         check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
-        moved = replace(container, name=self.options.name or container.name)
-        if self.options.ignore_volumes:
-            moved = replace(moved, volumes=())
-        if self.options.publish:
-            moved = replace(moved, ports=())
         try:
             peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options))
-            report = peer.call("facts", destination.request_for(moved))
+            asked = self.options
+            request = check.destination_request(container, name=asked.name, publish=asked.publish, ignore_volumes=asked.ignore_volumes)
+            report = peer.call("facts", request)
         except CkptError as error:
             error.where = error.where or f"{container.name} is running, untouched"
             raise
-        kinds = procfs.open_kinds(container.pid) if container.pid else procfs.OpenKinds()
-        findings = destination.destination_findings(
-            moved,
-            facts.gather(self.root),
-            report,
-            memory_bytes=kinds.dump_bytes,
-            disk_bytes=kinds.dump_bytes,
-            connections=kinds.tcp_established,
-            there=peer.hostname,
-        )
+        findings = check.destination_findings(container, report, name=self.options.name)
         for finding in findings:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
@@ -175,7 +162,7 @@ class _Migration:
         image = self.container.container_image
         if image is None or report.get("container_image") is not False:
             self.done("container-image", "already there" if image else "none needed")
-            faults.point("migrate:container-image")
+            faults.point("migrate-container-image")
             return
         self.step("container-image", image.name)
         process = cast(CarriesContainerImages, self.engine).save_container_image(image)
@@ -221,10 +208,10 @@ class _Migration:
         with recover.uninterrupted():
             self.job.write("commit")
             self.committed = True
-            faults.point("migrate:committed")
+            faults.point("migrate-committed")
             self.emit(StepStarted(self.typed, "resume"))
             try:
-                faults.point("migrate:resume")
+                faults.point("migrate-resume")
                 answer = peer.call("resume", timeout_s=60)
                 self.stats["container_id"] = str(answer.get("container_id", ""))
             except CkptError as error:
@@ -239,7 +226,7 @@ class _Migration:
             self.emit(Thawed(self.typed, frozen_s))
             self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
             self.step("end")
-            end_source(self.engine, self.container, self.held, self.job, self.options.keep_source, faults_at="migrate:remove")
+            end_source(self.engine, self.container, self.held, self.job, self.options.keep_source, faults_at="migrate-remove")
             self.job.write("done")
         with suppress(CkptError):
             peer.call("finish")

@@ -89,7 +89,7 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         session.state["arrival"] = arrival
         session.on_lost(arrival.leave)
         arrival.draft = Catalog(root).begin(str(args["name"]))
-        faults.point("destination:begin")
+        faults.point("destination-begin")
         return {"job": arrival.job.id, "machine": machine_id()}
 
     return {
@@ -145,7 +145,7 @@ def receive_container_image(session: Session, args: dict[str, Any]) -> dict[str,
         said = process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
         raise RestoreFailed(f"container image {image.name} could not be loaded: {said or 'its id changed on the way'}")
     engine.name_container_image(image)
-    faults.point("destination:container-image")
+    faults.point("destination-container-image")
     return {}
 
 
@@ -156,7 +156,7 @@ def receive_stage(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     received: list[ReceivedFile] = session.receive_files(arrival.draft.stage, allow=layout.is_allowed)
     for file in received:
         arrival.digests[file.path] = file.sha256 if file.sha256.startswith("sha256:") else f"sha256:{file.sha256}"
-    faults.point("destination:stage")
+    faults.point("destination-stage")
     return {"files": len(received)}
 
 
@@ -179,8 +179,8 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival.held = arrival.engine.restore(
         stage, manifest, options, arrival.job, rootfs_ready=fill_rootfs(stage), volume_ready=fill_volume(stage)
     )
-    proof.check(arrival.job, manifest)
-    faults.point("destination:prepared")
+    proof.check(arrival.held, manifest)
+    faults.point("destination-prepared")
     arrival.job.write("prepared")
     return {}
 
@@ -209,10 +209,10 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """The point of no return: from the journal's `commit` on the workload lives here, or has failed for good."""
     arrival = _arrival(session)
     assert arrival.held is not None
-    faults.point("destination:commit")
+    faults.point("destination-commit")
     with recover.uninterrupted():
         arrival.job.write("commit")
-        faults.point("destination:committed")
+        faults.point("destination-committed")
         try:
             container = arrival.held.resume()
         except CkptError:
@@ -220,7 +220,7 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
             arrival.undo()
             raise
         arrival.job.write("running", live_container_id=container.id)
-    faults.point("destination:running")
+    faults.point("destination-running")
     arrival.drop_draft()
     return {"container_id": container.id, "pid": container.pid}
 

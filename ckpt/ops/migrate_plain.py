@@ -25,6 +25,7 @@ from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 from ckpt.transports import ssh
+from ckpt.transports.ssh_remote import Remote
 
 LACKS: Final = (
     "has no ckpt: the plain way is taken (an archive and podman's own restore). It lacks the check beforehand, the held restore "
@@ -42,7 +43,7 @@ def migrate(
         The outcome; its error is FeatureMissing (the destination has no podman either), MigrationRolledBack, or NeedsContinue.
     """
     emit(Notice(typed, f"{destination} {LACKS}", warning=True))
-    there = ssh.Remote(ssh.Destination.parse(destination), options.ssh_options)
+    there = Remote(ssh.Destination.parse(destination), options.ssh_options)
     untouched = f"{container.name} is running, untouched"
     if engine.name != "podman":
         return failure(typed, FeatureMissing(f"{destination} has no ckpt, which {engine.name} needs there", where=untouched, hint=f"install ckpt on {destination}"))
@@ -106,7 +107,7 @@ def migrate(
     return Outcome(typed, True, container=container, stats=stats)
 
 
-def _bring_container_image(there: ssh.Remote, engine: Engine, container: Container, typed: str, emit: Emit) -> None:
+def _bring_container_image(there: Remote, engine: Engine, container: Container, typed: str, emit: Emit) -> None:
     image = container.container_image
     if image is None or there.run(["podman", "image", "exists", image.id], check=False).ok:
         return
@@ -130,7 +131,7 @@ def _copy(source: object, out: object) -> int:
     return 0
 
 
-def _restore_there(there: ssh.Remote, remote_file: str, flags: list[str], name: str, container: Container, destination: str) -> None:
+def _restore_there(there: Remote, remote_file: str, flags: list[str], name: str, container: Container, destination: str) -> None:
     """Run podman's restore on the destination; when it is not known how it ended, ask until it is."""
     try:
         result = there.run(["podman", "container", "restore", "--import", remote_file, *flags], check=False, timeout_s=STEP_LIMIT_S)

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 
+from ckpt.engines.base import HeldRestore
 from ckpt.errors import RestoreFailed
 from ckpt.host import procfs
 from ckpt.model import Manifest, Process
-from ckpt.store.job import Job
-
-
-def held_pid(job: Job) -> int | None:
-    """The first process of the tree that CRIU's action-script holds, as this host numbers it; None where it cannot be told."""
-    try:
-        text = json.loads(job.held_path.read_text()).get("init_pid")
-        return int(text) if text else None
-    except (OSError, ValueError):
-        return None
 
 
 def tree(pid: int) -> list[tuple[str, int]]:
@@ -40,12 +30,11 @@ def compare(wanted: Sequence[Process], found: Sequence[tuple[str, int]], label: 
         raise RestoreFailed(f"{label} came back as another process tree: missing {missing}; not in the checkpoint {extra}")
 
 
-def check(job: Job, manifest: Manifest) -> None:
-    """Compare the held tree of a job with the manifest; a tree that cannot be told is not judged.
+def check(held: HeldRestore, manifest: Manifest) -> None:
+    """Compare a held tree with the manifest; a tree that cannot be told (no pid yet) is not judged.
 
     Raises:
         RestoreFailed: it is another one.
     """
-    pid = held_pid(job)
-    if pid is not None and manifest.processes:
-        compare(manifest.processes, tree(pid), manifest.name)
+    if held.init_pid and manifest.processes:
+        compare(manifest.processes, tree(held.init_pid), manifest.name)

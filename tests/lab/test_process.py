@@ -110,9 +110,9 @@ def host() -> Iterator[Host]:
 
 def scenario(host: Host, body: str) -> None:
     """Run `body` on the host; an assertion that fails there fails here, with its traceback."""
-    indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
-    again = f"PRELUDE_AGAIN = {PRELUDE!r}\n"
-    host.run(["sh", "-c", 'export SCRATCH="$(mktemp -d)"; exec python3 -'], input=f"{PRELUDE}\n{again}try:\n{indented}\n{CLEAN_UP}", timeout_s=120)
+    texts = f"PRELUDE_AGAIN = {PRELUDE!r}\nBODY = {body!r}\n"
+    program = f'{PRELUDE}\n{texts}try:\n    exec(compile(BODY, "scenario", "exec"))\n{CLEAN_UP}'
+    host.run(["sh", "-c", 'export SCRATCH="$(mktemp -d)"; exec python3 -'], input=program, timeout_s=120)
 
 
 def test_probe_and_find(host: Host) -> None:

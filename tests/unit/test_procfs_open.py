@@ -204,7 +204,11 @@ def test_deleted_files_and_the_ghost_limit(tmp_path: Path) -> None:
     """
     with child(code, str(tmp_path)) as process:
         kinds = procfs.open_kinds(process.pid)
-    assert {(Path(f.path).name, f.size_bytes, f.linked) for f in kinds.deleted_files} == {("big", 3 << 20, False), ("small", 0, False), ("linked", 0, True)}
+    assert {(Path(f.path).name, f.size_bytes, f.linked) for f in kinds.deleted_files} == {
+        ("big", 3 << 20, False),
+        ("small", 0, False),
+        ("linked", 0, True),
+    }
     assert [Path(f.path).name for f in kinds.ghosts_over_limit] == ["big"]
 
 

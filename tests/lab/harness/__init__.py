@@ -9,5 +9,6 @@ from __future__ import annotations
 from .cache import LabUnavailable
 from .host import CommandError, Host, HostProcess, HostResult
 from .lab import Lab
+from .ticks import Ticks, read_ticks
 
-__all__ = ["CommandError", "Host", "HostProcess", "HostResult", "Lab", "LabUnavailable"]
+__all__ = ["CommandError", "Host", "HostProcess", "HostResult", "Lab", "LabUnavailable", "Ticks", "read_ticks"]

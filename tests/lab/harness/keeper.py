@@ -29,7 +29,7 @@ RUN = Path("/run/ckpt-lab")
 PREFIX = "ckptlab-"
 PR_SET_PDEATHSIG = 1
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-UP_TIMEOUT_S = 20.0
+UP_TIMEOUT_S = 20
 CLEAN_TIMEOUT_S = 10.0
 
 
@@ -265,6 +265,10 @@ def link(hosts: list[Host], specs: list[dict[str, Any]]) -> None:
         subprocess.run(inside, input=batch.encode(), check=True, capture_output=True, timeout=UP_TIMEOUT_S)
 
 
+def _too_late(*_: object) -> None:
+    raise TimeoutError(f"not up after {UP_TIMEOUT_S} s")
+
+
 def main() -> int:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)  # our end is the end of file
@@ -276,11 +280,14 @@ def main() -> int:
     status = 0
     try:
         try:
+            signal.signal(signal.SIGALRM, _too_late)
+            signal.alarm(UP_TIMEOUT_S)
             for host in hosts:
                 host.start()
             for host in hosts:
                 host.wait_ready()
             link(hosts, spec["hosts"])
+            signal.alarm(0)
             answer = {"hosts": {host.name: {"pid": host.pid, "entry": host.entry()} for host in hosts}}
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or b""

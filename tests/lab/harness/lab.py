@@ -19,9 +19,21 @@ from .host import Host
 from .rootfs import rootfs
 from .wheel import wheel_layer
 
-UP_TIMEOUT_S = 30.0
 DOWN_TIMEOUT_S = 60.0
-NEEDED = ("unshare", "nsenter", "pivot_root", "ip", "tc", "ssh-keygen", "tar")
+NEEDED = {  # program -> Debian package
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "pivot_root": "util-linux",
+    "script": "bsdutils",
+    "mount": "mount",
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ssh-keygen": "openssh-client",
+    "tar": "tar",
+    "debootstrap": "debootstrap",
+    "gcc": "gcc",
+}
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PYTHON = "python3.13"  # trixie's
 
 
@@ -71,7 +83,7 @@ class Lab:
         return iter(self.hosts.values())
 
     def __enter__(self) -> Lab:
-        check_prerequisites()
+        prepare()
         lowers = [str(workloads.layer()), str(rootfs())]
         if self._wheel is not None:
             layer = wheel_layer(self._wheel)
@@ -222,15 +234,41 @@ class Lab:
             target.chmod(mode)
 
 
+def missing_programs() -> list[str]:
+    return [program for program in NEEDED if shutil.which(program, path=PATH) is None]
+
+
+def install_missing() -> None:
+    """Install the programs that the lab needs and the machine lacks (Debian, root; nothing happens elsewhere)."""
+    packages = sorted({NEEDED[program] for program in missing_programs()})
+    if "gcc" in packages:
+        packages.append("libc6-dev")
+    if not packages or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    print(f"installing {', '.join(packages)}", file=sys.stderr)
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for argv in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *packages]):
+        subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=900)
+
+
 def check_prerequisites() -> None:
     """Raises LabUnavailable when this machine cannot have a lab."""
     if os.geteuid() != 0:
         raise LabUnavailable("the lab needs root")
-    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    missing = [program for program in NEEDED if shutil.which(program, path=path) is None]
-    if missing:
-        raise LabUnavailable(f"missing programs: {', '.join(missing)} (packages util-linux, iproute2, openssh-client, tar)")
+    if missing := missing_programs():
+        packages = sorted({NEEDED[program] for program in missing})
+        raise LabUnavailable(f"missing programs: {', '.join(missing)} (apt-get install {' '.join(packages)})")
     namespaces = ["--mount", "--pid", "--fork", "--uts", "--ipc", "--net", "--cgroup"]
     done = subprocess.run(["unshare", *namespaces, "mount", "-t", "tmpfs", "lab", "/mnt"], capture_output=True, text=True, timeout=20)
     if done.returncode:
         raise LabUnavailable(f"no permission to make namespaces and mounts: {done.stderr.strip()}")
+
+
+def prepare() -> None:
+    """Build what the hosts are made of (once; cached outside the checkout).
+
+    Raises:
+        LabUnavailable: not on this machine; the message says why.
+    """
+    check_prerequisites()
+    workloads.layer()

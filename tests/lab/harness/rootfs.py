@@ -13,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from .cache import LabUnavailable, build_once, digest
+from .cache import LabUnavailable, build_once, cache_directory, digest
 
 MIRROR = os.environ.get("CKPT_LAB_MIRROR", "http://deb.debian.org/debian")
 SUITE = "trixie"
@@ -48,6 +48,11 @@ def rootfs_digest() -> str:
     return digest(json.dumps([SUITE, BASE, PACKAGES, FROM_SID, FILES, SID_FILES, RECIPE], sort_keys=True).encode())
 
 
+def rootfs_ready() -> bool:
+    """Whether the root is built already."""
+    return (cache_directory() / f"rootfs-{rootfs_digest()}").exists()
+
+
 def rootfs() -> Path:
     """The built root (takes about 80 s the first time).
 
@@ -78,8 +83,6 @@ def _write(root: Path, files: dict[str, str]) -> None:
 def _build(root: Path) -> None:
     if os.geteuid() != 0:
         raise LabUnavailable("the lab needs root")
-    if shutil.which("debootstrap") is None:
-        _step(["apt-get", "install", "-y", "--no-install-recommends", "debootstrap"])
     _step(["debootstrap", "--variant=minbase", f"--include={','.join(BASE)}", SUITE, str(root), MIRROR])
     # Own mount and pid namespaces: no mount of /proc is left behind, whatever happens.
     chroot = ["unshare", "--mount", "--pid", "--fork", "--kill-child", f"--root={root}", "--mount-proc"]

@@ -9,23 +9,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .cache import LabUnavailable, build_once, digest, prune
+from .cache import build_once, digest, prune
 from .rootfs import rootfs, rootfs_digest
 
 LAYERS_KEPT = 4
+
+
+class WheelError(Exception):
+    """ckpt's wheel does not build or install: a failure of the project, not of the machine."""
 
 
 def build_wheel(source: Path, into: Path) -> Path:
     """Build the wheel of the checkout `source` into the directory `into`, leaving nothing in the checkout.
 
     Raises:
-        LabUnavailable: the build failed; its output is in the message.
+        WheelError: the build failed; its output is in the message.
     """
     argv = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-w", str(into), str(source)]
     done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     wheels = sorted(into.glob("*.whl"))
     if done.returncode or not wheels:
-        raise LabUnavailable(f"the wheel does not build:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        raise WheelError(f"the wheel does not build:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return wheels[-1]
 
 
@@ -33,7 +37,7 @@ def wheel_layer(wheel: Path) -> Path:
     """The directory with what pip makes of the wheel in the hosts' /usr/local.
 
     Raises:
-        LabUnavailable: pip refused it.
+        WheelError: pip refused it.
     """
     name = f"wheel-{digest(hashlib.sha256(wheel.read_bytes()).digest(), rootfs_digest().encode())}"
     layer = build_once(name, lambda into: _install(wheel, into))
@@ -53,7 +57,7 @@ def _install(wheel: Path, into: Path) -> None:
     )
     done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     if done.returncode:
-        raise LabUnavailable(f"pip cannot install {wheel.name} on a host:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        raise WheelError(f"pip cannot install {wheel.name} on a host:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     shutil.move(upper / "usr", into / "usr")  # only /usr/local was written; /tmp, /root and the wheel itself stay behind
     for part in (upper, work, merged):
         with contextlib.suppress(OSError):

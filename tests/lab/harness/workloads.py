@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -46,8 +45,6 @@ def layer() -> Path:
 def _build(into: Path) -> None:
     binaries = into / "opt/lab/bin"
     binaries.mkdir(parents=True, mode=0o755)
-    if shutil.which("gcc") is None:
-        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "gcc", "libc6-dev"], stdin=subprocess.DEVNULL, timeout=600)
     for name in PROGRAMS:
         try:
             done = subprocess.run([*CC, "-o", binaries / name, SOURCES / f"{name}.c"], capture_output=True, text=True, timeout=120)

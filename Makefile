@@ -1,0 +1,42 @@
+# make test    lint, then all tests; those of the lab need root (two hosts as namespaces, nothing is installed on the machine's own)
+# make demo    a migration between two hosts, to watch
+# make lab     a shell on host a, with host b beside it (ssh b)
+# make bench   times and sizes, ckpt against podman alone
+# make lint
+
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.SILENT:
+.DEFAULT_GOAL := test
+.PHONY: test lint demo lab bench
+
+# The Python with all dependencies, made on first use outside the checkout.
+PYTHON = python=$$(python3 .ci/venv)
+PYTEST_ARGS ?=
+
+lint:
+	$(PYTHON)
+	"$$python" -m ruff check .
+	"$$python" -m mypy
+	"$$python" -m mypy --strict tests/lab/harness tests/lab/demo.py tests/bench
+
+test: lint
+	$(PYTHON)
+	"$$python" -m tests.lab.harness prepare
+	"$$python" -m pytest tests/unit tests/contract tests/meta tests/lab $(PYTEST_ARGS)
+
+demo:
+	$(PYTHON)
+	"$$python" -m tests.lab.harness prepare
+	"$$python" -m tests.lab.demo
+
+lab:
+	$(PYTHON)
+	"$$python" -m tests.lab.harness prepare
+	"$$python" -m tests.lab.harness shell
+
+bench:
+	$(PYTHON)
+	"$$python" -m tests.lab.harness prepare
+	"$$python" -m tests.bench.migrate

@@ -1,0 +1,282 @@
+"""checkpoint, restore, export, import, inspect, list and rm over the fake engine, in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt.errors import BusyError, DigestMismatch, DumpFailed, FeatureMissing, TargetNotFound, UsageError
+from ckpt.events import Event, Frozen, Thawed, ignore
+from ckpt.model import Container, DumpOptions, RestoreOptions, Target
+from ckpt.ops.checkpoint import checkpoint
+from ckpt.ops.export import export
+from ckpt.ops.import_ import import_
+from ckpt.ops.inspect import inspect
+from ckpt.ops.list_ import broken, list_
+from ckpt.ops.restore import restore
+from ckpt.ops.result import Outcome
+from ckpt.ops.rm import rm
+from tests.contract import fake
+
+OPTIONS = DumpOptions(tcp_established=False, file_locks=False, shell_job=False)
+
+
+class World:
+    def __init__(self, directory: Path, engine: fake.FakeEngine) -> None:
+        self.engine, self.root, self.directory = engine, directory / "store", directory
+        self.events: list[Event] = []
+
+    def save(self, *names: str, keep_going: bool = False, all: bool = False, **options: Any) -> list[Outcome]:
+        chosen = DumpOptions(**{"tcp_established": False, "file_locks": False, "shell_job": False, **options})
+        targets = [Target.parse(name) for name in names]
+        return checkpoint(targets, all=all, options=chosen, store_root=self.root, emit=self.events.append, keep_going=keep_going)
+
+    def back(self, *refs: str, **options: Any) -> list[Outcome]:
+        return restore(refs, options=RestoreOptions(**options), store_root=self.root, emit=self.events.append)
+
+    def state(self, container: Container) -> str:
+        return self.engine.describe(container).state
+
+    def leftovers(self) -> list[str]:
+        return [str(p) for place in ("jobs", "tmp") for p in sorted((self.root / place).glob("*"))]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    (tmp_path / "world").mkdir()
+    made = World(tmp_path, fake.install(tmp_path / "world", monkeypatch.setattr))
+    yield made
+    made.engine.end_all()
+
+
+def test_round_trip_with_files_and_volumes(world: World) -> None:
+    web = world.engine.start("web", volumes=("data",))
+    (world.engine.world / "volumes" / "data" / "row").write_text("1")
+    (outcome,) = world.save("web")
+    assert outcome.ok and outcome.checkpoint and outcome.container
+    assert outcome.container.state == "exited"
+    manifest = outcome.checkpoint.manifest
+    assert manifest.volumes == (("data", "/data"),)
+    assert {"checkpoint/pages-1.img", "rootfs-diff.tar", "volumes/data.tar", "config.dump"} <= set(manifest.digests)
+    assert manifest.freeze_s > 0 and [p.comm for p in manifest.processes]
+    assert sum(isinstance(e, Frozen) for e in world.events) == 1
+    assert world.leftovers() == []
+    (world.engine.world / "volumes" / "data" / "row").write_text("2")
+    (world.engine.world / web.id / "upper" / "written").write_text("changed")
+    (back,) = world.back("web")
+    assert back.ok, back.error
+    assert (world.engine.world / "volumes" / "data" / "row").read_text() == "1"
+    assert (world.engine.world / web.id / "upper" / "written").read_text() == "web"
+    assert list_(store_root=world.root) == [outcome.checkpoint]
+    assert world.leftovers() == []
+    # Nothing in the store was touched by its restore.
+    assert world.engine.describe(web).state == "running"
+    world.engine.end_all()
+    assert fake.wait(lambda: world.state(web) == "exited")
+    assert world.back("web@1")[0].ok
+
+
+def test_ignore_rootfs_and_volumes(world: World) -> None:
+    world.engine.start("web", volumes=("data",))
+    (outcome,) = world.save("web", ignore_rootfs=True, ignore_volumes=True)
+    assert outcome.checkpoint
+    assert not {"rootfs-diff.tar", "volumes/data.tar"} & set(outcome.checkpoint.manifest.digests)
+    assert outcome.checkpoint.manifest.volumes == ()
+
+
+def test_a_copy_beside_the_running_one(world: World) -> None:
+    web = world.engine.start("web")
+    world.save("web", leave_running=True)
+    (copy,) = world.back("web", name="clone")
+    assert copy.ok and copy.container and copy.container.name == "clone" and copy.container.id != web.id
+    assert world.state(web) == world.state(copy.container) == "running"
+    (again,) = world.back("web", name="clone")
+    assert isinstance(again.error, BusyError)
+
+
+def test_leave_running_goes_on_before_the_bytes_are_on_the_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = world.engine.start("web")
+    seen: list[str] = []
+    monkeypatch.setattr("ckpt.ops.faults.point", lambda step: seen.append(f"{step} {world.state(web)}"))
+    world.save("web", leave_running=True)
+    assert seen[:3] == ["dumping running", "held paused", "captured paused"]
+    assert seen[3:] == [f"{step} running" for step in ("resumed", "described", "stored", "commit", "ended")]
+    assert any(isinstance(e, Thawed) for e in world.events)
+
+
+@pytest.mark.parametrize("step", ["dumping", "held", "captured", "described", "stored"])
+def test_ctrl_c_before_commit_brings_it_back(world: World, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    web = world.engine.start("web")
+    monkeypatch.setenv("CKPT_FAULT", f"{step}:interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        world.save("web")
+    assert world.state(web) == "running"
+    assert world.leftovers() == []
+
+
+def test_ctrl_c_after_commit_does_not_stop_the_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = world.engine.start("web")
+    monkeypatch.setattr("ckpt.ops.faults.point", lambda step: os.kill(os.getpid(), signal.SIGINT) if step == "commit" else None)
+    with pytest.raises(KeyboardInterrupt):
+        world.save("web")
+    assert world.state(web) == "exited"
+    assert len(list_(store_root=world.root)) == 1
+    assert world.leftovers() == []
+
+
+def test_a_bug_is_raised_as_it_is_and_the_container_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = world.engine.start("web")
+    monkeypatch.setattr("ckpt.ops.capture.describe", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.save("web")
+    assert world.state(web) == "running"
+    assert world.leftovers() == []
+
+
+def test_a_failed_dump_keeps_its_log(world: World) -> None:
+    world.engine.start("web", broken="dump")
+    (outcome,) = world.save("web")
+    assert isinstance(outcome.error, DumpFailed)
+    assert outcome.error.where == "web is running"
+    path, _, line = str(outcome.error.log).rpartition(":")
+    assert line == "1" and "cannot dump" in Path(path).read_text()
+    assert world.leftovers() == []
+
+
+def test_preflight_errors(world: World) -> None:
+    world.engine.start("web", broken="preflight")
+    (outcome,) = world.save("web")
+    assert isinstance(outcome.error, FeatureMissing)
+    assert outcome.error.where == "web is running, untouched"
+
+
+def test_only_running_containers(world: World) -> None:
+    web = world.engine.start("web")
+    os.kill(web.pid or 0, signal.SIGSTOP)
+    assert fake.wait(lambda: world.state(web) == "paused")
+    (outcome,) = world.save("web")
+    assert isinstance(outcome.error, BusyError) and "unpause" in (outcome.error.hint or "")
+    os.kill(web.pid or 0, signal.SIGCONT)
+
+
+def test_several_targets(world: World) -> None:
+    one, two = world.engine.start("one"), world.engine.start("two")
+    bad = world.engine.start("bad", broken="dump")
+    assert [o.ok for o in world.save("one", "nope")] == [False]
+    assert world.state(one) == "running", "a mistyped name must stop it all"
+    assert [o.ok for o in world.save("bad", "one")] == [False]
+    assert world.state(one) == "running"
+    several = world.save("nope", "bad", "one", "fake:one", keep_going=True)
+    assert [(o.target, o.ok) for o in several] == [("nope", False), ("bad", False), ("one", True)]
+    assert [(o.target, o.ok) for o in world.save(all=True, keep_going=True)] == [("two", True), ("bad", False)]
+    assert world.state(two) == "exited"
+    assert world.state(bad) == "running"
+    with pytest.raises(UsageError):
+        world.save()
+    with pytest.raises(UsageError):
+        world.save("one", all=True)
+    assert sorted(o.target for o in restore([], all=True, options=RestoreOptions(), store_root=world.root, emit=ignore) if o.ok) == ["one", "two"]
+
+
+def test_a_damaged_checkpoint_touches_nothing(world: World) -> None:
+    web = world.engine.start("web")
+    (outcome,) = world.save("web")
+    assert outcome.checkpoint
+    pages = outcome.checkpoint.directory / "checkpoint" / "pages-1.img"
+    pages.write_text("0")
+    (back,) = world.back("web")
+    assert isinstance(back.error, DigestMismatch)
+    assert world.state(web) == "exited", "it must not have been removed"
+
+
+def test_failed_restore(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.engine.start("web")
+    world.save("web")
+    monkeypatch.setenv("CKPT_FAKE_BROKEN", "restore")
+    (back,) = world.back("web")
+    assert back.error and back.error.exit_code == 21
+    assert back.error.where == "nothing is running; the checkpoint web@1 is still in the store"
+    assert world.leftovers() == []
+    monkeypatch.delenv("CKPT_FAKE_BROKEN")
+    assert world.back("web")[0].ok
+
+
+def test_another_container_has_taken_the_name(world: World) -> None:
+    web = world.engine.start("web")
+    world.save("web")
+    world.engine.remove(web)
+    world.engine.start("web")
+    (back,) = world.back("web")
+    assert isinstance(back.error, BusyError) and "-n" in (back.error.hint or "")
+
+
+@pytest.mark.parametrize("compress", ["zstd", "gzip", "none"])
+def test_export_import(world: World, compress: str) -> None:
+    web = world.engine.start("web")
+    (saved,) = world.save("web")
+    file = world.directory / "web.tar"
+    out = export("web@1", file, compress=compress, options=OPTIONS, store_root=world.root, emit=ignore)
+    assert out.ok and out.stats["archive_bytes"] == file.stat().st_size
+    assert file.stat().st_mode & 0o777 == 0o600
+    seen = inspect(str(file), store_root=world.root)
+    assert seen.manifest == (saved.checkpoint and saved.checkpoint.manifest)
+    assert not seen.foreign and seen.sizes["checkpoint/pages-1.img"] > 0
+    assert inspect("web", store_root=world.root).sizes == seen.sizes
+    copy = import_(file, name="other", store_root=world.root, emit=ignore)
+    assert copy.checkpoint and copy.checkpoint.ref == "other@1"
+    assert import_(file, store_root=world.root, emit=ignore).checkpoint.ref == "web@2"  # type: ignore[union-attr]
+    (back,) = restore([], import_file=file, options=RestoreOptions(), store_root=world.root, emit=ignore)
+    assert back.ok, back.error
+    assert world.state(web) == "running"
+    assert len(list_(store_root=world.root)) == 3 and world.leftovers() == []
+
+
+def test_export_of_a_running_container(world: World) -> None:
+    web = world.engine.start("web")
+    file = world.directory / "web.tar.zst"
+    left = export("web", file, leave_running=True, options=OPTIONS, store_root=world.root, emit=ignore)
+    assert left.ok and world.state(web) == "running"
+    ended = export("fake:web", file, options=OPTIONS, store_root=world.root, emit=ignore)
+    assert ended.ok and world.state(web) == "exited" and ended.checkpoint is None
+    assert list_(store_root=world.root) == [] and world.leftovers() == []
+    (back,) = restore([], import_file=file, options=RestoreOptions(), store_root=world.root, emit=ignore)
+    assert back.ok, back.error
+    with pytest.raises(TargetNotFound, match="neither"):
+        export("nope", file, options=OPTIONS, store_root=world.root, emit=ignore)
+
+
+def test_export_to_a_place_that_does_not_exist_leaves_it_running(world: World) -> None:
+    web = world.engine.start("web")
+    with pytest.raises(DumpFailed):
+        export("web", world.directory / "no" / "such.tar", options=OPTIONS, store_root=world.root, emit=ignore)
+    assert world.state(web) == "running" and world.leftovers() == []
+
+
+def test_import_of_rubbish_leaves_the_store_as_it_was(world: World) -> None:
+    file = world.directory / "rubbish"
+    file.write_bytes(os.urandom(100_000))
+    from ckpt.errors import ArchiveInvalid
+
+    with pytest.raises(ArchiveInvalid):
+        import_(file, store_root=world.root, emit=ignore)
+    with pytest.raises(TargetNotFound):
+        import_(world.directory / "nope", store_root=world.root, emit=ignore)
+    assert list_(store_root=world.root) == [] and world.leftovers() == []
+
+
+def test_rm(world: World) -> None:
+    world.engine.start("web")
+    for _ in range(3):
+        world.save("web", leave_running=True)
+    assert [o.ok for o in rm(["web@1", "nope"], store_root=world.root, emit=ignore)] == [False]
+    assert [o.ok for o in rm(["web@1", "web@1"], store_root=world.root, emit=ignore)] == [True]
+    assert [c.ref for c in list_(store_root=world.root, name="web")] == ["web@2", "web@3"]
+    assert len(rm([], all=True, store_root=world.root, emit=ignore)) == 2
+    assert list_(store_root=world.root) == [] and broken(store_root=world.root) == []
+    with pytest.raises(UsageError):
+        rm([], store_root=world.root, emit=ignore)
