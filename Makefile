@@ -19,7 +19,7 @@ lint:
 	$(PYTHON)
 	"$$python" -m ruff check .
 	"$$python" -m mypy
-	"$$python" -m mypy --strict tests/lab/harness tests/lab/demo.py tests/bench
+	"$$python" -m mypy --strict --explicit-package-bases tests/lab/harness tests/lab/demo.py tests/bench
 
 test: lint
 	$(PYTHON)

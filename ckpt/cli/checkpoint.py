@@ -152,5 +152,3 @@ def _stats(rows: Sequence[Row], took_s: float) -> object:
 
 def microseconds(seconds: float | None) -> int:
     return round((seconds or 0.0) * 1e6)
-
-

@@ -17,12 +17,14 @@ from ckpt.errors import Bug, CkptError
 
 def report(error: BaseException, args: Sequence[str], *, log_dir: Path | None = None) -> Bug:
     """Write the traceback to `log_dir` (default: the configured one, else the temporary directory) and make the error that names the file."""
-    text = "\n".join((
-        f"ckpt {__version__}, Python {platform.python_version()}, Linux {platform.release()} {platform.machine()}",
-        f"command: ckpt {' '.join(args)}",
-        "",
-        "".join(traceback.format_exception(error)),
-    ))
+    text = "\n".join(
+        (
+            f"ckpt {__version__}, Python {platform.python_version()}, Linux {platform.release()} {platform.machine()}",
+            f"command: ckpt {' '.join(args)}",
+            "",
+            "".join(traceback.format_exception(error)),
+        )
+    )
     path = _write(text, log_dir or _log_dir())
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return Bug(

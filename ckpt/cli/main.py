@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,23 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ckpt with `argv` (default: the command line) and return its exit code. Never raises."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args in (["--version"], ["-V"]):
-        sys.stdout.write(f"ckpt {__version__}\n")
-        return 0
+        return _flushed(0, f"ckpt {__version__}\n")
     if instruction := os.environ.get(_COMPLETE_VARIABLE):
         from ckpt.cli.completion import complete
 
         return complete(instruction, _COMPLETE_VARIABLE)
     _catch_signals()
     try:
-        return _run(args)
+        code = _run(args)
     except KeyboardInterrupt as stop:
         signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
         sys.stderr.write(f"ckpt: stopped by {signal.Signals(signum).name}\n")
-        return SIGNAL_BASE + signum
+        code = SIGNAL_BASE + signum
     except BaseException as error:
-        return _fail(error, args)
-    finally:
-        _close_stdout()
+        code = _fail(error, args)
+    return _flushed(code)
 
 
 def _run(args: list[str]) -> int:
@@ -82,6 +81,8 @@ def _fail(error: BaseException, args: list[str]) -> int:
     """Say the error in its four lines; an unexpected one becomes a Bug whose traceback goes to a file only."""
     from ckpt.cli.render.error import show_error
 
+    if _reader_gone(error):
+        return SIGNAL_BASE + signal.SIGPIPE
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     shown = _as_ckpt_error(error)
@@ -124,12 +125,36 @@ def _catch_signals() -> None:
                 return  # not the main thread (a test, an embedding program): its owner has the signals
 
 
-def _close_stdout() -> None:
-    """Flush; when the reader has gone (`| head`), keep the interpreter from complaining at exit."""
+def _flushed(code: int, text: str = "") -> int:
+    """Bring stdout to its reader. One that has gone (`| head`) is no failure of the work; a full disk behind it is."""
     try:
+        sys.stdout.write(text)
         sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _drop_stdout()
+        return code
+    except OSError as error:
+        _drop_stdout()
+        return code or _fail(error, [])
+    except ValueError:  # closed by somebody
+        return code
+
+
+def _drop_stdout() -> None:
+    """Keep the interpreter from trying the rest once more at its exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _reader_gone(error: BaseException) -> bool:
+    """True when a BrokenPipeError is about our stdout, and not about a pipe of the work."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
     except (OSError, ValueError):
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        except OSError:
-            pass
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))

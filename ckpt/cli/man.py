@@ -21,10 +21,12 @@ _COMMON = {"fmt", "quiet", "store", "log_level"}
 def pages() -> dict[str, str]:
     """File name -> content."""
     context = click.Context(app, info_name="ckpt", help_option_names=["-h", "--help"])
-    verbs = [(name, command) for name in VERBS if (command := app.get_command(context, name)) is not None and not command.hidden]
+    known = [(name, app.get_command(context, name)) for name in VERBS]
+    verbs = [(name, command) for name, command in known if command is not None and not command.hidden]
     made = {"ckpt.1": "\n".join(_top(context, verbs)) + "\n"}
     for name, command in verbs:
-        made[f"ckpt-{name}.1"] = "\n".join(_verb(click.Context(command, info_name=f"ckpt {name}", help_option_names=["-h", "--help"]), name, command)) + "\n"
+        inner = click.Context(command, info_name=f"ckpt {name}", help_option_names=["-h", "--help"])
+        made[f"ckpt-{name}.1"] = "\n".join(_verb(inner, name, command)) + "\n"
     return made
 
 
@@ -75,7 +77,7 @@ def _verb(context: click.Context, name: str, command: click.Command) -> Iterator
 
 
 def _head(name: str, purpose: str) -> Iterator[str]:
-    yield r'.\" Made from the command tree by `python -m ckpt.cli.generate`. Do not edit.'
+    yield r".\" Made from the command tree by `python -m ckpt.cli.generate`. Do not edit."
     yield f'.TH "{name.upper()}" "1" "" "ckpt {__version__}" "User Commands"'
     yield from (".nh", ".SH NAME", rf"{_escape(name)} \- {_escape(purpose[:1].lower() + purpose[1:])}")
 

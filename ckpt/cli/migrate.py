@@ -52,9 +52,9 @@ def command(
 ) -> int:
     """Move a running container to another host, over ssh.
 
-    The other host runs ckpt too. Both hosts are checked first. The container image, changed files, volumes and memory are copied, the copy is restored and held there,
-    and only when it stands ready the switch is made: there is never more than one running copy, and never none. When something fails
-    before the switch, the source runs on.
+    The other host runs ckpt too. Both hosts are checked first. The container image, changed files, volumes and memory are copied, the
+    copy is restored and held there, and only when it stands ready the switch is made: there is never more than one running copy, and
+    never none. When something fails before the switch, the source runs on.
     """
     if job_id is not None:
         if target or destination or dry_run:

@@ -72,8 +72,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "gpu",
-        r"(?P<device>/dev/(?:nvidia[\w-]*|kfd|dri/\w+))",
-        "{process} uses the GPU ({device}), which CRIU alone cannot save",
+        r"(?P<device>/dev/(?:nvidia[\w-]*|kfd|dri/\w+)|cuda_plugin|cuda-checkpoint|amdgpu_plugin|(?:CHECKPOINT|PAUSE|RESUME)_DEVICES)",
+        "{process} uses the GPU ({device}), which CRIU alone cannot save or restore",
         "install CRIU's GPU plugin (CUDA: cuda-checkpoint and criu-cuda-plugin; AMD: criu-amdgpu-plugin), or stop the work on the GPU first",
     ),
     Rule(
@@ -126,7 +126,7 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "tid-taken",
-        r"(?:Unable to create a thread|clone3?\(\) failed).*File exists",
+        r"Unable to create a thread: -17\b",
         "the number of a thread is taken on this host",
         "end the process that has it, or restore in an own pid namespace (unshare --pid --fork)",
         "restore",
@@ -207,8 +207,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "link-remap",
-        r"Can't create link remap for (?P<path>\S+)|link-remap",
-        "a deleted but open file cannot be linked back: {path}",
+        r"Can't create link remap for (?P<path>.+?)\. |Can't link remap to (?P<path2>\S+):",
+        "a deleted but open file cannot be linked back: {path}{path2}",
         "have the program close the file, or dump where its folder can be written to",
     ),
     Rule(
@@ -241,7 +241,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         "network-lock",
         r"Locking network failed|Iptables configuration failed|Locking connection failed|without libnftables|"
-        r"iptables-restore.*(?:returned|No such file|failed)",
+        r"execvp\(\"ip6?tables[\w-]*\".*failed",
         "CRIU could not lock the network: iptables or nftables does not work here",
         "install iptables (iptables-restore) and nftables, also in a minimal container host, then try again",
     ),
@@ -266,7 +266,7 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "traced",
-        r"(?:Unable to|Can't) (?:seize|attach|interrupt).*|SEIZE (?P<pid>\d+).*|seize: .*(?:fail|Can't|Unseizable).*",
+        r"Unable to (?:detach from|interrupt task:?) \d+|Unseizable|SEIZE \d+: |(?:Can't|Cannot) (?:attach to|interrupt)",
         "a process cannot be stopped: a debugger or strace is attached to it, or it is a zombie",
         "detach the debugger, then try again",
         "dump",

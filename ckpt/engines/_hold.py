@@ -162,8 +162,8 @@ def failure(kind: type[_Failure], subject: str, log_path: Path, *, verb: log.Ver
         silent: what to say when nobody said anything.
     """
     text = tail(log_path)
-    if "Error" in text:
-        cause = log.explain(text, verb=verb)
+    cause = log.explain(text, verb=verb) if "Error" in text else None
+    if cause and cause.line_number:
         return kind(f"{subject}: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}")
     words = next((lines for path in said if (lines := tail(path).strip().splitlines())), [silent])
     return kind(f"{subject}: {words[-1]}", log=os.fspath(said[0]))

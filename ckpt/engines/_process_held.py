@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ckpt.criu import netlock, swrk, tree
 from ckpt.criu.log import Verb, explain
@@ -139,6 +139,39 @@ class HeldProcessDump:
             shutil.copyfile(source, self._stage / "stats-dump")
 
 
+class AdoptedProcessDump:
+    """The held dump of an owner that died after `commit`: the action-script still waits, only its new owner can answer."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        left = planned(job)
+        self._name = name
+        self._job = job
+        self._root = int(left.get("root", 0))
+        self._pids = numbers(left, "pids")
+        self._moving = numbers(left, "moving")
+
+    def resume(self) -> None:
+        """The tree goes on. Raises StateUnknown when it does not."""
+        self._decide("1")
+        ticks = self._pids.get(self._root, -1)
+        wait(lambda: runs(self._root, ticks) or not tree.same(self._root, ticks))
+        thaw(self._moving)
+        if script_pid(self._job) or not runs(self._root, ticks):
+            raise StateUnknown(f"{self._name} did not go on", where=f"look at process {self._root}")
+
+    def end(self) -> None:
+        """The tree ends. Raises StateUnknown when it is still there."""
+        self._decide("0")
+        if not wait(lambda: not any(tree.same(pid, ticks) for pid, ticks in self._pids.items())):
+            raise StateUnknown(f"{self._name} is still there", where=f"process {self._root} may be frozen or running")
+
+    def _decide(self, verdict: Literal["0", "1"]) -> None:
+        # A verdict that nobody waits for would answer the next hold of this job.
+        if script_pid(self._job):
+            self._job.decide(verdict)
+            wait(lambda: script_pid(self._job) is None, SETTLE_LIMIT_S)
+
+
 class HeldProcessRestore:
     """See `engines.base.HeldRestore`."""
 
@@ -150,6 +183,7 @@ class HeldProcessRestore:
         self._name = name
         self._operation = operation
         self._locks = locks
+        self.init_pid = operation.pid or 0
         # Held, every id is one of the restored tree. Before that an id may have been taken by a stranger: touch nothing.
         self._pids = {pid: found.start_ticks for pid in ids if (found := tree.stat(pid))}
         plan(operation.job, verb="restore", images=str(images_dir), pids=self._pids, locks=sorted(locks), done=False)
@@ -183,6 +217,31 @@ def plan(job: Job, **facts: Any) -> None:
     part = job.directory / (PLAN + ".part")
     part.write_text(json.dumps(facts))
     part.rename(job.directory / PLAN)
+
+
+def planned(job: Job) -> dict[str, Any]:
+    """What `plan` wrote ({} for nothing)."""
+    try:
+        left: dict[str, Any] = json.loads((job.directory / PLAN).read_text())
+    except (OSError, ValueError):
+        return {}
+    return left
+
+
+def numbers(left: dict[str, Any], key: str) -> dict[int, int]:
+    """pid -> start in ticks, as `plan` wrote it (JSON's keys are text)."""
+    return {int(pid): int(ticks) for pid, ticks in left.get(key, {}).items()}
+
+
+def script_pid(job: Job) -> int | None:
+    """The pid of the action-script that holds this job, None when none does."""
+    try:
+        pid = int(json.loads(job.held_path.read_text())["pid"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return pid if str(job.directory) in tree.argv(pid) else None
+
+
 
 
 def runs(pid: int, start_ticks: int) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from ckpt.host.run import Process
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
@@ -94,8 +95,8 @@ class Engine(Protocol):
 class CarriesContainerImages(Protocol):
     """What an engine with `Capabilities.container_images` offers besides."""
 
-    def save_container_image(self, image: ContainerImage) -> Process:
-        """A process that writes the container image to its stdout, id unchanged; the caller reads and waits."""
+    def save_container_image(self, image: ContainerImage) -> AbstractContextManager[BinaryIO]:
+        """A stream of the container image, its id unchanged. Raises TransferFailed at the block's end when it is not whole."""
 
     def load_container_image(self) -> Process:
         """A process that reads a container image from its stdin; the caller writes, closes and waits."""

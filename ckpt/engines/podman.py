@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, Final, cast
 
 from ckpt.criu import action
 from ckpt.engines import _hold
 from ckpt.engines._podman_held import PodmanHeldDump, PodmanHeldRestore, PodmanRestore, conf_override, dump_failed, undo_dump, undo_restore
 from ckpt.engines._podman_inspect import container_from_inspect, state_of
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
-from ckpt.errors import BusyError, EngineUnavailable, RestoreFailed, TargetNotFound
+from ckpt.errors import BusyError, EngineUnavailable, RestoreFailed, TargetNotFound, TransferFailed
 from ckpt.host.run import PIPE, CommandFailed, Process, Result, run, spawn, which
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -191,11 +194,31 @@ class Podman:
     def adopt(self, container: Container, job: Job) -> HeldDump:
         return PodmanHeldDump(container, job, job.directory / "criu", frozen_at_s=time.monotonic())
 
-    def save_container_image(self, image: ContainerImage) -> Process:
+    @contextmanager
+    def save_container_image(self, image: ContainerImage) -> Iterator[BinaryIO]:
         # docker-archive rewrites the configuration of an OCI container image, and with it the id; oci-archive that of a Docker one.
         kind = podman("image", "inspect", "--format", "{{.ManifestType}}", image.id).text
         form = "docker-archive" if "docker" in kind else "oci-archive"
-        return spawn([which("podman") or "podman", "image", "save", "--quiet", "--format", form, "--output", "/dev/stdout", image.id], stdout=PIPE, stderr=PIPE)
+        with TemporaryDirectory(prefix="ckpt-") as directory:
+            # A FIFO: podman cannot write an oci-archive to /dev/stdout when that is a pipe.
+            fifo = Path(directory) / "container-image"
+            os.mkfifo(fifo, 0o600)
+            process = spawn([which("podman") or "podman", "image", "save", "--quiet", "--format", form, "--output", fifo, image.id], stderr=PIPE)
+            try:
+                fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                with os.fdopen(fd, "rb", buffering=0) as stream:
+                    poller = select.poll()
+                    poller.register(fd, select.POLLIN)
+                    while not poller.poll(50) and process.poll() is None:
+                        pass
+                    os.set_blocking(fd, True)
+                    yield cast(BinaryIO, stream)
+                if process.wait(timeout=QUERY_TIMEOUT_S) != 0:
+                    assert process.stderr is not None
+                    said = process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
+                    raise TransferFailed(f"container image {image.name} cannot be read: {said}")
+            finally:
+                _hold.end_process(process)
 
     def load_container_image(self) -> Process:
         return spawn([which("podman") or "podman", "image", "load", "--quiet"], stdin=PIPE, stdout=PIPE, stderr=PIPE)

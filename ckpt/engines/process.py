@@ -16,10 +16,24 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from ckpt.criu import features, hold, images, netlock, swrk, tree
-from ckpt.engines._process_held import PLAN, SETTLE_LIMIT_S, HeldProcessDump, HeldProcessRestore, Operation, existing, kill, plan, runs, thaw, wait
+from ckpt.engines._process_held import (
+    SETTLE_LIMIT_S,
+    AdoptedProcessDump,
+    HeldProcessDump,
+    HeldProcessRestore,
+    Operation,
+    existing,
+    kill,
+    numbers,
+    plan,
+    planned,
+    runs,
+    script_pid,
+    thaw,
+    wait,
+)
 from ckpt.engines.base import MutateFs
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown, TargetNotFound, UsageError
 from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions
@@ -35,7 +49,7 @@ class ProcessEngine:
     """Process trees of this host. Fulfils `engines.base.Engine`."""
 
     name = "process"
-    prefixes = ("pid", "process")
+    prefixes: tuple[str, ...] = ("pid", "process")
 
     def probe(self) -> Capabilities:
         """CRIU decides what can be done; never raises."""
@@ -137,6 +151,10 @@ class ProcessEngine:
             raise operation.error(DumpFailed, f"{container.name} cannot be checkpointed", f"{container.name} is running, untouched") from error
         return HeldProcessDump(container, operation, stage, moving, options)
 
+    def adopt(self, container: Container, job: Job) -> AdoptedProcessDump:
+        """The held dump of a job whose first owner is gone; `job` must be acquired."""
+        return AdoptedProcessDump(container.name, job)
+
     def restore(
         self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, rootfs_ready: MutateFs, volume_ready: Callable[[str, Path], None]
     ) -> HeldProcessRestore:
@@ -185,25 +203,21 @@ class ProcessEngine:
 
     def rollback(self, job: Job) -> None:
         """Undo what a dead owner left: a held tree is decided "1", a killed CRIU's locks and half-made processes are removed."""
-        try:
-            left: dict[str, Any] = json.loads((job.directory / PLAN).read_text())
-        except (OSError, ValueError):
-            return
+        left = planned(job)
         if left.get("done"):
             return
-        script = _script_pid(job)
-        if script:
+        if script_pid(job):
             job.decide("1")
-            wait(lambda: _script_pid(job) is None, SETTLE_LIMIT_S)
+            wait(lambda: script_pid(job) is None, SETTLE_LIMIT_S)
         if left.get("verb") == "dump":
-            pids = {int(pid): int(ticks) for pid, ticks in left.get("pids", {}).items()}
+            pids = numbers(left, "pids")
             root = int(left.get("root", 0))
             wait(lambda: runs(root, pids.get(root, -1)) or not tree.same(root, pids.get(root, -1)))
-            thaw({int(pid): int(ticks) for pid, ticks in left.get("moving", {}).items()})
+            thaw(numbers(left, "moving"))
             if runs(root, pids.get(root, -1)):
                 netlock.unlock(Path(left["images"]), root)
         elif left.get("verb") == "restore":
-            kill({int(pid): int(ticks) for pid, ticks in left.get("pids", {}).items()})
+            kill(numbers(left, "pids"))
             netlock.remove(netlock.locks_of(Path(left["images"])) - set(left.get("locks", [])))
 
 
@@ -283,17 +297,6 @@ def _write_descriptions(container: Container, stage: Path) -> None:
         fd = os.open(stage / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as out:
             json.dump(content, out, indent=1)
-
-
-def _script_pid(job: Job) -> int | None:
-    """The pid of the action-script that holds this job, None when none does."""
-    try:
-        pid = int(json.loads(job.held_path.read_text())["pid"])
-    except (OSError, ValueError, KeyError):
-        return None
-    return pid if str(job.directory) in tree.argv(pid) else None
-
-
 
 
 ENGINE = ProcessEngine

@@ -54,7 +54,7 @@ class Holder(NamedTuple):
 
 
 class DeletedFile(NamedTuple):
-    """An open or mapped file without its name; `linked`: another hard link of it still exists."""
+    """An open or mapped file without its name; `size_bytes` as allocated on disk; `linked`: another hard link of it still exists."""
 
     path: str
     size_bytes: int
@@ -68,7 +68,8 @@ class OpenKinds:
     Attributes:
         tcp_established: connected TCP sockets, half-closed ones included.
         tcp_in_flight: connections that wait to be accepted; CRIU refuses those.
-        unix_external: unix sockets whose peer is outside the tree (empty when `unix_known` is False).
+        unix_external: connected unix sockets whose peer is outside the tree (empty when `unix_known` is False).
+        unix_datagram: likewise, of datagram sockets, which CRIU's `ext-unix-sk` can save.
         file_locks: flock, POSIX and OFD locks and leases.
         inotify: watches; `inotify_overlay`: those of them on an overlay file system.
         terminals: terminals whose master is outside the tree.
@@ -87,6 +88,7 @@ class OpenKinds:
     tcp_in_flight: int = 0
     udp: int = 0
     unix_external: tuple[Holder, ...] = ()
+    unix_datagram: tuple[Holder, ...] = ()
     unix_known: bool = True
     file_locks: int = 0
     io_uring: tuple[tuple[int, str], ...] = ()
@@ -131,9 +133,9 @@ class OpenKinds:
     def terminal(self) -> bool:
         return self.needs_shell_job
 
-    @property
-    def ghosts_over_limit(self) -> tuple[DeletedFile, ...]:
-        return tuple(f for f in self.deleted_files if not f.linked and f.size_bytes > GHOST_LIMIT_BYTES)
+    def ghosts_over(self, limit_bytes: int = GHOST_LIMIT_BYTES) -> tuple[DeletedFile, ...]:
+        """Deleted files that are too large to be saved under this `ghost-limit`."""
+        return tuple(f for f in self.deleted_files if not f.linked and f.size_bytes > limit_bytes)
 
     @property
     def dump_bytes(self) -> int:
@@ -289,7 +291,7 @@ class _Look:
             return
         if stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode):
             if link.endswith(_DELETED) and not link.startswith(_MEMORY_FILES):
-                self.deleted[st.st_dev, st.st_ino] = DeletedFile(link.removesuffix(_DELETED), st.st_size, st.st_nlink > 0)
+                self.deleted[st.st_dev, st.st_ino] = DeletedFile(link.removesuffix(_DELETED), st.st_blocks * 512, st.st_nlink > 0)
             return
         if not (stat.S_ISCHR(st.st_mode) or stat.S_ISBLK(st.st_mode)):
             return
@@ -327,7 +329,7 @@ class _Look:
 
     def result(self) -> OpenKinds:
         inet = [procnet.count_inet(pid, self.sockets) for pid in self.netns.values()]
-        unix_known, outside = self.unix()
+        unix_known, streams, datagrams = self.unix()
         for inode, holder in self.sockets.items():
             if any(inode in counts.seen for counts in inet):
                 continue
@@ -345,7 +347,8 @@ class _Look:
             tcp_listen=sum(c.listen for c in inet),
             tcp_in_flight=sum(c.in_flight for c in inet),
             udp=sum(c.udp for c in inet),
-            unix_external=outside,
+            unix_external=streams,
+            unix_datagram=datagrams,
             unix_known=unix_known,
             file_locks=len(self.locks),
             io_uring=tuple(self.ring.items()),
@@ -373,14 +376,14 @@ class _Look:
             unreadable=tuple(self.unreadable),
         )
 
-    def unix(self) -> tuple[bool, tuple[Holder, ...]]:
-        """Whether the kernel told, and the unix sockets of the tree whose peer no process of it has."""
-        outside: list[Holder] = []
+    def unix(self) -> tuple[bool, tuple[Holder, ...], tuple[Holder, ...]]:
+        """Whether the kernel told, and the connected (stream, datagram) sockets whose peer no process of the tree has."""
+        outside: tuple[list[Holder], list[Holder]] = ([], [])
         known = True
         for pid in self.netns.values():
             connections = procnet.unix_connections(pid) if self.sockets else []
             known = known and connections is not None
             for sock in connections or []:
                 if sock.inode in self.sockets and sock.peer_inode not in self.sockets:
-                    outside.append(self.sockets[sock.inode]._replace(what=sock.name or "(unnamed)"))
-        return known, tuple(outside)
+                    outside[sock.datagram].append(self.sockets[sock.inode]._replace(what=sock.name or "(unnamed)"))
+        return known, tuple(outside[False]), tuple(outside[True])

@@ -24,8 +24,8 @@ _SOCK_DIAG_BY_FAMILY: Final = 20
 _NETLINK_SOCK_DIAG: Final = 4
 _NLM_F_REQUEST_DUMP: Final = 0x301
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_UDIAG_SHOW_NAME_PEER: Final = 0x1 | 0x4
-_UNIX_DIAG_NAME, _UNIX_DIAG_PEER = 0, 2
+_UDIAG_SHOW_NAME_PEER_ICONS: Final = 0x1 | 0x4 | 0x8
+_UNIX_DIAG_NAME, _UNIX_DIAG_PEER, _UNIX_DIAG_ICONS = 0, 2, 3
 _DIAG_TIMEOUT_S: Final = 5.0
 
 
@@ -47,6 +47,7 @@ class UnixSocket:
     inode: int
     peer_inode: int
     name: str = ""
+    datagram: bool = False
 
 
 def count_inet(pid: int, inodes: Container[int]) -> InetCounts:
@@ -140,19 +141,22 @@ def _enter_netns(pid: int) -> None:
 
 
 def _ask_unix() -> list[UnixSocket]:
-    body = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _UDIAG_SHOW_NAME_PEER, 0xFFFFFFFF, 0xFFFFFFFF)
+    body = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _UDIAG_SHOW_NAME_PEER_ICONS, 0xFFFFFFFF, 0xFFFFFFFF)
     header = struct.pack("=IHHII", 16 + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
     names: dict[int, str] = {}
     peers: dict[int, int] = {}
+    kinds: dict[int, int] = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
         diag.settimeout(_DIAG_TIMEOUT_S)
         diag.send(header + body)
-        while _take(diag.recv(65536), names, peers):
+        while _take(diag.recv(65536), names, peers, kinds):
             pass
-    return [UnixSocket(inode, peer, names.get(inode) or names.get(peer, "")) for inode, peer in peers.items() if peer]
+    return [
+        UnixSocket(inode, peer, names.get(inode) or names.get(peer, ""), kinds[inode] == socket.SOCK_DGRAM) for inode, peer in peers.items() if peer
+    ]
 
 
-def _take(data: bytes, names: dict[int, str], peers: dict[int, int]) -> bool:
+def _take(data: bytes, names: dict[int, str], peers: dict[int, int], kinds: dict[int, int]) -> bool:
     """Take one datagram of the answer apart; False after the last one."""
     offset = 0
     while offset + 16 <= len(data):
@@ -163,6 +167,7 @@ def _take(data: bytes, names: dict[int, str], peers: dict[int, int]) -> bool:
             code = -struct.unpack_from("=i", data, offset + 16)[0]
             raise OSError(code, os.strerror(code))
         inode = struct.unpack_from("=I", data, offset + 20)[0]
+        kinds[inode] = data[offset + 17]
         at, end = offset + 32, offset + size
         while at + 4 <= end:
             length, attribute = struct.unpack_from("=HH", data, at)
@@ -172,7 +177,9 @@ def _take(data: bytes, names: dict[int, str], peers: dict[int, int]) -> bool:
             if attribute == _UNIX_DIAG_NAME:
                 names[inode] = value.rstrip(b"\0").replace(b"\0", b"@").decode(errors="replace")
             elif attribute == _UNIX_DIAG_PEER:
-                peers[inode] = struct.unpack("=I", value)[0]
+                peers[inode] = peers.get(inode) or struct.unpack("=I", value)[0]
+            elif attribute == _UNIX_DIAG_ICONS:  # connected, not accepted: the peer has no inode yet, the listener stands for it
+                peers.update((client, inode) for (client,) in struct.iter_unpack("=I", value) if client)
             at += (length + 3) & ~3
         offset += (size + 3) & ~3
     return True

@@ -206,7 +206,7 @@ def _local(engine: Engine, container: Container, options: DumpOptions, kinds: Op
         if container.state == "running":
             found.append(Finding("processes", "warning", "its processes could not be looked at"))
         return found
-    workload = meaning.of_workload(container, kinds, options, criu=version, gpu_plugin=_gpu_plugin())
+    workload = meaning.of_workload(container, kinds, options, criu=version, set_up=look.criu_options(container), gpu_plugin=_gpu_plugin())
     # What the engine found itself it says in its own words.
     said = {(finding.check.lower(), finding.severity) for finding in found}
     found += [finding for finding in workload if (finding.check.lower(), finding.severity) not in said]

@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from ckpt.host.procfs import GHOST_LIMIT_BYTES, Holder, OpenKinds
+from ckpt.host.procfs import Holder, OpenKinds
 from ckpt.model import Container, DumpOptions, Finding
 from ckpt.ops.compat import size_text
+from ckpt.ops.look import CriuOptions
 
 NAMED: Final = 4
 """So many holders or paths are named, the rest is counted."""
 _GPU_PLUGINS: Final = "CRIU's plugin for it (cuda_plugin, amdgpu_plugin)"
 
 
-def of_workload(container: Container, kinds: OpenKinds, options: DumpOptions, *, criu: str = "CRIU", gpu_plugin: bool = False) -> list[Finding]:
-    """Findings of everything that the tree holds, what is fine included where it needs an option."""
+def of_workload(
+    container: Container, kinds: OpenKinds, options: DumpOptions, *, criu: str = "CRIU", set_up: CriuOptions | None = None, gpu_plugin: bool = False
+) -> list[Finding]:
+    """Findings of everything that the tree holds, what is fine included where it needs an option.
+
+    Args:
+        criu: what to call CRIU.
+        set_up: the options of CRIU that are in effect for this container (None: CRIU's defaults).
+    """
+    set_up = set_up or CriuOptions()
     return [
         Finding("processes", "ok", _processes(kinds)),
         *_unsupported(kinds, criu, gpu_plugin),
-        *_tcp(kinds, options),
+        *_unix(kinds, criu, set_up),
+        *_tcp(kinds, options, set_up),
         *_locks(kinds, options),
         *_terminals(container, kinds, options),
-        *_files(kinds),
+        *_files(kinds, set_up),
         *_surroundings(container, kinds),
     ]
 
@@ -34,7 +44,8 @@ def is_process_tree(container: Container) -> bool:
 
 def _processes(kinds: OpenKinds) -> str:
     count = len(kinds.pids) - len(kinds.entered)
-    return f"{count} {'process' if count == 1 else 'processes'}, {kinds.threads} {'thread' if kinds.threads == 1 else 'threads'}, {size_text(kinds.dump_bytes)} of memory"
+    threads = f"{kinds.threads} {'thread' if kinds.threads == 1 else 'threads'}"
+    return f"{count} {'process' if count == 1 else 'processes'}, {threads}, {size_text(kinds.dump_bytes)} of memory"
 
 
 def _unsupported(kinds: OpenKinds, criu: str, gpu_plugin: bool) -> Iterable[Finding]:
@@ -60,12 +71,6 @@ def _unsupported(kinds: OpenKinds, criu: str, gpu_plugin: bool) -> Iterable[Find
     if kinds.devices:
         detail = f"{_who(kinds.devices)} {_holds(kinds.devices)} the device {_what(kinds.devices)} open, which {criu} cannot save"
         yield Finding("devices", "error", detail, "have the program close it")
-    if kinds.unix_external:
-        detail = f"{_who(kinds.unix_external)} {_has(kinds.unix_external)} a unix socket connected to a process outside: {_what(kinds.unix_external)}"
-        hint = "have the program close it (host sockets such as /dev/log or a database's: connect over TCP instead)"
-        yield Finding("unix sockets", "error", detail, hint)
-    elif not kinds.unix_known:
-        yield Finding("unix sockets", "warning", "it could not be seen whether unix sockets lead outside", "load the kernel module unix_diag")
     if kinds.traced:
         tracers = ", ".join(sorted({h.what for h in kinds.traced}))
         yield Finding("traced", "error", f"{_who(kinds.traced)} is traced by process {tracers}", "detach the debugger or strace")
@@ -74,7 +79,21 @@ def _unsupported(kinds: OpenKinds, criu: str, gpu_plugin: bool) -> Iterable[Find
         yield Finding("namespaces", "error", detail, "containers or sandboxes inside a container cannot be saved with it: stop them first")
 
 
-def _tcp(kinds: OpenKinds, options: DumpOptions) -> Iterable[Finding]:
+def _unix(kinds: OpenKinds, criu: str, set_up: CriuOptions) -> Iterable[Finding]:
+    outside = kinds.unix_external + (() if set_up.ext_unix_sk else kinds.unix_datagram)
+    if outside:
+        detail = f"{_who(outside)} {_has(outside)} a unix socket connected to a process outside ({_what(outside)}), which {criu} cannot save"
+        only_datagrams = not kinds.unix_external
+        hint = "put ext-unix-sk into /etc/criu/runc.conf" if only_datagrams else "have the program close it, or connect over TCP instead"
+        yield Finding("unix sockets", "error", detail, hint)
+    elif not kinds.unix_known:
+        yield Finding("unix sockets", "warning", "it could not be seen whether unix sockets lead outside", "load the kernel module unix_diag")
+    elif kinds.unix_datagram:
+        detail = f"datagram sockets connected to processes outside ({_what(kinds.unix_datagram)}): connected again at the restore"
+        yield Finding("unix sockets", "warning", detail, "these sockets must be there when it is restored")
+
+
+def _tcp(kinds: OpenKinds, options: DumpOptions, set_up: CriuOptions) -> Iterable[Finding]:
     count = kinds.tcp_established
     if count:
         connections = f"{count} open {'connection' if count == 1 else 'connections'}"
@@ -85,8 +104,12 @@ def _tcp(kinds: OpenKinds, options: DumpOptions) -> Iterable[Finding]:
     elif kinds.tcp_listen:
         yield Finding("TCP", "ok", f"no open connections, {kinds.tcp_listen} listening")
     if kinds.tcp_in_flight:
-        detail = f"{kinds.tcp_in_flight} connections wait to be accepted, which CRIU refuses"
-        yield Finding("TCP queue", "warning", detail, "try again in a moment, or put skip-in-flight into CRIU's configuration")
+        waiting = f"{kinds.tcp_in_flight} {'connection waits' if kinds.tcp_in_flight == 1 else 'connections wait'} to be accepted"
+        if set_up.skip_in_flight:
+            yield Finding("TCP queue", "warning", f"{waiting}: dropped, their clients must connect again")
+        else:
+            # Not an error: a server that is alive takes them within moments.
+            yield Finding("TCP queue", "warning", f"{waiting}, which CRIU refuses", "if they stay: put skip-in-flight into /etc/criu/runc.conf")
 
 
 def _locks(kinds: OpenKinds, options: DumpOptions) -> Iterable[Finding]:
@@ -121,19 +144,16 @@ def _terminals(container: Container, kinds: OpenKinds, options: DumpOptions) -> 
         yield Finding("terminal", "warning" if kinds.terminals else "ok", f"{detail}: saved as a shell job", hint if kinds.terminals else "")
 
 
-def _files(kinds: OpenKinds) -> Iterable[Finding]:
-    ghosts = kinds.ghosts_over_limit
+def _files(kinds: OpenKinds, set_up: CriuOptions) -> Iterable[Finding]:
+    ghosts = kinds.ghosts_over(set_up.ghost_limit_bytes)
     if ghosts:
-        detail = (
-            f"deleted but open: {_listed([f'{f.path} ({size_text(f.size_bytes)})' for f in ghosts])}; CRIU's limit is {size_text(GHOST_LIMIT_BYTES)}"
-        )
-        yield Finding(
-            "deleted files", "warning", detail, "raise ghost-limit in CRIU's configuration (/etc/criu/runc.conf), or restart what keeps the file"
-        )
-    linked = [f for f in kinds.deleted_files if f.linked]
-    if linked:
-        detail = f"open under a name that was removed while others remain: {_listed([f.path for f in linked])}"
-        yield Finding("linked files", "warning", detail, "put link-remap into CRIU's configuration (/etc/criu/runc.conf)")
+        files = _listed([f"{f.path} ({size_text(f.size_bytes)})" for f in ghosts])
+        hint = "restart what keeps them open, or raise ghost-limit in /etc/criu/runc.conf"
+        yield Finding("deleted files", "error", f"deleted but open: {files}; CRIU saves up to {size_text(set_up.ghost_limit_bytes)} each", hint)
+    linked = [f.path for f in kinds.deleted_files if f.linked]
+    if linked and not set_up.link_remap:
+        hint = "restart what keeps them open, or put link-remap into /etc/criu/runc.conf"
+        yield Finding("linked files", "error", f"open under a name that was removed while another remains: {_listed(linked)}", hint)
     if kinds.inotify_overlay:
         detail = (
             f"{kinds.inotify_overlay} of {kinds.inotify} inotify watches are on an overlay file system, where CRIU often cannot find the files again"

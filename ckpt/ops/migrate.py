@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, Final, cast
 
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
@@ -165,19 +165,10 @@ class _Migration:
             faults.point("migrate-container-image")
             return
         self.step("container-image", image.name)
-        process = cast(CarriesContainerImages, self.engine).save_container_image(image)
-        assert process.stdout is not None and process.stderr is not None
-        try:
-            with peer.upload("container-image", {"id": image.id, "name": image.name}) as upload:
-                upload.send_stream("container-image.tar", cast(BinaryIO, process.stdout), on_bytes=lambda done: self.emit(BytesMoved(self.typed, "container-image", done)))
-                if process.wait(timeout=60) != 0:
-                    said = process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
-                    raise TransferFailed(f"container image {image.name} cannot be read: {said}")
-            self.stats["container_image_bytes"] = upload.done_bytes
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        carrier = cast(CarriesContainerImages, self.engine)
+        with peer.upload("container-image", {"id": image.id, "name": image.name}) as upload, carrier.save_container_image(image) as stream:
+            upload.send_stream("container-image.tar", stream, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "container-image", done)))
+        self.stats["container_image_bytes"] = upload.done_bytes
         self.done("container-image", f"{image.name} sent")
 
     def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
@@ -366,7 +357,9 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                 recover.settle(job)
                 return Outcome(name, True, warnings=(f"{name} was running here already",))
             engine = registry.by_name(str(facts["engine"]))
-            container = engine.describe(Container(engine.name, str(facts["container_id"]), name, "running"))
+            container = Container(engine.name, str(facts["container_id"]), name, "running", pid=facts.get("init_pid"))
+            with suppress(TargetNotFound):  # a process tree that has ended already cannot be described any more
+                container = engine.describe(container)
             state = ask_destination(job)
             if state == "undecided":
                 raise NeedsContinue(f"{facts['destination']} has not decided yet", where=f"{name} is frozen here", hint=f"try again: ckpt migrate --continue {job_id}")

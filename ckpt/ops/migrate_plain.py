@@ -7,14 +7,15 @@ frozen until there is an answer.
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 from ckpt.archive import manifest as manifest_file
 from ckpt.archive import writer
-from ckpt.engines.base import Engine, HeldDump
+from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, RestoreFailed, TransferFailed
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed
@@ -112,22 +113,15 @@ def _bring_container_image(there: Remote, engine: Engine, container: Container, 
     if image is None or there.run(["podman", "image", "exists", image.id], check=False).ok:
         return
     emit(StepStarted(typed, "container-image", image.name))
-    process = engine.save_container_image(image)  # type: ignore[attr-defined]
-    try:
-        there.send(["podman", "image", "load", "--quiet"], lambda out: _copy(process.stdout, out))
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    with cast(CarriesContainerImages, engine).save_container_image(image) as stream:
+        there.send(["podman", "image", "load", "--quiet"], lambda out: _copy(stream, out))
     if not there.run(["podman", "image", "exists", image.name], check=False).ok:
         there.run(["podman", "image", "tag", image.id, image.name])
     emit(StepDone(typed, "container-image", f"{image.name} sent"))
 
 
-def _copy(source: object, out: object) -> int:
-    import shutil
-
-    shutil.copyfileobj(source, out, 1 << 20)  # type: ignore[misc, arg-type]
+def _copy(source: BinaryIO, out: BinaryIO) -> int:
+    shutil.copyfileobj(source, out, 1 << 20)
     return 0
 
 

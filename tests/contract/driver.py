@@ -59,6 +59,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             return said(checkpoint([Target.parse(arguments.what)], options=options, store_root=root, emit=emit)[0], events)
         case "restore":
             return said(restore([arguments.what], options=RestoreOptions(name=arguments.name), store_root=root, emit=emit)[0], events)
+        case "restore-latest":
+            return said(restore([], latest=True, options=RestoreOptions(), store_root=root, emit=emit)[0], events)
         case "state":
             engine, container = resolve.resolve(Target.parse(arguments.what))
             return {"ok": True, "state": container.state, "container": container.id}

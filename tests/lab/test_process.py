@@ -165,7 +165,7 @@ ended(p.pid)
 p.wait()
 assert images.stats(root / "stage/stats-dump").frozen_time_us > 0
 again = restore(container)
-assert numbers() == before and stands()
+assert again.init_pid == p.pid and numbers() == before and stands()
 assert again.resume().pid == p.pid
 goes_on(before)
 # Its pid is taken now, and whoever has it must not suffer.
@@ -232,7 +232,8 @@ goes_on(numbers())
     )
 
 
-def test_killed_owner_after_commit_keeps_the_source_frozen(host: Host) -> None:
+@pytest.mark.parametrize("verdict", ["end", "resume"])
+def test_killed_owner_after_commit_keeps_the_source_frozen(host: Host, verdict: str) -> None:
     scenario(
         host,
         """
@@ -244,11 +245,18 @@ job.write("commit")
 print(job.directory, flush=True)
 signal.pause()
 ''')))
+before = numbers()
 assert stands() and tree.stat(p.pid).alive
 assert job.acquire(wait=True)
-job.decide("0")
-ended(p.pid)
-""",
+held = engine.adopt(engine.describe(engine.find(str(p.pid))[0]), job)
+assert stands()
+if "VERDICT" == "end":
+    held.end()
+    ended(p.pid)
+else:
+    held.resume()
+    goes_on(before)
+""".replace("VERDICT", verdict),
     )
 
 

@@ -78,7 +78,7 @@ def ckpt_on_path(tmp_path: Path) -> dict[str, str]:
     """An environment in which `ckpt` is this checkout's, with an empty store and no engines."""
     program = tmp_path / "bin" / "ckpt"
     program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nexec {sys.executable} -m ckpt \"$@\"\n")
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ckpt "$@"\n')
     program.chmod(0o755)
     return {**ENV, "PATH": f"{program.parent}:{os.environ['PATH']}", "CKPT_STORE": str(tmp_path / "store"), "HOME": str(tmp_path)}
 
@@ -116,7 +116,7 @@ def test_bash_starts_with_the_completions() -> None:
 
 
 def test_zsh_loads_the_completions(ckpt_on_path: dict[str, str]) -> None:
-    code = "autoload -Uz compinit && compinit -u -D && fpath=(completions $fpath) && autoload -Uz _ckpt && source completions/_ckpt && print $_comps[ckpt]"
+    code = "fpath=(completions $fpath); autoload -Uz compinit && compinit -u -D && source completions/_ckpt && print $_comps[ckpt]"
     done = subprocess.run([needed("zsh"), "-f", "-c", code], cwd=ROOT, env=ckpt_on_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr, done.stdout.strip()) == (0, "", "_ckpt_completion")
 

@@ -18,7 +18,7 @@ from ckpt.engines.base import Engine
 from ckpt.errors import BusyError, CkptError, EngineUnavailable, FeatureMissing, IncompatibleHost, NoSpace, TargetNotFound
 from ckpt.host.procfs import DeletedFile, Holder, OpenKinds
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, HostFacts, HostMount, PortMapping, Target, Volume
-from ckpt.ops import check, destination, resolve
+from ckpt.ops import check, destination, look, resolve
 from ckpt.ops.findings import of_workload
 
 WEB = Container(
@@ -113,11 +113,12 @@ def test_io_uring_names_process_and_way_out() -> None:
         (OpenKinds(anon_unsupported=(Holder(1, "x", "[userfaultfd]"),)), {"special files": "error"}),
         (OpenKinds(sockets_unsupported=(Holder(1, "x", "MPTCP"),)), {"sockets": "error"}),
         (OpenKinds(unix_external=(Holder(1, "x", "/dev/log"),)), {"unix sockets": "error"}),
+        (OpenKinds(unix_datagram=(Holder(1, "x", "/dev/log"),)), {"unix sockets": "error"}),
         (OpenKinds(unix_known=False), {"unix sockets": "warning"}),
         (OpenKinds(traced=(Holder(1, "x", "99"),)), {"traced": "error"}),
         (OpenKinds(nested_namespaces=(Holder(1, "x", "pid"),)), {"namespaces": "error"}),
-        (OpenKinds(deleted_files=(DeletedFile("/big", 2 << 20, False), DeletedFile("/small", 1, False))), {"deleted files": "warning"}),
-        (OpenKinds(deleted_files=(DeletedFile("/l", 2 << 20, True),)), {"linked files": "warning"}),
+        (OpenKinds(deleted_files=(DeletedFile("/big", 2 << 20, False), DeletedFile("/small", 1, False))), {"deleted files": "error"}),
+        (OpenKinds(deleted_files=(DeletedFile("/l", 2 << 20, True),)), {"linked files": "error"}),
         (OpenKinds(entered=((5, "sh"),)), {"exec sessions": "warning"}),
         (OpenKinds(terminals=(Holder(1, "sh", "/dev/pts/0"),)), {"terminal": "warning"}),
         (OpenKinds(host_namespaces=("net", "user", "time")), {"host namespaces": "warning"}),
@@ -130,6 +131,23 @@ def test_what_is_found(kinds: OpenKinds, expected: dict[str, str]) -> None:
 
 def test_a_gpu_with_criu_plugin_is_a_warning() -> None:
     assert severities(OpenKinds(gpu=(Holder(1, "x", "/dev/kfd"),)), gpu_plugin=True) == {"GPU": "warning"}
+
+
+def test_options_of_criu_lift_what_they_are_for(tmp_path: Path) -> None:
+    log = (Holder(1, "x", "/dev/log"),)
+    files = (DeletedFile("/big", 2 << 20, False), DeletedFile("/linked", 0, True))
+    kinds = OpenKinds(unix_datagram=log, deleted_files=files, tcp_in_flight=1)
+    assert set(severities(kinds).values()) == {"error", "warning"}
+    (tmp_path / "default.conf").write_text("# site\next-unix-sk\n")
+    (tmp_path / "runc.conf").write_text("link-remap # yes\nghost-limit 300M\nskip-in-flight\n")
+    (tmp_path / "crun.conf").write_text("ghost-limit 2M\n")
+    set_up = look.criu_options(replace(WEB, runtime="runc"), root=tmp_path)
+    assert set_up == look.CriuOptions(300 << 20, True, True, True)
+    assert severities(kinds, set_up=set_up) == {"unix sockets": "warning", "TCP queue": "warning"}
+    assert severities(OpenKinds(unix_external=log), set_up=set_up) == {"unix sockets": "error"}
+    assert look.criu_options(WEB, root=tmp_path) == look.CriuOptions(2 << 20, ext_unix_sk=True)
+    assert look.criu_options(WEB, root=tmp_path / "none") == look.CriuOptions()
+    assert look.criu_options(replace(WEB, runtime="criu"), root=tmp_path / "none").link_remap
 
 
 def test_an_option_switched_off_against_the_workload_blocks() -> None:

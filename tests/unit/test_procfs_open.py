@@ -197,7 +197,7 @@ def test_terminal_whose_master_is_inside() -> None:
 
 def test_deleted_files_and_the_ghost_limit(tmp_path: Path) -> None:
     code = """
-        big = open(sys.argv[1] + "/big", "w+b"); big.truncate(3 << 20); os.unlink(big.name); again = os.dup(big.fileno())
+        big = open(sys.argv[1] + "/big", "w+b"); big.write(bytes(3 << 20)); big.flush(); os.unlink(big.name); again = os.dup(big.fileno())
         small = open(sys.argv[1] + "/small", "w+b"); os.unlink(small.name)
         linked = open(sys.argv[1] + "/linked", "w+b"); os.link(linked.name, sys.argv[1] + "/other"); os.unlink(linked.name)
         memory = os.memfd_create("m")
@@ -209,20 +209,20 @@ def test_deleted_files_and_the_ghost_limit(tmp_path: Path) -> None:
         ("small", 0, False),
         ("linked", 0, True),
     }
-    assert [Path(f.path).name for f in kinds.ghosts_over_limit] == ["big"]
+    assert [Path(f.path).name for f in kinds.ghosts_over()] == ["big"]
 
 
 def test_a_mapped_deleted_file_is_found() -> None:
     code = """
         import mmap, tempfile
-        f = tempfile.NamedTemporaryFile(delete=False); f.truncate(2 << 20)
+        f = tempfile.NamedTemporaryFile(delete=False); f.write(bytes(2 << 20)); f.flush()
         m = mmap.mmap(f.fileno(), 2 << 20); os.unlink(f.name); f.close()
         os.closerange(3, 64)
     """
     if os.geteuid() != 0:
         pytest.skip("map_files needs root")
     with child(code) as process:
-        assert [f.size_bytes for f in procfs.open_kinds(process.pid).ghosts_over_limit] == [2 << 20]
+        assert [f.size_bytes for f in procfs.open_kinds(process.pid).ghosts_over()] == [2 << 20]
 
 
 def test_unix_socket_to_the_outside_and_inside() -> None:
@@ -233,11 +233,38 @@ def test_unix_socket_to_the_outside_and_inside() -> None:
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as server:
         server.bind(directory + "/s")
         server.listen()
-        code = "import socket; pair = socket.socketpair(); s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])"
+        code = """
+            import socket
+            pair = socket.socketpair(); s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
+            log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); log.connect(sys.argv[1] + "log")
+        """
+        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        datagrams.bind(directory + "/slog")
         with child(code, directory + "/s") as process:
             peer, _ = server.accept()
             kinds = procfs.open_kinds(process.pid)
             peer.close()
+        datagrams.close()
+    assert [h.what for h in kinds.unix_datagram] == [directory + "/slog"]
+    assert [h.what for h in kinds.unix_external] == [directory + "/s"]
+
+
+def test_a_unix_connection_that_nobody_has_accepted_leads_to_its_listener() -> None:
+    import socket
+
+    if procnet.unix_connections(os.getpid()) is None:
+        pytest.skip("this kernel has no unix_diag")
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as server:
+        server.bind(directory + "/s")
+        server.listen()
+        code = """
+            import socket
+            outside = socket.socket(socket.AF_UNIX); outside.connect(sys.argv[1] + "/s")
+            own = socket.socket(socket.AF_UNIX); own.bind(sys.argv[1] + "/own"); own.listen()
+            inside = socket.socket(socket.AF_UNIX); inside.connect(sys.argv[1] + "/own")
+        """
+        with child(code, directory) as process:
+            kinds = procfs.open_kinds(process.pid)
     assert [h.what for h in kinds.unix_external] == [directory + "/s"]
 
 

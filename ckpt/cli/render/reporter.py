@@ -189,5 +189,3 @@ def _display(stream: TextIO) -> Display:
 
 def _json(value: object) -> str:
     return json.dumps(plain(value), separators=(",", ":"), ensure_ascii=False)
-
-

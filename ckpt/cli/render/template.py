@@ -49,7 +49,7 @@ class Template:
             self._parts.append(lambda row: text)
 
     def _action(self, action: str) -> Part:
-        if len(action) >= 2 and action[0] == action[-1] and action[0] in "\"`":
+        if len(action) >= 2 and action[0] == action[-1] and action[0] in '"`':
             text = action[1:-1].replace(r"\t", "\t").replace(r"\n", "\n")
             return lambda row: text
         as_json = action.startswith("json ")

@@ -19,6 +19,10 @@ _ENTER = 'while [ "$1" != -- ]; do echo $$ >"$1" 2>/dev/null; shift; done; shift
 _ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 
 
+def _texts(argv: Sequence[Argument]) -> list[str]:
+    return [os.fspath(argument) for argument in argv]
+
+
 @dataclass(frozen=True, slots=True)
 class HostResult:
     """A finished program."""
@@ -83,8 +87,8 @@ class Host:
     def command(self, argv: Sequence[Argument], *, cwd: str = "/root", session: bool = True) -> list[str]:
         """The machine's command line that runs `argv` in the host: joins its cgroups, then its namespaces."""
         enter = ["nsenter", "-t", str(self.pid), "-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w"]
-        inside = [*(["setsid", "-w"] if session else []), "env", "-C", cwd, "--"]
-        return ["sh", "-c", _ENTER, "enter", *self.entry, "--", *enter, *inside, *map(os.fspath, argv)]
+        inside = [*(["setsid", "-w"] if session else []), "env", "-C", cwd, "--", *_texts(argv)]
+        return ["sh", "-c", _ENTER, "enter", *self.entry, "--", *enter, *inside]
 
     def popen(
         self,
@@ -117,7 +121,7 @@ class Host:
         """
         data = input.encode() if isinstance(input, str) else input
         process = self.popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL if data is None else subprocess.PIPE)
-        args = tuple(map(os.fspath, argv))
+        args = tuple(_texts(argv))
         late = False
         try:
             out, err = process.communicate(data, timeout=timeout_s)

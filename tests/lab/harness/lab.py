@@ -145,9 +145,9 @@ class Lab:
 
     # -- the link -------------------------------------------------------------------------------------------------------------
 
-    def _switch(self, *argv: str) -> None:
+    def _switch(self, *argv: str) -> bytes:
         assert self._keeper is not None
-        subprocess.run(["nsenter", "-t", str(self._keeper.pid), "-n", *argv], check=True, capture_output=True, timeout=10)
+        return subprocess.run(["nsenter", "-t", str(self._keeper.pid), "-n", *argv], check=True, capture_output=True, timeout=10).stdout
 
     def cut_link(self, host: str = "b") -> None:
         """Pull the host's cable: nothing arrives, nobody is told (no reset, no unreachable)."""
@@ -167,6 +167,10 @@ class Lab:
                 rate = ["rate", f"{int(mbit * 1e6)}bit", "burst", "256kb", "latency", "50ms"]
                 self._switch("tc", "qdisc", "replace", "dev", host, "root", "tbf", *rate)
 
+    def received_bytes(self, host: str = "b") -> int:
+        """All bytes that the switch has sent to the host so far, headers included."""
+        return int(json.loads(self._switch("ip", "-json", "-stats", "link", "show", "dev", host))[0]["stats64"]["tx"]["bytes"])
+
     # -- what the hosts are made of --------------------------------------------------------------------------------------------
 
     def _specs(self, lowers: list[str]) -> list[dict[str, object]]:
@@ -179,7 +183,7 @@ class Lab:
         if self._source is not None:
             binds = [[str(self._source.resolve() / "ckpt"), f"usr/local/lib/{PYTHON}/dist-packages/ckpt"]]
         tmpfs = [["var/lib/containers", f"{self._sizes['containers']}m"], ["var/lib/ckpt", f"{self._sizes['store']}m"]]
-        specs = []
+        specs: list[dict[str, object]] = []
         for name in self._names:
             files = self._directory / f"{name}.files"
             self._write_files(files, name, keys)

@@ -24,6 +24,11 @@ class Ticks:
     def last(self) -> int:
         return self.numbers[-1] if self.numbers else -1
 
+    def after(self, tick: int) -> Ticks:
+        """From `tick` on (the first time that it was written)."""
+        start = self.numbers.index(tick)
+        return Ticks(self.numbers[start:], self.times_ns[start:])
+
     @property
     def longest_gap_s(self) -> float:
         """The longest time between two neighbouring ticks: downtime as the workload saw it."""

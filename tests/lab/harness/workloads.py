@@ -23,9 +23,10 @@ IMAGE_ARCHIVE = "/opt/lab/busybox.tar"
 CC = ("gcc", "-O3", "-Wall", "-Wextra", "-Werror", "-static", "-s")
 # fmt: off
 APPLETS = (
-    "sh", "ash", "cat", "cp", "date", "dd", "df", "echo", "env", "expr", "false", "find", "free", "grep", "head", "hostname", "id", "ip", "kill", "ln",
-    "ls", "md5sum", "mkdir", "mount", "mv", "nc", "netstat", "ping", "printf", "ps", "pwd", "rm", "seq", "sha256sum", "sleep", "sort", "stat", "sync",
-    "tail", "tar", "tee", "test", "top", "touch", "true", "tty", "uname", "usleep", "vi", "wc", "wget", "which", "whoami", "yes",
+    "sh", "ash", "cat", "cp", "date", "dd", "df", "echo", "env", "expr", "false", "find", "free", "grep", "head", "hostname", "id", "ip",
+    "kill", "ln", "ls", "md5sum", "mkdir", "mount", "mv", "nc", "netstat", "ping", "printf", "ps", "pwd", "rm", "seq", "sha256sum", "sleep",
+    "sort", "stat", "sync", "tail", "tar", "tee", "test", "top", "touch", "true", "tty", "uname", "usleep", "vi", "wc", "wget", "which",
+    "whoami", "yes",
 )
 # fmt: on
 RECIPE = 1

@@ -1,0 +1,178 @@
+"""podman, with crun and with runc: checkpoint, restore, copies, export, import, migrate there and back; files and connections."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, start_counter, state, wait_until
+from tests.lab.harness import Lab
+from tests.lab.harness.host import Host
+
+RUNTIMES = pytest.mark.parametrize("lab_options", [{"runtime": "crun"}, {"runtime": "runc"}], ids=["crun", "runc"])
+MODIFY = (
+    "echo modified > /data/state; rm -r /data/gone; mkdir /data/new; echo added > /data/new/file; ln /data/new/file /data/new/twin;"
+    " chmod 750 /data/new; chown 7:8 /data/new; echo volume > /vol/file; echo shared > /dev/shm/file; truncate -s 64M /data/sparse"
+)
+LOOK = (
+    "cat /data/state /data/new/file /vol/file /dev/shm/file; ls /data/gone 2>&1 | tail -c 10; stat -c '%a %u %g' /data/new; stat -c %h /data/new/twin;"
+    " stat -c '%s' /data/sparse; [ $(stat -c %b /data/sparse) -lt 1000 ] && echo holes; true"
+)
+
+
+def build_image(host: Host) -> str:
+    """The workloads' container image with a directory that the container deletes."""
+    host.run(["podman", "run", "--name", "made", host.load_image(), "sh", "-c", "mkdir /data/gone; echo x > /data/gone/x"])
+    host.run(["podman", "commit", "-q", "made", "localhost/with-gone:latest"])
+    host.run(["podman", "rm", "made"])
+    return "localhost/with-gone:latest"
+
+
+def start_modifier(host: Host) -> None:
+    image = build_image(host)
+    host.run(["podman", "run", "-d", "--name", "web", "-v", "vol1:/vol", image, "sh", "-c", f"{MODIFY}; exec counter /data/ticks"])
+    wait_until(lambda: last_tick(host) > 10, "web counts")
+
+
+def look(host: Host) -> list[str]:
+    return host.run(["podman", "exec", "web", "sh", "-c", LOOK]).stdout.split("\n")
+
+
+WANTED = ["modified", "added", "volume", "shared"]
+
+
+def assert_files(host: Host) -> None:
+    seen = look(host)
+    assert seen[:4] == WANTED, seen
+    assert "directory" in seen[4] or "ctory" in seen[4], seen
+    assert seen[5:9] == ["750 7 8", "2", str(64 << 20), "holes"], seen
+
+
+@RUNTIMES
+def test_checkpoint_and_restore(lab: Lab) -> None:
+    start_counter(lab.a)
+    said = json.loads(lab.a.run(["ckpt", "checkpoint", "--format", "json", "web"]).stdout)
+    assert said["schema"] == 1
+    assert state(lab.a) == "exited"
+    lab.a.run(["ckpt", "restore", "web"])
+    assert counts_on(lab.a)
+    assert_never_back(lab.a, at_least=11)
+    assert_clean(lab.a)
+
+
+@RUNTIMES
+def test_leave_running_is_one_instant(lab: Lab) -> None:
+    """The count in memory and the one in the file belong together, although the container ran on."""
+    start_counter(lab.a)
+    lab.a.run(["ckpt", "checkpoint", "-R", "web"])
+    assert counts_on(lab.a)
+    at = last_tick(lab.a)
+    lab.a.run(["ckpt", "restore", "web", "-n", "copy"])
+    assert counts_on(lab.a, "copy")
+    assert_never_back(lab.a, "copy")
+    assert_never_back(lab.a, at_least=at)
+
+
+@RUNTIMES
+def test_two_copies_side_by_side(lab: Lab) -> None:
+    start_counter(lab.a)
+    lab.a.run(["ckpt", "checkpoint", "web"])
+    for name in ("one", "two"):
+        lab.a.run(["ckpt", "restore", "web", "-n", name])
+    for name in ("one", "two"):
+        assert counts_on(lab.a, name)
+        assert_never_back(lab.a, name, at_least=11)
+    assert state(lab.a) == "exited"
+
+
+@RUNTIMES
+def test_export_and_import_on_the_other_host(lab: Lab) -> None:
+    start_modifier(lab.a)
+    lab.a.run(["sh", "-c", "podman save localhost/with-gone:latest | ssh b podman load"])
+    lab.a.run(["ckpt", "checkpoint", "web"])
+    lab.a.run(["ckpt", "export", "web", "-o", "/root/web.tar.zst"])
+    lab.a.run(["sh", "-c", "ssh b ckpt import --name web - < /root/web.tar.zst"])
+    lab.b.run(["ckpt", "restore", "web"])
+    assert counts_on(lab.b)
+    assert_never_back(lab.b, at_least=11)
+    assert_files(lab.b)
+    assert_clean(lab.a, lab.b)
+
+
+@RUNTIMES
+def test_migrate_there_and_back(lab: Lab) -> None:
+    start_modifier(lab.a)
+    for source, destination in ((lab.a, lab.b), (lab.b, lab.a), (lab.a, lab.b)):
+        at = last_tick(source)
+        done = lab_migrate(source, destination)
+        assert done["results"][0]["stats"]["downtime_s"] > 0
+        assert state(source) == ""
+        assert counts_on(destination)
+        assert_never_back(destination, at_least=at)
+        assert_files(destination)
+    assert_clean(lab.a, lab.b)
+
+
+def lab_migrate(source: Host, destination: Host) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(source.run(["ckpt", "migrate", "--format", "json", "web", f"root@{destination.name}"]).stdout)
+    return found
+
+
+@RUNTIMES
+def test_podman_restores_our_archive(lab: Lab) -> None:
+    start_modifier(lab.a)
+    lab.a.run(["ckpt", "checkpoint", "web"])
+    lab.a.run(["ckpt", "export", "web", "-o", "/root/web.tar.zst"])
+    shown = lab.a.run(["checkpointctl", "show", "/root/web.tar.zst"]).stdout
+    assert "web" in shown and "Podman" in shown
+    assert "counter" in lab.a.run(["checkpointctl", "inspect", "--ps-tree", "--files", "/root/web.tar.zst"]).stdout
+    lab.a.run(["podman", "rm", "-v", "web"])
+    lab.a.run(["podman", "volume", "rm", "vol1"], check=False)
+    lab.a.run(["podman", "container", "restore", "--import", "/root/web.tar.zst"])
+    assert counts_on(lab.a)
+    assert_never_back(lab.a, at_least=11)
+    assert look(lab.a)[:4] == WANTED
+
+
+@pytest.mark.parametrize("compress", ["none", "gzip", "zstd"])
+def test_we_restore_podmans_archive(lab: Lab, compress: str) -> None:
+    start_counter(lab.a)
+    lab.a.run(["podman", "container", "checkpoint", "-e", "/root/web.tar", "-c", compress, "web"])
+    lab.a.run(["podman", "rm", "web"])
+    lab.a.run(["ckpt", "import", "/root/web.tar"])
+    lab.a.run(["ckpt", "restore", "web"])
+    assert counts_on(lab.a)
+    assert_never_back(lab.a, at_least=11)
+    lab.a.run(["ckpt", "restore", "-i", "/root/web.tar", "-n", "direct"])
+    assert counts_on(lab.a, "direct")
+
+
+def test_a_destination_without_ckpt_gets_the_plain_way(lab: Lab) -> None:
+    start_modifier(lab.a)
+    lab.b.run(["rm", "/usr/local/bin/ckpt"])
+    at = last_tick(lab.a)
+    result = lab.a.run(["ckpt", "migrate", "web", "root@b"])
+    assert "plain way" in result.stderr
+    assert state(lab.a) == ""
+    assert counts_on(lab.b)
+    assert_never_back(lab.b, at_least=at)
+    assert look(lab.b)[:4] == WANTED
+    assert_clean(lab.a)
+
+
+@RUNTIMES
+def test_an_established_connection_survives(lab: Lab) -> None:
+    """A client in one container, a server in another on the same host; the server is saved and comes back."""
+    image = lab.a.load_image()
+    lab.a.run(["podman", "run", "-d", "--name", "server", image, "echoserver", "7000"])
+    address = lab.a.run(["podman", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", "server"]).stdout.strip()
+    lab.a.run(["podman", "run", "-d", "--name", "client", image, "echoclient", address, "7000", "/data/ticks"])
+    wait_until(lambda: last_tick(lab.a, "client") > 5, "the client talks")
+    lab.a.run(["ckpt", "checkpoint", "server"])
+    at = last_tick(lab.a, "client")
+    lab.a.run(["ckpt", "restore", "server"])
+    wait_until(lambda: last_tick(lab.a, "client") > at + 5, "the client talks again", 40)
+    assert state(lab.a, "client") == "running"
+    assert_never_back(lab.a, "client")
