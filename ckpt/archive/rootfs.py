@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ckpt.archive._tar import apply, apply_tree
 from ckpt.errors import CkptError
 from ckpt.model import RootFs
 
-__all__ = ["apply", "apply_tree", "capture", "capture_tree"]
+__all__ = ["apply", "apply_tree", "capture", "capture_files", "capture_tree"]
 
 _PREFIXES: Final = ("trusted.overlay.", "user.overlay.")
 
@@ -93,6 +93,15 @@ def capture_tree(directory: Path, out: Path | BinaryIO, *, timeout_s: float = 36
         _tar.create(root, _tree(root), out, timeout_s=timeout_s)
     except OSError as error:
         raise CkptError(f"cannot read {directory}: {error}") from error
+
+
+def capture_files(paths: Iterable[str], out: Path | BinaryIO, *, timeout_s: float = 3600.0) -> None:
+    """Write single files, named by absolute paths, as a tar relative to the root.
+
+    Raises:
+        CkptError: tar failed. NoSpace: `out` is full.
+    """
+    _tar.create(b"/", (os.fsencode(path.lstrip("/")) for path in paths), out, timeout_s=timeout_s)
 
 
 def _tree(root: bytes, below: bytes = b".") -> Iterator[bytes]:

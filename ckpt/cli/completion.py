@@ -53,7 +53,8 @@ class BashComplete(ShellComplete):
         words = split_arg_string(line)
         incomplete = words.pop() if len(words) > 1 and not line[-1:].isspace() else ""
         # Bash replaces only what follows the last of its breaks.
-        breaks = [incomplete.rfind(c) for c in os.environ.get("COMP_BREAKS", "") if c in ":@="]
+        value = incomplete.partition("=")[2] if incomplete.startswith("-") else incomplete  # click answers --option=VALUE with values
+        breaks = [value.rfind(c) for c in os.environ.get("COMP_BREAKS", "") if c in ":@="]
         self._prefix = max([0, *(position + 1 for position in breaks)])
         return words[1:], incomplete
 
@@ -89,6 +90,9 @@ def script(shell: str) -> str:
 
     kind = _SHELLS[shell](app, {}, _PROGRAM, "_CKPT_COMPLETE")
     text = (kind.source_template % kind.source_vars()).strip() + "\n"
+    if shell == "fish":
+        # click's own splits a description at its commas and drops the rest.
+        text = text.replace('string split "," ', 'string split --max 1 "," ')
     if shell != "bash":
         mark = "# Made from the command tree by `python -m ckpt.cli.generate`. Do not edit.\n"
         head, _, rest = text.partition("\n")

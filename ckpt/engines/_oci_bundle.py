@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,8 @@ class Stdio:
     path: str
     fds: tuple[int, ...]
     position: int = 0
+    mode: int = 0o600
+    """Permission bits: CRIU takes no file with others in its place."""
 
     @classmethod
     def parse(cls, found: object) -> Stdio | None:
@@ -45,7 +48,8 @@ class Stdio:
             return None
         if not isinstance(fds, list) or not fds or any(fd not in (0, 1, 2) for fd in fds) or not isinstance(position, int) or position < 0:
             return None
-        return cls(key, path, tuple(int(fd) for fd in fds), position)
+        mode = found.get("mode")
+        return cls(key, path, tuple(int(fd) for fd in fds), position, mode & 0o777 if isinstance(mode, int) else 0o600)
 
 
 def read_spec(bundle: Path) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def outside_stdio(pid: int) -> tuple[Stdio, ...]:
             continue
         key = f"file[{int(mount):x}:{status.st_ino:x}]"
         before = found.get(key)
-        found[key] = Stdio(key, path, (*(before.fds if before else ()), fd), int(facts.get("pos", "0")))
+        found[key] = Stdio(key, path, (*(before.fds if before else ()), fd), int(facts.get("pos", "0")), stat.S_IMODE(status.st_mode))
     return tuple(found.values())
 
 
@@ -144,10 +148,32 @@ def cgroup_of(pid: int | str) -> str:
     return next((line[3:] for line in lines if line.startswith("0::")), "")
 
 
-def cgroup_to_be(spec: dict[str, Any], container_id: str) -> str:
-    """Where runc puts a container into cgroup2 (libcontainer/cgroups/fs2/defaultpath.go): beside our own cgroup unless the path is absolute."""
+def cgroup_to_be(runtime: str, spec: dict[str, Any], container_id: str) -> str:
+    """Where the runtime puts a container in cgroup2.
+
+    runc goes beside our own cgroup unless the path is absolute (libcontainer/cgroups/fs2/defaultpath.go), crun begins at the root.
+    """
     named = str((spec.get("linux") or {}).get("cgroupsPath") or "") or container_id
-    return os.path.normpath(named if named.startswith("/") else os.path.join(os.path.dirname(cgroup_of("self")) or "/", named))
+    above = os.path.dirname(cgroup_of("self")) if runtime == "runc" else ""
+    return os.path.normpath(named if named.startswith("/") else os.path.join(above or "/", named))
+
+
+def cgroup_exists(path: str) -> bool:
+    """True when some hierarchy has this cgroup."""
+    return any(directory.is_dir() for directory in _cgroups(path))
+
+
+def remove_cgroup(path: str) -> None:
+    """Remove a cgroup, and those in it, from every hierarchy; one that is not empty stays."""
+    for top in _cgroups(path):
+        for directory, _, _ in os.walk(top, topdown=False):
+            with suppress(OSError):
+                os.rmdir(directory)
+
+
+def _cgroups(path: str) -> list[Path]:
+    below = os.path.normpath("/" + path).lstrip("/")
+    return [point / below for point, kind, _ in mounts() if kind in ("cgroup", "cgroup2")] if below else []
 
 
 def check_id(container_id: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from ckpt.engines import _hold
-from ckpt.engines._oci_bundle import BUNDLES, Stdio, cgroup_to_be, remove_bundle
+from ckpt.engines._oci_bundle import BUNDLES, Stdio, cgroup_exists, cgroup_to_be, remove_bundle, remove_cgroup
 from ckpt.errors import BusyError, CkptError, RestoreFailed, StateUnknown
 from ckpt.host.run import CommandFailed, Process, run, spawn
 from ckpt.model import Container, Manifest, RestoreOptions
@@ -94,13 +94,14 @@ class OciRestore:
         argv += ["--pid-file", self.job.directory / "init.pid"]
         argv += [*(["--tcp-established"] if tcp else []), *(["--file-locks"] if locks else []), *(["--shell-job"] if shell else [])]
         argv += [self.container_id]
+        cgroup = cgroup_to_be(self.engine.name, spec, self.container_id)
         if self.engine.name == "runc" and config.get("cgroupRoot"):
             # The dump is relative to this (see OciRuntime.dump): without it runc puts copies into the cgroup of the original.
-            add_config(self.job, f"cgroup-root :{cgroup_to_be(spec, self.container_id)}")
+            add_config(self.job, f"cgroup-root :{cgroup}")
         with ExitStack() as stack:
             stdin, stdout, stderr = self._stdio(stack, [entry for found in config.get("stdio") or [] if (entry := Stdio.parse(found))])
             env = {"CRIU_CONFIG_FILE": os.fspath(self.job.directory / "criu.conf")}
-            self.job.write("oci-restore", oci_id=self.container_id)
+            self.job.write("oci-restore", oci_id=self.container_id, made_cgroup="" if cgroup_exists(cgroup) else cgroup)
             self.process = spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=self.bundle, new_session=True)
         self.job.write("oci-restore", engine_pid=self.process.pid)
 
@@ -129,7 +130,8 @@ class OciRestore:
             with suppress(OSError):
                 fd = os.open(entry.path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 file = os.fdopen(fd, "rb" if reading else "ab")
-                if stat.S_ISREG(os.fstat(fd).st_mode):
+                status = os.fstat(fd)
+                if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) == entry.mode:
                     if reading:
                         file.seek(entry.position)
                     return file
@@ -138,7 +140,9 @@ class OciRestore:
             return open(os.devnull, "rb")
         own = BUNDLES / f"{self.container_id}.{OUTPUT}" if self.bundle.parent != BUNDLES else self.bundle / OUTPUT
         own.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.fdopen(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab")
+        fd = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        os.fchmod(fd, entry.mode)
+        return os.fdopen(fd, "ab")
 
     def hold(self) -> int:
         """Wait until the tree is there and held; returns its first pid."""
@@ -191,6 +195,9 @@ def undo_restore(engine: OciRuntime, job: Job) -> None:
         # Ours: the restore did not begin while the runtime knew that id.
         with suppress(CommandFailed, CkptError):
             run([engine.program(), "delete", "--force", str(facts["oci_id"])], check=False, timeout_s=_hold.UNDO_LIMIT_S)
+    if facts.get("made_cgroup"):
+        # The runtime removes it with the container, but not when it never came to know of one.
+        remove_cgroup(str(facts["made_cgroup"]))
     if facts.get("made_bundle"):
         with suppress(BusyError, OSError):
             remove_bundle(Path(str(facts["made_bundle"])))

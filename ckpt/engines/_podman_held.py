@@ -76,7 +76,9 @@ class PodmanHeldDump:
         _hold.disarm(self.job)
         if code is None or not self.container.pid or not _hold.alive(self.container.pid):
             raise StateUnknown(
-                f"{self.container.name} did not answer the order to go on", where=f"{self.container.name}: frozen or gone", hint=f"podman ps; look at {self.work}/dump.log"
+                f"{self.container.name} did not answer the order to go on",
+                where=f"{self.container.name}: frozen or gone",
+                hint=f"podman ps; look at {self.work}/dump.log",
             )
 
     def end(self) -> None:
@@ -85,7 +87,9 @@ class PodmanHeldDump:
         gone = _hold.wait_gone(self.container.pid or 0, UNDO_LIMIT_S) if self.container.pid else True
         _hold.disarm(self.job)
         if code is None or not gone:
-            raise StateUnknown(f"{self.container.name} did not end after its dump", where=f"{self.container.name}: frozen", hint=f"look at {self.work}/dump.log")
+            raise StateUnknown(
+                f"{self.container.name} did not end after its dump", where=f"{self.container.name}: frozen", hint=f"look at {self.work}/dump.log"
+            )
         # conmon tells podman of the exit; until then podman would call it running.
         _podman("wait", self.container.id)
 
@@ -131,7 +135,15 @@ class PodmanRestore:
     def start(self, stub: Path) -> None:
         """Start `podman container restore --import` on the stub."""
         options = self.options
-        argv: list[str | os.PathLike[str]] = [which("podman") or "podman", "container", "restore", "--import", stub, "--ignore-volumes", "--ignore-rootfs"]
+        argv: list[str | os.PathLike[str]] = [
+            which("podman") or "podman",
+            "container",
+            "restore",
+            "--import",
+            stub,
+            "--ignore-volumes",
+            "--ignore-rootfs",
+        ]
         tcp = self.manifest.tcp_established if options.tcp_established is None else options.tcp_established
         locks = self.manifest.file_locks if options.file_locks is None else options.file_locks
         argv += ["--tcp-established"] if tcp and not options.name else []

@@ -11,7 +11,14 @@ from ckpt.model import Container, ContainerImage, HostMount, PortMapping, RootFs
 
 def state_of(text: str) -> State:
     """Podman's state in our words."""
-    known: dict[str, State] = {"running": "running", "paused": "paused", "exited": "exited", "stopped": "exited", "created": "created", "configured": "created"}
+    known: dict[str, State] = {
+        "running": "running",
+        "paused": "paused",
+        "exited": "exited",
+        "stopped": "exited",
+        "created": "created",
+        "configured": "created",
+    }
     return known.get(text.lower(), "unknown")
 
 

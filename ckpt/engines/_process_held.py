@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from ckpt.criu import netlock, swrk, tree
 from ckpt.criu.log import Verb, explain
+from ckpt.engines import _process_files
 from ckpt.errors import CkptError, RestoreFailed, StateUnknown
 from ckpt.model import Container, DumpOptions
 from ckpt.store.job import Job
@@ -211,6 +212,7 @@ class HeldProcessRestore:
         kill(self._pids)
         wait(lambda: not any(tree.same(pid, ticks) for pid, ticks in self._pids.items()))
         netlock.remove(netlock.locks_of(self._images_dir) - self._locks)
+        _process_files.undo(self._operation.job)
 
 
 def plan(job: Job, **facts: Any) -> None:

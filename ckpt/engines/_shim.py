@@ -27,7 +27,23 @@ def subcommand(args: list[str]) -> int:
     for index, word in enumerate(args):
         if word in ("checkpoint", "restore"):
             return index
-        if word in ("create", "start", "run", "exec", "kill", "delete", "state", "list", "ps", "pause", "resume", "update", "features", "events", "spec"):
+        if word in (
+            "create",
+            "start",
+            "run",
+            "exec",
+            "kill",
+            "delete",
+            "state",
+            "list",
+            "ps",
+            "pause",
+            "resume",
+            "update",
+            "features",
+            "events",
+            "spec",
+        ):
             return -1
     return -1
 

@@ -63,7 +63,13 @@ class Podman:
     def containers(self) -> list[Container]:
         rows = self._rows([])
         return [
-            Container("podman", row["Id"], (row.get("Names") or [row["Id"][:12]])[0], state_of(row.get("State", "")), created_s=float(row.get("Created") or 0))
+            Container(
+                "podman",
+                row["Id"],
+                (row.get("Names") or [row["Id"][:12]])[0],
+                state_of(row.get("State", "")),
+                created_s=float(row.get("Created") or 0),
+            )
             for row in rows
         ]
 
@@ -114,7 +120,9 @@ class Podman:
         said_path = job.directory / "podman.log"
         with said_path.open("wb") as said:
             process = spawn(argv, stdout=said, stderr=said, env=conf_override(job, dump=True), new_session=True)
-        job.write("dumping", engine=self.name, container_id=container.id, container_name=container.name, init_pid=container.pid, engine_pid=process.pid)
+        job.write(
+            "dumping", engine=self.name, container_id=container.id, container_name=container.name, init_pid=container.pid, engine_pid=process.pid
+        )
         held = PodmanHeldDump(container, job, work, frozen_at_s=time.monotonic())
         try:
             if not _hold.wait_for(job.held_path, process, min(options.timeout_s, HOLD_LIMIT_S)):
@@ -167,7 +175,9 @@ class Podman:
     ) -> HeldRestore:
         work = job.directory / "criu"
         attempt = PodmanRestore(job, manifest, options)
-        job.write("restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name))
+        job.write(
+            "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
+        )
         if not options.name and self.find(manifest.container_id):
             raise BusyError(f"podman already has a container with the id of {manifest.name}", hint="remove it first, or restore a copy with -n NAME")
         wanted = options.name or manifest.name
@@ -175,7 +185,10 @@ class Podman:
             raise BusyError(f"podman already has a container called {wanted}", hint="choose another name with -n NAME, or remove that one")
         if manifest.container_image and not self.has_container_image(manifest.container_image.id):
             name = manifest.container_image.name
-            raise RestoreFailed(f"container image {name} ({manifest.container_image.id[:12]}) is missing here", hint=f"podman pull {name}, or bring it along: ckpt migrate")
+            raise RestoreFailed(
+                f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
+                hint=f"podman pull {name}, or bring it along: ckpt migrate",
+            )
         stub = job.directory / "stub.tar"
         try:
             if not options.ignore_volumes:

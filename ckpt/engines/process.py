@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ckpt.criu import features, hold, images, netlock, swrk, tree
+from ckpt.engines import _process_files
 from ckpt.engines._process_held import (
     SETTLE_LIMIT_S,
     AdoptedProcessDump,
@@ -149,7 +150,13 @@ class ProcessEngine:
                 message = f"{container.name} does not run after its dump failed: {error}"
                 raise StateUnknown(message, where=f"look at process {root}", log=existing(job.directory / "dump.log")) from error
             raise operation.error(DumpFailed, f"{container.name} cannot be checkpointed", f"{container.name} is running, untouched") from error
-        return HeldProcessDump(container, operation, stage, moving, options)
+        held = HeldProcessDump(container, operation, stage, moving, options)
+        try:
+            _process_files.save(root, stage)
+        except BaseException:
+            held.resume()
+            raise
+        return held
 
     def adopt(self, container: Container, job: Job) -> AdoptedProcessDump:
         """The held dump of a job whose first owner is gone; `job` must be acquired."""
@@ -169,6 +176,11 @@ class ProcessEngine:
         checkpoint = stage / "checkpoint"
         ids = images.all_ids(checkpoint)
         _refuse_taken(ids, manifest.name)
+        try:
+            _process_files.put_back(stage, job)
+        except BaseException:
+            _process_files.undo(job)
+            raise
         # The locks of a dump of this host are there already; after a failed restore they stay, for another try.
         locks = netlock.locks_of(checkpoint)
         plan(job, verb="restore", images=str(checkpoint), pids={}, locks=sorted(locks), done=False)
@@ -190,6 +202,7 @@ class ProcessEngine:
             if operation.timed_out:
                 kill({pid: found.start_ticks for pid in ids if (found := tree.stat(pid)) and found.start_ticks >= began_ticks})
             netlock.remove(netlock.locks_of(checkpoint) - locks)
+            _process_files.undo(job)
             if not isinstance(error, Exception):
                 raise
             operation.failure = operation.failure or error
@@ -219,6 +232,7 @@ class ProcessEngine:
         elif left.get("verb") == "restore":
             kill(numbers(left, "pids"))
             netlock.remove(netlock.locks_of(Path(left["images"])) - set(left.get("locks", [])))
+            _process_files.undo(job)
 
 
 def status_tgid(pid: int) -> int:

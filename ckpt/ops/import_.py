@@ -10,7 +10,7 @@ from typing import BinaryIO, Literal
 
 from ckpt.archive import layout, reader
 from ckpt.errors import TargetNotFound
-from ckpt.events import Notice, BytesMoved, Emit, StepDone, StepStarted
+from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Manifest
 from ckpt.ops import faults
 from ckpt.ops.result import Outcome

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
+from ckpt.criu import netlock
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue, StateUnknown, TargetNotFound, TransferFailed
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
@@ -127,8 +128,12 @@ class _Migration:
         container = self.container
         if container.state != "running":
             hint = f"podman unpause {container.name}" if container.state == "paused" else "only a running workload can be migrated"
-            raise BusyError(f"{container.name} is {container.state}, not running", where=f"{container.name} is {container.state}, untouched", hint=hint)
-        wanted = DumpOptions(tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes)
+            raise BusyError(
+                f"{container.name} is {container.state}, not running", where=f"{container.name} is {container.state}, untouched", hint=hint
+            )
+        wanted = DumpOptions(
+            tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes
+        )
         wanted = check.decide(self.engine, container, wanted)
         check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
         try:
@@ -175,6 +180,7 @@ class _Migration:
         """Freeze, dump, read what belongs to it, send everything; the dump stays held."""
         assert self.job is not None and self.draft is not None
         stage = self.draft.stage
+        host = capture.host_facts()  # asks CRIU for its version: not while the workload is frozen
         self.step("dump")
         began_s = time.monotonic()
         self.held = self.engine.dump(self.container, stage, options, self.job)
@@ -183,7 +189,7 @@ class _Migration:
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
         self.step("capture")
         capture.frozen_parts(stage, self.container, options, label=self.typed, emit=self.emit)
-        manifest = capture.describe(stage, self.container, options, digests={})
+        manifest = capture.describe(stage, self.container, options, host=host, digests={})
         members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]
         total_bytes = sum((stage / name).stat().st_size for name in members)
         self.step("transfer")
@@ -217,12 +223,28 @@ class _Migration:
             self.emit(Thawed(self.typed, frozen_s))
             self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
             self.step("end")
-            end_source(self.engine, self.container, self.held, self.job, self.options.keep_source, faults_at="migrate-remove")
+            end_source(
+                self.engine,
+                self.container,
+                self.held,
+                self.job,
+                self.options.keep_source,
+                stage=self.draft.stage if self.draft else None,
+                faults_at="migrate-remove",
+            )
+        told = tell_destination(self.job, peer)
+        if told:
             self.job.write("done")
-        with suppress(CkptError):
-            peer.call("finish")
         self.stats["total_s"] = time.monotonic() - self.began_s
-        self.close()
+        if told:
+            self.close()
+            return
+        self.emit(
+            Notice(self.typed, f"{self.destination} could not be told that all is done; to tidy up there: ckpt migrate --continue {self.job.id}")
+        )
+        if self.draft is not None:
+            self.draft.discard()
+        self.job.release()
 
     def ask(self, cause: CkptError) -> None:
         """After `commit`, with the link lost: the destination's journal decides. Returns when the workload runs there."""
@@ -267,7 +289,11 @@ class _Migration:
                 self.job.write("rolled-back")
             self.close()
         if isinstance(error, CkptError):
-            error.where = f"{name} is running here, nothing is left on {self.destination}" if self.job is not None else error.where or f"{name} is running, untouched"
+            error.where = (
+                f"{name} is running here, nothing is left on {self.destination}"
+                if self.job is not None
+                else error.where or f"{name} is running, untouched"
+            )
 
     def close(self) -> None:
         if self.draft is not None:
@@ -276,10 +302,13 @@ class _Migration:
             recover.close(self.job, self.guard)
 
 
-def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, keep: bool, *, faults_at: str = "") -> None:
+def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, keep: bool, *, stage: Path | None = None, faults_at: str = "") -> None:
     """End the frozen source for good and, unless it is to be kept, remove it with the volumes that moved along."""
     held.end()
     job.write("ended")
+    if stage is not None:
+        # A process tree shares this host's network: the locks of its connections would stay.
+        netlock.unlock(stage / "checkpoint")
     if faults_at:
         faults.point(faults_at)
     if not keep:
@@ -288,6 +317,23 @@ def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, k
         remove_volumes = getattr(engine, "remove_volumes", None)
         if remove_volumes is not None:
             remove_volumes(job.facts.get("moved_volumes", []))
+
+
+def tell_destination(job: Job, peer: Peer | None = None) -> bool:
+    """Tell the destination that the source knows how it ended, so that its journal goes; False when it cannot be reached."""
+    if peer is not None:
+        try:
+            peer.call("finish")
+            return True
+        except CkptError:
+            pass
+    facts = job.facts
+    try:
+        with client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as again:
+            again.call("settle", {"job": facts["remote_job"]})
+        return True
+    except CkptError:
+        return False
 
 
 def ask_destination(job: Job) -> str:
@@ -362,20 +408,21 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                 container = engine.describe(container)
             state = ask_destination(job)
             if state == "undecided":
-                raise NeedsContinue(f"{facts['destination']} has not decided yet", where=f"{name} is frozen here", hint=f"try again: ckpt migrate --continue {job_id}")
+                raise NeedsContinue(
+                    f"{facts['destination']} has not decided yet", where=f"{name} is frozen here", hint=f"try again: ckpt migrate --continue {job_id}"
+                )
             with recover.uninterrupted():
                 held = engine.adopt(container, job)
                 if state == "running":
                     if job.state != "ended":
                         end_source(engine, container, held, job, bool(facts.get("keep_source")))
-                    job.write("done")
                     emit(Notice(name, f"{name} runs on {facts['destination']}; the frozen source was ended"))
                 else:
                     held.resume()
-                    job.write("rolled-back")
+                    job.write("failed")
                     emit(Notice(name, f"{facts['destination']} has no copy; {name} goes on here"))
-            with suppress(CkptError), client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
-                peer.call("settle", {"job": facts["remote_job"]})
+            tell_destination(job)
+            job.write("done")
             recover.remove(job)
             return Outcome(name, True, container=container)
         finally:

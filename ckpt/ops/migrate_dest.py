@@ -18,7 +18,7 @@ from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldRestore
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
 from ckpt.host.run import Process
-from ckpt.model import ContainerImage, Manifest, RestoreOptions
+from ckpt.model import ContainerImage, RestoreOptions
 from ckpt.ops import faults, proof, recover
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
@@ -176,9 +176,7 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         tcp_established=manifest.tcp_established,
         file_locks=manifest.file_locks,
     )
-    arrival.held = arrival.engine.restore(
-        stage, manifest, options, arrival.job, rootfs_ready=fill_rootfs(stage), volume_ready=fill_volume(stage)
-    )
+    arrival.held = arrival.engine.restore(stage, manifest, options, arrival.job, rootfs_ready=fill_rootfs(stage), volume_ready=fill_volume(stage))
     proof.check(arrival.held, manifest)
     faults.point("destination-prepared")
     arrival.job.write("prepared")

@@ -35,9 +35,7 @@ LACKS: Final = (
 STEP_LIMIT_S: Final = 600.0
 
 
-def migrate(
-    typed: str, engine: Engine, container: Container, destination: str, *, options: MigrateOptions, store_root: Path, emit: Emit
-) -> Outcome:
+def migrate(typed: str, engine: Engine, container: Container, destination: str, *, options: MigrateOptions, store_root: Path, emit: Emit) -> Outcome:
     """Move a podman container to a host that has podman but no ckpt.
 
     Returns:
@@ -47,15 +45,23 @@ def migrate(
     there = Remote(ssh.Destination.parse(destination), options.ssh_options)
     untouched = f"{container.name} is running, untouched"
     if engine.name != "podman":
-        return failure(typed, FeatureMissing(f"{destination} has no ckpt, which {engine.name} needs there", where=untouched, hint=f"install ckpt on {destination}"))
+        return failure(
+            typed,
+            FeatureMissing(f"{destination} has no ckpt, which {engine.name} needs there", where=untouched, hint=f"install ckpt on {destination}"),
+        )
     try:
         there.run(["podman", "--version"])
         taken = there.run(["podman", "container", "exists", options.name or container.name], check=False).ok
     except CommandFailed as error:
-        return failure(typed, FeatureMissing(f"{destination} has neither ckpt nor podman: {error.reason}", where=untouched, hint=f"install ckpt on {destination}"))
+        return failure(
+            typed,
+            FeatureMissing(f"{destination} has neither ckpt nor podman: {error.reason}", where=untouched, hint=f"install ckpt on {destination}"),
+        )
     if taken:
         return failure(typed, FeatureMissing(f"{destination} has a container {options.name or container.name} already", where=untouched))
-    wanted = check.decide(engine, container, DumpOptions(tcp_established=options.tcp_established, file_locks=options.file_locks, ignore_volumes=options.ignore_volumes))
+    wanted = check.decide(
+        engine, container, DumpOptions(tcp_established=options.tcp_established, file_locks=options.file_locks, ignore_volumes=options.ignore_volumes)
+    )
     job = Job.create(store_root, "checkpoint", engine=engine.name, container_id=container.id, name=container.name, leave_running=True)
     guard = recover.start_guard(job)
     draft = Catalog(store_root).begin(container.name)
@@ -73,7 +79,10 @@ def migrate(
         (draft.stage / "artifacts").mkdir(mode=0o700, exist_ok=True)
         (draft.stage / "artifacts" / "ckpt.json").write_bytes(manifest_file.dumps(manifest))
         emit(StepStarted(typed, "transfer"))
-        sent_bytes = there.send(["sh", "-c", f"umask 077; cat > {remote_file}"], lambda out: writer.write(draft.stage, out, on_bytes=lambda done: emit(BytesMoved(typed, "transfer", done))))
+        sent_bytes = there.send(
+            ["sh", "-c", f"umask 077; cat > {remote_file}"],
+            lambda out: writer.write(draft.stage, out, on_bytes=lambda done: emit(BytesMoved(typed, "transfer", done))),
+        )
         emit(StepDone(typed, "transfer", f"{sent_bytes / (1 << 20):.1f} MiB"))
         emit(StepStarted(typed, "restore"))
         flags = [*(["--tcp-established"] if wanted.tcp_established and not options.name else []), *(["--file-locks"] if wanted.file_locks else [])]
@@ -100,7 +109,12 @@ def migrate(
         if isinstance(error, CommandFailed):
             error = TransferFailed(f"{destination}: {error.reason}")
         if isinstance(error, CkptError):
-            return failure(typed, MigrationRolledBack(f"{container.name} was not migrated: {error.message}", where=f"{container.name} is running here", hint=error.hint, log=error.log))
+            return failure(
+                typed,
+                MigrationRolledBack(
+                    f"{container.name} was not migrated: {error.message}", where=f"{container.name} is running here", hint=error.hint, log=error.log
+                ),
+            )
         raise
     draft.discard()
     recover.close(job, guard)

@@ -17,13 +17,15 @@ COMMIT = STEPS.index("commit")
 
 
 def migrate(lab: Lab, *, fault: str = "", env: dict[str, str] | None = None, limit_s: float = 120.0) -> HostResult:
-    return lab.a.run(["ckpt", "migrate", "web", "root@b"], check=False, timeout_s=limit_s, env={**(env or {}), **({"CKPT_FAULT": fault} if fault else {})})
+    return lab.a.run(
+        ["ckpt", "migrate", "web", "root@b"], check=False, timeout_s=limit_s, env={**(env or {}), **({"CKPT_FAULT": fault} if fault else {})}
+    )
 
 
 def fault_on_b(lab: Lab, fault: str) -> None:
     """Every ckpt on b, so also the peer, meets the fault."""
     lab.b.run(["sh", "-c", "mv /usr/local/bin/ckpt /usr/local/bin/ckpt.real"])
-    lab.b.write_file("/usr/local/bin/ckpt", f"#!/bin/sh\nCKPT_FAULT={fault} exec /usr/local/bin/ckpt.real \"$@\"\n", mode=0o755)
+    lab.b.write_file("/usr/local/bin/ckpt", f'#!/bin/sh\nCKPT_FAULT={fault} exec /usr/local/bin/ckpt.real "$@"\n', mode=0o755)
 
 
 def no_fault_on_b(lab: Lab) -> None:
@@ -147,9 +149,8 @@ def test_restore_that_fails_on_the_destination(lab: Lab) -> None:
 def test_ctrl_c_before_the_switchover(lab: Lab, step: str) -> None:
     start_counter(lab.a)
     before = last_tick(lab.a)
-    moving = lab.a.popen(["ckpt", "migrate", "web", "root@b"], env={"CKPT_FAULT": f"migrate-{step}:hang"})
-    wait_until(lambda: bool(lab.a.run(["sh", "-c", "ls /var/lib/ckpt/jobs 2>/dev/null; true"]).stdout) or step == "begin", "the job")
-    wait_until(lambda: step in ("begin", "container-image") or bool(lab.a.run(["pgrep", "criu"], check=False).stdout) or step == "dump", "the step")
+    moving = lab.a.popen(["ckpt", "migrate", "web", "root@b"], env={"CKPT_FAULT": f"migrate-{step}:gate={GATE}"})
+    wait_until(lambda: lab.a.exists(f"{GATE}.reached"), f"step {step}")
     moving.send_signal(signal.SIGINT)
     moving.communicate(timeout=90)
     assert moving.returncode == 130

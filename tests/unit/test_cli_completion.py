@@ -70,6 +70,7 @@ def test_slow_engines_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
         ("ckpt checkpoint we", ["checkpoint"], "we", "web", "web"),
         ("ckpt restore web@", ["restore"], "web@", "web@2", "2"),
         ("ckpt checkpoint podman:w", ["checkpoint"], "podman:w", "podman:web", "web"),
+        ("ckpt export web --compress=zs", ["export", "web"], "--compress=zs", "zstd", "zstd"),
         ("ckpt list ", ["list"], "", "web", "web"),
     ],
 )

@@ -71,8 +71,9 @@ def inspect_lines(row: Row) -> Iterator[str]:
     for label, text in lines:
         if text:
             yield f"  {label:<16} {units.clean(text)}"
+    width = max([14, *(len(units.clean(name)) for name in row["sizes"])])
     for name, count_bytes in row["sizes"].items():
-        yield f"    {units.clean(name):<20} {units.size(count_bytes):>10}"
+        yield f"    {units.clean(name):<{width}} {units.size(count_bytes):>10}"
     if row["processes"]:
         yield "  processes"
         for process in row["processes"]:
