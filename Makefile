@@ -21,8 +21,13 @@ lint:
 	"$$python" -m mypy
 	"$$python" -m mypy --strict --explicit-package-bases tests/lab/harness tests/lab/demo.py tests/bench
 
+# The man pages and the completions are tried with the programs that read them.
+SHELLS = for program in man zsh fish; do command -v "$$program" >/dev/null || missing=1; done; [ -z "$${missing:-}" ] || [ "$$(id -u)" != 0 ] || \
+	{ apt-get update -q; DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends man-db zsh fish; } </dev/null >&2
+
 test: lint
 	$(PYTHON)
+	$(SHELLS)
 	"$$python" -m tests.lab.harness prepare
 	"$$python" -m pytest tests/unit tests/contract tests/meta tests/lab $(PYTEST_ARGS)
 

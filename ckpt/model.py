@@ -111,6 +111,8 @@ class Capabilities:
     reason: str = ""
     version: str = ""
     runtimes: tuple[str, ...] = ()
+    criu: bool = True
+    """It dumps with CRIU, so CRIU must work here (the fake engine of the tests does not)."""
     hold: bool = False
     clone: bool = False
     container_images: bool = False

@@ -37,6 +37,8 @@ class Stdio:
     position: int = 0
     mode: int = 0o600
     """Permission bits: CRIU takes no file with others in its place."""
+    size: int = -1
+    """In bytes, as CRIU insists on it; -1 for a file that is open for appending, where it does not care."""
 
     @classmethod
     def parse(cls, found: object) -> Stdio | None:
@@ -48,8 +50,10 @@ class Stdio:
             return None
         if not isinstance(fds, list) or not fds or any(fd not in (0, 1, 2) for fd in fds) or not isinstance(position, int) or position < 0:
             return None
-        mode = found.get("mode")
-        return cls(key, path, tuple(int(fd) for fd in fds), position, mode & 0o777 if isinstance(mode, int) else 0o600)
+        mode, size = found.get("mode"), found.get("size")
+        if not isinstance(mode, int) or not isinstance(size, int):
+            return None
+        return cls(key, path, tuple(int(fd) for fd in fds), position, mode & 0o777, size)
 
 
 def read_spec(bundle: Path) -> dict[str, Any]:
@@ -135,7 +139,9 @@ def outside_stdio(pid: int) -> tuple[Stdio, ...]:
             continue
         key = f"file[{int(mount):x}:{status.st_ino:x}]"
         before = found.get(key)
-        found[key] = Stdio(key, path, (*(before.fds if before else ()), fd), int(facts.get("pos", "0")), stat.S_IMODE(status.st_mode))
+        appends = int(facts.get("flags", "0"), 8) & os.O_APPEND
+        fds = (*(before.fds if before else ()), fd)
+        found[key] = Stdio(key, path, fds, int(facts.get("pos", "0")), stat.S_IMODE(status.st_mode), -1 if appends else status.st_size)
     return tuple(found.values())
 
 

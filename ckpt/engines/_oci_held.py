@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIG: Final = "config.dump"
 DESTROY_LIMIT_S: Final = 10.0
 OUTPUT: Final = "output.log"
+INPUT: Final = "input.empty"
 
 
 def add_config(job: Job, *lines: str) -> None:
@@ -131,18 +132,23 @@ class OciRestore:
                 fd = os.open(entry.path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 file = os.fdopen(fd, "rb" if reading else "ab")
                 status = os.fstat(fd)
-                if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) == entry.mode:
+                if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) == entry.mode and entry.size in (-1, status.st_size):
                     if reading:
                         file.seek(entry.position)
                     return file
                 file.close()
-        if reading:
-            return open(os.devnull, "rb")
-        own = BUNDLES / f"{self.container_id}.{OUTPUT}" if self.bundle.parent != BUNDLES else self.bundle / OUTPUT
+        # Not /dev/null: CRIU insists on a regular file with the mode and the size of the old one. It opens it anew, at the old
+        # position, so an output that was not open for appending begins with a hole (zero bytes, no space).
+        name = INPUT if reading else OUTPUT
+        own = BUNDLES / f"{self.container_id}.{name}" if self.bundle.parent != BUNDLES else self.bundle / name
         own.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        if entry.size >= 0 and own.exists():
+            own.rename(own.with_name(own.name + ".old"))
+        fd = os.open(own, (os.O_RDONLY if reading else os.O_WRONLY | os.O_APPEND) | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         os.fchmod(fd, entry.mode)
-        return os.fdopen(fd, "ab")
+        if entry.size >= 0:
+            os.truncate(own, entry.size)
+        return os.fdopen(fd, "rb" if reading else "ab")
 
     def hold(self) -> int:
         """Wait until the tree is there and held; returns its first pid."""

@@ -161,7 +161,6 @@ class OciRuntime:
         stdio = bundles.outside_stdio(container.pid)
         cgroup = bundles.cgroup_of(container.pid) if self.name == "runc" else ""
         cgroup = cgroup if cgroup not in ("", "/") and "/.." not in cgroup else ""
-        _write_dumps(container, spec, stage, [asdict(entry) for entry in stdio], cgroup)
         _hold.arm(job, "checkpoint", stage / "checkpoint", work)
         add_config(job, *(f"external {entry.key}" for entry in stdio))
         if cgroup:
@@ -180,6 +179,8 @@ class OciRuntime:
                 subject, silent = f"{container.name} cannot be checkpointed", "the dump did not get ready in time"
                 said = (job.directory / "runtime.log",)
                 raise _hold.failure(DumpFailed, subject, work / "dump.log", verb="dump", said=said, silent=silent)
+            # Looked at again: only now do positions and sizes stand still.
+            _write_dumps(container, spec, stage, [asdict(entry) for entry in bundles.outside_stdio(container.pid)], cgroup)
         except BaseException:
             _hold.undo_dump(job)
             _hold.end_process(process)

@@ -199,8 +199,10 @@ def _local(engine: Engine, container: Container, options: DumpOptions, kinds: Op
     capabilities = engine.probe()
     named = f"{engine.name} {capabilities.version}".strip()
     found.append(Finding("engine", "ok", named) if capabilities.usable else Finding("engine", "error", f"{engine.name}: {capabilities.reason}"))
-    criu, version = _criu()
-    found.append(criu)
+    version = "CRIU"
+    if capabilities.criu:
+        criu, version = _criu()
+        found.append(criu)
     found += _preflight(engine, container, options)
     if kinds is None:
         if container.state == "running":

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.archive import layout
@@ -16,8 +16,9 @@ from ckpt.engines.registry import NamedEngine
 from ckpt.errors import BusyError, CkptError, DumpFailed, FeatureMissing, NoSpace, PermissionDenied, StateUnknown, UsageError
 from ckpt.events import Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
-from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, Finding, HostFacts, Manifest, Target
+from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
 from ckpt.ops import capture, faults, recover, resolve
+from ckpt.ops import check as checks
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -91,8 +92,8 @@ def save(
         StateUnknown: it could not be made sure that it runs on.
     """
     ready(container, label)
-    chosen = settle(container, label, options, emit)
-    check(engine.preflight(container, chosen), label)
+    chosen = settle(engine, container, label, options, emit)
+    checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
     # These ask CRIU and the engine, so not while the container is frozen.
     host, version = capture.host_facts(), engine.probe().version
     job = Job.create(
@@ -267,24 +268,9 @@ def ready(container: Container, label: str) -> None:
     raise BusyError(f"{label} is {container.state}, not running", where=f"{label} is {container.state}, untouched", hint=hints.get(container.state))
 
 
-def settle(container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:
-    """The options with nothing left open: what the user did not say is found out by looking at the workload."""
-    if None not in (options.tcp_established, options.file_locks, options.shell_job):
-        return options
-    tcp = locks = shell = False
-    if container.pid is not None:
-        from ckpt.host import procfs
-
-        kinds = procfs.open_kinds(container.pid)
-        tcp, locks = kinds.needs_tcp_established, kinds.needs_file_locks
-        # A container's terminal and session are its engine's business; a process tree's may belong to somebody else.
-        shell = kinds.needs_shell_job and container.runtime == "criu"
-    chosen = replace(
-        options,
-        tcp_established=tcp if options.tcp_established is None else options.tcp_established,
-        file_locks=locks if options.file_locks is None else options.file_locks,
-        shell_job=shell if options.shell_job is None else options.shell_job,
-    )
+def settle(engine: NamedEngine, container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:
+    """The options with nothing left open: what the user did not say is found out by looking at the workload, and told."""
+    chosen = checks.decide(engine, container, options)
     for text, now, before in (
         ("has TCP connections (or may get some): they are saved too", chosen.tcp_established, options.tcp_established),
         ("holds file locks: they are saved too", chosen.file_locks, options.file_locks),
@@ -293,24 +279,6 @@ def settle(container: Container, label: str, options: DumpOptions, emit: Emit) -
         if now and before is None:
             emit(Notice(label, text))
     return chosen
-
-
-def check(findings: Sequence[Finding], label: str) -> None:
-    """Raise what the first finding of severity "error" means; all of them are in the hint's place when it has none.
-
-    Raises:
-        FeatureMissing: something of the host is missing (CRIU, kernel, runtime).
-        DumpFailed: the container itself cannot be dumped.
-    """
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if not errors:
-        return
-    first = errors[0]
-    words = {"criu", "kernel", "runtime", "feature", "features"}
-    kind = FeatureMissing if words & set(first.check.lower().replace("-", " ").replace("_", " ").split()) else DumpFailed
-    more = "; ".join(finding.detail for finding in errors[1:])
-    message = f"{label} cannot be checkpointed: {first.detail}" + (f" (also: {more})" if more else "")
-    raise kind(message, where=f"{label} is running, untouched", hint=first.hint or f"ckpt check {label} tells more")
 
 
 def explained(error: BaseException, label: str, whereabouts: str) -> BaseException:

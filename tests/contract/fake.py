@@ -130,7 +130,7 @@ class FakeEngine:
     # -- the engine's promise ------------------------------------------------------------------------------------
 
     def probe(self) -> Capabilities:
-        return Capabilities(True, version="1.0", runtimes=("fake",), hold=True, clone=True, volumes=True)
+        return Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True)
 
     def containers(self) -> list[Container]:
         return [self._container(path.parent.name) for path in sorted(self.world.glob("*/container.json"))]

@@ -136,7 +136,10 @@ def test_restore_that_fails_on_the_destination(lab: Lab) -> None:
     start_counter(lab.a)
     before = last_tick(lab.a)
     lab.b.run(["sh", "-c", "mv /usr/bin/crun /usr/bin/crun.real"])
-    script = '#!/bin/sh\ncase " $* " in *" restore "*) [ "$2" = --help ] || case " $* " in *--help*) ;; *) echo boom >&2; exit 1;; esac;; esac\nexec /usr/bin/crun.real "$@"\n'
+    script = (
+        '#!/bin/sh\ncase " $* " in *--help*) ;; *" restore "*) echo boom >&2; exit 1;; esac\n'
+        'exec /usr/bin/crun.real "$@"\n'
+    )
     lab.b.write_file("/usr/bin/crun", script, mode=0o755)
     result = migrate(lab)
     assert result.returncode == 50, result

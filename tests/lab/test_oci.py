@@ -47,16 +47,16 @@ def make(bundle, command=("/bin/counter", "/data/ticks"), change=lambda spec: No
     (bundle / "config.json").write_text(json.dumps(spec))
     return bundle
 
-def start(name="c1", change=lambda spec: None, stdout=subprocess.DEVNULL, command=("/bin/counter", "/data/ticks")):
+def start(name="c1", change=lambda spec: None, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, command=("/bin/counter", "/data/ticks")):
     bundle = make(top / name, command, change)
-    subprocess.run([RUNTIME, "run", "--detach", "--bundle", bundle, name], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stdout, check=True)
+    subprocess.run([RUNTIME, "run", "--detach", "--bundle", bundle, name], stdin=stdin, stdout=stdout, stderr=stdout, check=True)
     if command[-1] == "/data/ticks":
         until(lambda: len(ticks(bundle)) > 5)
     return engine.describe(engine.find(name)[0])
 
 def ticks(bundle, file="rootfs/data/ticks"):
     try:
-        lines = (bundle / file).read_text().splitlines(keepends=True)
+        lines = (bundle / file).read_text().lstrip("\\0").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     return [int(line.split()[0]) for line in lines if line.endswith("\\n")]
@@ -359,14 +359,16 @@ log = top / "log"
 top.mkdir()
 def written():
     return ticks(top, "log")
-with log.open("ab") as out:
-    c = start(stdout=out, command=("/bin/counter", "-"))
+(top / "input").write_text("never read")
+with log.open("wb") as out, open(top / "input", "rb") as into:
+    c = start(stdin=into, stdout=out, command=("/bin/counter", "-"))
 until(lambda: len(written()) > 5)
 job, held = dump(c)
 at = written()
 held.end()
 back = restore(c).resume()
 goes_on(top, at, "log")
+assert written()[0] == 0
 
 # A copy must not write into the file of the original.
 job, held = dump(back)
@@ -376,6 +378,20 @@ until(lambda: len(ticks(copy.bundle_dir, "output.log")) > 3)
 goes_on(top, written(), "log")
 assert stands(copy.bundle_dir)
 subprocess.run([RUNTIME, "delete", "--force", "copy"], check=True)
+
+# Its file has grown since: it is not cut, the restored one writes to a file of its own.
+subprocess.run([RUNTIME, "delete", "--force", "c1"], check=True)
+with log.open("wb") as out:
+    c = start(stdout=out, command=("/bin/counter", "-"))
+until(lambda: len(written()) > 5)
+job, held = dump(c)
+held.resume()
+goes_on(top, written(), "log")
+subprocess.run([RUNTIME, "delete", "--force", "c1"], check=True)
+before = log.read_bytes()
+restore(c).resume()
+until(lambda: len(ticks(bundles.BUNDLES, "c1.output.log")) > 3)
+assert log.read_bytes() == before
 
 # The other end of a pipe is gone with the source; the restored one writes to /dev/null, and can be dumped again.
 reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -462,3 +478,40 @@ held.resume()
 goes_on(b, ticks(b))
 """,
     )
+
+
+def test_on_another_host(lab: Lab, runtime: str) -> None:
+    """The bundle is made anew from the checkpoint, under the name and the cgroup of the source; a missing host mount is said at once."""
+    play(
+        lab,
+        runtime,
+        """
+Path("/srv/data").mkdir()
+mount = {"source": "/srv/data", "destination": "/host", "type": "bind", "options": ["rbind"]}
+c = start(change=lambda spec: spec["mounts"].append(mount))
+job, held = dump(c)
+held.end()
+(top / "labels.json").write_text(json.dumps(c.labels))
+""",
+    )
+    lab.a.run(["sh", "-c", "tar -C /srv/oci -c stage labels.json | ssh b 'mkdir -p /srv/oci && tar -C /srv/oci -x'"])
+    restored = """
+from ckpt.model import Container
+c = Container(RUNTIME, "c1", "c1", "exited", labels=json.loads((top / "labels.json").read_text()))
+try:
+    restore(c)
+    raise AssertionError("restored without its host mount")
+except RestoreFailed as error:
+    assert "/srv/data" in error.message and not bundles.BUNDLES.exists()
+Path("/srv/data").mkdir()
+back = restore(c).resume()
+assert back.id == "c1" and back.bundle_dir == bundles.BUNDLES / "c1" and cgroup(back) == "/c1"
+goes_on(back.bundle_dir, ticks(back.bundle_dir))
+before = ticks(back.bundle_dir)
+job, held = dump(back)
+held.end()
+again = restore(back).resume()
+assert again.bundle_dir == back.bundle_dir
+goes_on(again.bundle_dir, before)
+"""
+    lab.b.run(["python3", "-c", PRELUDE + restored, runtime], timeout_s=120)

@@ -17,8 +17,8 @@ MODIFY = (
     " chmod 750 /data/new; chown 7:8 /data/new; echo volume > /vol/file; echo shared > /dev/shm/file; truncate -s 64M /data/sparse"
 )
 LOOK = (
-    "cat /data/state /data/new/file /vol/file /dev/shm/file; ls /data/gone 2>&1 | tail -c 10; stat -c '%a %u %g' /data/new; stat -c %h /data/new/twin;"
-    " stat -c '%s' /data/sparse; [ $(stat -c %b /data/sparse) -lt 1000 ] && echo holes; true"
+    "cat /data/state /data/new/file /vol/file /dev/shm/file; ls /data/gone 2>&1 | tail -c 10; stat -c '%a %u %g' /data/new; stat -c %h /data/new/twin"
+    "; stat -c '%s' /data/sparse; [ $(stat -c %b /data/sparse) -lt 1000 ] && echo holes; true"
 )
 
 
@@ -176,3 +176,30 @@ def test_an_established_connection_survives(lab: Lab) -> None:
     wait_until(lambda: last_tick(lab.a, "client") > at + 5, "the client talks again", 40)
     assert state(lab.a, "client") == "running"
     assert_never_back(lab.a, "client")
+
+
+def peak_rss_kib(host: Host, *argv: str) -> int:
+    """The largest resident size of ckpt itself (its children counted one by one) during a command."""
+    script = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    return int(host.run(["python3", "-c", script, *argv], timeout_s=120).stdout)
+
+
+def test_memory_of_ckpt_does_not_grow_with_the_container(lab: Lab) -> None:
+    image = lab.a.load_image()
+    peaks = {}
+    for name, mib in (("small", 16), ("large", 400)):
+        lab.a.run(["podman", "run", "-d", "--name", name, image, "memhog", str(mib), "0", "/data/ticks"])
+        wait_until(lambda name=name: last_tick(lab.a, name) > 3, "it counts")  # type: ignore[misc]
+        at = last_tick(lab.a, name)
+        save = peak_rss_kib(lab.a, "ckpt", "checkpoint", name)
+        restore = peak_rss_kib(lab.a, "ckpt", "restore", name)
+        wait_until(lambda name=name, at=at: last_tick(lab.a, name) > at + 100, "it counts on, its memory whole")  # type: ignore[misc]
+        move = peak_rss_kib(lab.a, "ckpt", "migrate", name, "root@b")
+        wait_until(lambda name=name, at=at: last_tick(lab.b, name) > at + 200, "it counts on there")  # type: ignore[misc]
+        peaks[name] = (save, restore, move)
+    for small, large in zip(peaks["small"], peaks["large"], strict=True):
+        assert large < small + 65536, peaks
