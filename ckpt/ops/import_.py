@@ -45,7 +45,7 @@ def _import(file: BinaryIO, total: int | None, label: str, name: str | None, roo
     began = time.monotonic()
     draft = catalog.begin(name or "import")
     try:
-        manifest, warnings = unpack(file, draft, label, emit, total)
+        manifest = unpack(file, draft, label, emit, total)
         draft.name = name or manifest.name
         faults.point("unpacked")
         checkpoint = draft.commit(replace(manifest, name=draft.name))
@@ -53,11 +53,11 @@ def _import(file: BinaryIO, total: int | None, label: str, name: str | None, roo
         draft.discard()
         raise
     stats: dict[str, float | int | str] = {"size_bytes": checkpoint.manifest.size_bytes, "total_s": round(time.monotonic() - began, 3)}
-    return Outcome(label, True, checkpoint, warnings=warnings, stats=stats)
+    return Outcome(label, True, checkpoint, stats=stats)
 
 
-def unpack(file: BinaryIO, draft: Draft, label: str, emit: Emit, total: int | None = None) -> tuple[Manifest, tuple[str, ...]]:
-    """An archive into a draft, verified; one that is not ours gets a made-up manifest with digests from now on, and a warning."""
+def unpack(file: BinaryIO, draft: Draft, label: str, emit: Emit, total: int | None = None) -> Manifest:
+    """An archive into a draft, verified; one that is not ours gets a made-up manifest with digests from now on, and a notice."""
     began, done = time.monotonic(), 0
     emit(StepStarted(label, "unpack"))
 
@@ -67,11 +67,10 @@ def unpack(file: BinaryIO, draft: Draft, label: str, emit: Emit, total: int | No
         emit(BytesMoved(label, "unpack", done, total))
 
     manifest = reader.extract(file, draft.stage, on_bytes=on_bytes)
-    warnings: tuple[str, ...] = ()
     if manifest is None:
         manifest = reader.foreign_manifest(draft.stage)
         manifest = replace(manifest, digests=layout.digest_members(draft.stage))
         # No warning: podman's archives have no digests to begin with, and an import of one is no half success.
         emit(Notice(label, f"written by {manifest.foreign}, without digests: it cannot be verified that it is whole"))
     emit(StepDone(label, "unpack", "digests equal" if not manifest.foreign else "", time.monotonic() - began))
-    return manifest, warnings
+    return manifest

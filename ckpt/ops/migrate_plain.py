@@ -16,12 +16,13 @@ from typing import BinaryIO, Final, cast
 from ckpt.archive import manifest as manifest_file
 from ckpt.archive import writer
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
-from ckpt.errors import CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, RestoreFailed, TransferFailed
+from ckpt.errors import CannotConnect, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, RestoreFailed, TransferFailed
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed
 from ckpt.model import Container, DumpOptions
-from ckpt.ops import capture, check, recover
-from ckpt.ops.migrate import MigrateOptions, end_source
+from ckpt.ops import capture, check, faults, recover
+from ckpt.ops.migrate import ASK_LIMIT_S, MigrateOptions
+from ckpt.ops.migrate_end import end_source
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
@@ -62,12 +63,23 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
     wanted = check.decide(
         engine, container, DumpOptions(tcp_established=options.tcp_established, file_locks=options.file_locks, ignore_volumes=options.ignore_volumes)
     )
-    job = Job.create(store_root, "checkpoint", engine=engine.name, container_id=container.id, name=container.name, leave_running=True)
+    job = Job.create(
+        store_root,
+        "migrate-source",
+        engine=engine.name,
+        container_id=container.id,
+        name=container.name,
+        destination=destination,
+        ssh_options=list(options.ssh_options),
+        keep_source=options.keep_source,
+        moved_volumes=[] if options.ignore_volumes else [volume.name for volume in container.volumes],
+        plain_name=options.name or container.name,
+    )
     guard = recover.start_guard(job)
     draft = Catalog(store_root).begin(container.name)
     held: HeldDump | None = None
     began_s = frozen_s = time.monotonic()
-    remote_file = f"/var/tmp/ckpt-{job.id}.tar.zst"
+    remote_file = file_there(job)
     try:
         _bring_container_image(there, engine, container, typed, emit)
         emit(StepStarted(typed, "dump"))
@@ -89,12 +101,21 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         flags += ["--name", options.name] if options.name else []
         flags += ["--ignore-volumes"] if options.ignore_volumes else []
         with recover.uninterrupted():
-            _restore_there(there, remote_file, flags, options.name or container.id, container, destination)
+            # From here only the destination knows: its podman lets the workload run as soon as it is restored.
+            job.write("commit")
+            faults.point("plain-commit")
+            try:
+                _restore_there(there, job, remote_file, flags)
+            except RestoreFailed:
+                job.write("failed")
+                raise
             frozen_for_s = time.monotonic() - frozen_s
             emit(Thawed(typed, frozen_for_s))
-            end_source(engine, container, held, job, options.keep_source or options.ignore_volumes)
+            faults.point("plain-restored")
+            end_source(engine, container, held, job, options.keep_source, stage=draft.stage)
             job.write("done")
     except NeedsContinue as error:
+        draft.discard()
         job.release()
         return failure(typed, error)
     except BaseException as error:
@@ -139,31 +160,65 @@ def _copy(source: BinaryIO, out: BinaryIO) -> int:
     return 0
 
 
-def _restore_there(there: Remote, remote_file: str, flags: list[str], name: str, container: Container, destination: str) -> None:
-    """Run podman's restore on the destination; when it is not known how it ended, ask until it is."""
-    try:
+def file_there(job: Job) -> str:
+    """The archive's place on the destination."""
+    return f"/var/tmp/ckpt-{job.id}.tar.zst"
+
+
+def _restore_there(there: Remote, job: Job, remote_file: str, flags: list[str]) -> None:
+    """Run podman's restore on the destination; when it is not known how it ended, ask until it is.
+
+    Raises:
+        RestoreFailed: there is no copy on the destination.
+        NeedsContinue: it is not known.
+    """
+    said = ""
+    with suppress(CommandFailed):
         result = there.run(["podman", "container", "restore", "--import", remote_file, *flags], check=False, timeout_s=STEP_LIMIT_S)
-        if result.ok:
-            there.run(["rm", "-f", remote_file], check=False)
+        said = result.error_text.rsplit("\n", 1)[-1]
+    deadline_s = time.monotonic() + ASK_LIMIT_S
+    while True:
+        state = "undecided"
+        with suppress(CkptError):
+            state = ask(job)
+        if state == "running":
             return
-        if result.returncode != 255:
-            there.run(["podman", "container", "rm", "--force", "--ignore", name], check=False)
-            raise RestoreFailed(f"{destination} could not restore it: {result.error_text.rsplit(chr(10), 1)[-1]}")
-    except CommandFailed:
-        pass
-    deadline_s = time.monotonic() + 20
-    while time.monotonic() < deadline_s:
-        try:
-            answer = there.run(["podman", "container", "inspect", "--format", "{{.State.Status}}", name], check=False)
-        except CommandFailed:
-            continue
-        if answer.ok and answer.text.strip() == "running":
-            return
-        if answer.returncode not in (0, 255):
-            raise RestoreFailed(f"{destination} has no copy")
-        time.sleep(0.5)
-    raise NeedsContinue(
-        f"no answer from {destination} during its restore",
-        where=f"{container.name} is frozen here, and may be running on {destination}",
-        hint=f"look with: ssh {destination} podman ps; when it is not there, end this ckpt's hold: podman container inspect {container.name}",
-    )
+        if state == "failed":
+            raise RestoreFailed(f"{there.destination} could not restore it: {said or 'no copy is there'}")
+        if time.monotonic() > deadline_s:
+            raise NeedsContinue(
+                f"no answer from {there.destination} during its restore",
+                where=f"{job.facts['name']} is frozen here, and may be running on {there.destination}",
+                hint=f"when {there.destination} can be reached again: ckpt migrate --continue {job.id}",
+            )
+        time.sleep(0.2)
+
+
+def ask(job: Job) -> str:
+    """How the plain way ended, asked of the destination's podman: "running", "failed" (nothing is left there) or "undecided".
+
+    Raises:
+        CannotConnect: it cannot be reached.
+    """
+    facts = job.facts
+    there = Remote(ssh.Destination.parse(str(facts["destination"])), tuple(facts.get("ssh_options", ())))
+    name, file = str(facts["plain_name"]), file_there(job)
+    try:
+        # The bracket keeps the shell that sshd starts from finding itself.
+        busy = there.run(["pgrep", "-f", f"[i]mport {file}"], check=False)
+        state = there.run(["podman", "container", "inspect", "--format", "{{.State.Status}}", name], check=False)
+        if 255 in (busy.returncode, state.returncode):
+            raise CannotConnect(f"{facts['destination']} cannot be reached")
+        if busy.ok:
+            return "undecided"
+        if state.ok and state.text.strip() == "running":
+            there.run(["rm", "-f", file], check=False)
+            return "running"
+        if state.ok:
+            there.run(["podman", "container", "rm", "--force", name], check=False)
+            for volume in facts.get("moved_volumes", []):
+                there.run(["podman", "volume", "rm", str(volume)], check=False)
+        there.run(["rm", "-f", file], check=False)
+        return "failed"
+    except CommandFailed as error:
+        raise CannotConnect(f"{facts['destination']} does not answer: {error.reason}") from error

@@ -233,9 +233,7 @@ def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit
     with ExitStack() as stack:
         stack.callback(draft.discard)
         with path.open("rb") as file:
-            manifest, warnings = unpack(file, draft, str(path), emit, path.stat().st_size)
-        for text in warnings:
-            emit(Notice(str(path), text, warning=True))
+            manifest = unpack(file, draft, str(path), emit, path.stat().st_size)
         return bring_back(Source(str(path), draft.stage, manifest, verified=True), options, catalog.root, emit, keep=keep)
 
 

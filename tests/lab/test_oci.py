@@ -37,6 +37,7 @@ def make(bundle, command=("/bin/counter", "/data/ticks"), change=lambda spec: No
         (bundle / "rootfs" / name).mkdir(parents=True, exist_ok=True)
     shutil.copy("/opt/lab/bin/counter", bundle / "rootfs/bin/counter")
     (bundle / "rootfs/data/state").write_text("original")
+    (bundle / "config.json").unlink(missing_ok=True)
     subprocess.run([RUNTIME, "spec"], cwd=bundle, check=True)
     spec = json.loads((bundle / "config.json").read_text())
     spec["process"]["terminal"] = False

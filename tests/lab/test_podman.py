@@ -162,6 +162,22 @@ def test_a_destination_without_ckpt_gets_the_plain_way(lab: Lab) -> None:
     assert_clean(lab.a)
 
 
+@pytest.mark.parametrize("step", ["plain-commit", "plain-restored"])
+def test_the_plain_way_killed_after_its_point_of_no_return(lab: Lab, step: str) -> None:
+    start_modifier(lab.a)
+    lab.b.run(["rm", "/usr/local/bin/ckpt"])
+    at = last_tick(lab.a)
+    lab.a.run(["ckpt", "migrate", "web", "root@b"], env={"CKPT_FAULT": f"{step}:kill"}, check=False)
+    (job,) = lab.a.run(["ls", "/var/lib/ckpt/jobs"]).stdout.split()
+    wait_until(lambda: not lab.a.run(["pgrep", "-f", "guard_main"], check=False).stdout, "the guard is through")
+    lab.a.run(["ckpt", "migrate", "--continue", job])
+    host, other = (lab.a, lab.b) if step == "plain-commit" else (lab.b, lab.a)
+    assert state(other) == ""
+    assert counts_on(host)
+    assert_never_back(host, at_least=at)
+    assert_clean(lab.a, lab.b)
+
+
 @RUNTIMES
 def test_an_established_connection_survives(lab: Lab) -> None:
     """A client in one container, a server in another on the same host; the server is saved and comes back."""

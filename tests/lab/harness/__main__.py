@@ -11,7 +11,7 @@ from pathlib import Path
 from .cache import LabUnavailable
 from .lab import Lab, install_missing, prepare
 from .rootfs import rootfs_ready
-from .wheel import build_wheel
+from .wheel import WheelError, build_wheel
 
 TOP = Path(__file__).resolve().parents[3]
 
@@ -36,7 +36,8 @@ def _shell() -> int:
         lab.a.load_image()
         print("host a (10.77.0.1); host b is 10.77.0.2: ssh b. Container image: localhost/busybox, with counter, memhog, echoserver.")
         print("Try: podman run -d --name web localhost/busybox counter /data/ticks; ckpt migrate web root@b. Leave with exit.")
-        return lab.a.shell()
+        lab.a.shell()
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
         case ["shell"]:
             try:
                 return _shell()
-            except LabUnavailable as error:
+            except (LabUnavailable, WheelError) as error:
                 print(error, file=sys.stderr)
                 return 1
     print(__doc__, file=sys.stderr)

@@ -1,0 +1,116 @@
+"""The end of a migration: the source goes for good or goes on, as the destination's journal says; also for `--continue`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from ckpt.criu import netlock
+from ckpt.engines.base import Engine, HeldDump
+from ckpt.errors import BusyError, CkptError, NeedsContinue, StateUnknown, TargetNotFound
+from ckpt.events import Emit, Notice
+from ckpt.model import Container
+from ckpt.ops import faults, recover
+from ckpt.ops.result import Outcome, failure
+from ckpt.peer import client
+from ckpt.peer.client import Peer
+from ckpt.store.job import DEFAULT_ROOT, Job
+
+
+def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, keep: bool, *, stage: Path | None = None, faults_at: str = "") -> None:
+    """End the frozen source for good and, unless it is to be kept, remove it with the volumes that moved along."""
+    held.end()
+    job.write("ended")
+    if stage is not None:
+        # A process tree shares this host's network: the locks of its connections would stay.
+        netlock.unlock(stage / "checkpoint")
+    if faults_at:
+        faults.point(faults_at)
+    if not keep:
+        with suppress(CkptError):
+            engine.remove(container)
+        remove_volumes = getattr(engine, "remove_volumes", None)
+        if remove_volumes is not None:
+            remove_volumes(job.facts.get("moved_volumes", []))
+
+
+def tell_destination(job: Job, peer: Peer | None = None) -> bool:
+    """Tell the destination that the source knows how it ended, so that its journal goes; False when it cannot be reached."""
+    if peer is not None:
+        try:
+            peer.call("finish")
+            return True
+        except CkptError:
+            pass
+    facts = job.facts
+    if "plain_name" in facts:
+        return True
+    try:
+        with client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as again:
+            again.call("settle", {"job": facts["remote_job"]})
+        return True
+    except CkptError:
+        return False
+
+
+def ask_destination(job: Job) -> str:
+    """Ask the destination of a committed migration how it ended: "running", "failed" or "undecided".
+
+    Raises:
+        CkptError: it cannot be reached, or it is another machine by now.
+    """
+    facts = job.facts
+    if "plain_name" in facts:
+        from ckpt.ops import migrate_plain
+
+        return migrate_plain.ask(job)
+    with client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
+        answer = peer.call("status", {"job": facts["remote_job"]})
+    if answer.get("machine") != facts.get("remote_machine"):
+        raise StateUnknown(f"{facts['destination']} is another machine than the one that the migration went to")
+    return str(answer["state"])
+
+
+def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Outcome:
+    """Finish a migration that was cut after its point of no return: end the source or let it go on, as the destination says."""
+    from ckpt.engines import registry
+
+    job = Job(store_root / "jobs" / job_id)
+    try:
+        if "/" in job_id or not job.directory.is_dir() or job.facts.get("kind") != "migrate-source":
+            raise TargetNotFound(f"no migration {job_id} waits here", hint="look into the message of the migration that was cut")
+        if not job.acquire():
+            raise BusyError(f"migration {job_id} is under way")
+        facts = job.facts
+        name = str(facts.get("name"))
+        try:
+            if not recover.committed(job):
+                recover.settle(job)
+                return Outcome(name, True, warnings=(f"{name} was running here already",))
+            engine = registry.by_name(str(facts["engine"]))
+            container = Container(engine.name, str(facts["container_id"]), name, "running", pid=facts.get("init_pid"))
+            with suppress(TargetNotFound):  # a process tree that has ended already cannot be described any more
+                container = engine.describe(container)
+            state = ask_destination(job)
+            if state == "undecided":
+                raise NeedsContinue(
+                    f"{facts['destination']} has not decided yet", where=f"{name} is frozen here", hint=f"try again: ckpt migrate --continue {job_id}"
+                )
+            with recover.uninterrupted():
+                held = engine.adopt(container, job)
+                if state == "running":
+                    if job.state != "ended":
+                        end_source(engine, container, held, job, bool(facts.get("keep_source")))
+                    emit(Notice(name, f"{name} runs on {facts['destination']}; the frozen source was ended"))
+                else:
+                    held.resume()
+                    job.write("failed")
+                    emit(Notice(name, f"{facts['destination']} has no copy; {name} goes on here"))
+            tell_destination(job)
+            job.write("done")
+            recover.remove(job)
+            return Outcome(name, True, container=container)
+        finally:
+            job.release()
+    except CkptError as error:
+        return failure(job_id, error)
