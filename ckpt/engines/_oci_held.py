@@ -20,7 +20,6 @@ from ckpt.store.job import Job
 if TYPE_CHECKING:
     from ckpt.engines.oci import OciRuntime
 
-CONFIG: Final = "config.dump"
 DESTROY_LIMIT_S: Final = 10.0
 OUTPUT: Final = "output.log"
 INPUT: Final = "input.empty"
@@ -82,9 +81,8 @@ class OciRestore:
         self.work = job.directory / "criu"
         self.process: Process | None = None
 
-    def start(self, stage: Path, spec: dict[str, Any]) -> None:
-        """Start the runtime's restore on the stage's CRIU images."""
-        config = json.loads((stage / CONFIG).read_bytes()) if (stage / CONFIG).exists() else {}
+    def start(self, stage: Path, spec: dict[str, Any], config: dict[str, Any]) -> None:
+        """Start the runtime's restore on the stage's CRIU images; `config` is its config.dump."""
         _hold.arm(self.job, "restore", stage / "checkpoint", self.work)
         options, manifest = self.options, self.manifest
         tcp = manifest.tcp_established if options.tcp_established is None else options.tcp_established

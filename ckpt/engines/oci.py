@@ -21,7 +21,7 @@ from typing import Any, Final
 from ckpt.criu import action
 from ckpt.engines import _hold, _shim
 from ckpt.engines import _oci_bundle as bundles
-from ckpt.engines._oci_held import CONFIG, OciHeldDump, OciHeldRestore, OciRestore, add_config, undo_restore
+from ckpt.engines._oci_held import OciHeldDump, OciHeldRestore, OciRestore, add_config, undo_restore
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
 from ckpt.errors import BusyError, CkptError, DumpFailed, EngineUnavailable, RestoreFailed, TargetNotFound
 from ckpt.host.run import CommandFailed, run, spawn, which
@@ -30,7 +30,7 @@ from ckpt.store.job import Job
 
 QUERY_TIMEOUT_S: Final = 60.0
 SPEC: Final = "spec.dump"
-EXTERNAL: Final = "ckpt.external."
+CONFIG: Final = "config.dump"
 _STATES: Final[dict[str, State]] = {"creating": "created", "created": "created", "running": "running", "paused": "paused", "stopped": "exited"}
 
 
@@ -117,7 +117,6 @@ class OciRuntime:
         spec = bundles.read_spec(bundle)
         found = self._container(row)
         rootfs = bundles.rootfs_of(bundles.root_of(spec, bundle))
-        external = {EXTERNAL + "bundle": os.fspath(bundle), EXTERNAL + "rootfs": "overlay" if rootfs.upper_dir else "directory"}
         return Container(
             engine=found.engine,
             id=found.id,
@@ -127,7 +126,7 @@ class OciRuntime:
             runtime=found.runtime,
             rootfs=rootfs,
             host_mounts=bundles.host_mounts(spec, bundle),
-            labels={**{str(k): str(v) for k, v in (spec.get("annotations") or {}).items()}, **external},
+            labels={str(key): str(value) for key, value in (spec.get("annotations") or {}).items()},
             bundle_dir=bundle,
             terminal=bool((spec.get("process") or {}).get("terminal")),
             created_s=found.created_s,
@@ -211,9 +210,13 @@ class OciRuntime:
         if (spec.get("process") or {}).get("terminal"):
             message = f"{container_id} cannot be restored: it had a terminal, whose other end is gone"
             raise RestoreFailed(message, where="nothing was touched")
-        was = Path(manifest.external.get("bundle", ""))
+        try:
+            config = dict(json.loads((stage / CONFIG).read_bytes()))
+        except (OSError, ValueError):
+            config = {}
+        was = Path(str(config.get("bundle") or ""))
         here = bundles.same_bundle(was, spec)
-        overlay = manifest.external.get("rootfs") == "overlay"
+        overlay = config.get("rootfs") == "overlay"
         at_place = here and not options.name and not self._in_use(was)
         below = bundles.rootfs_of(bundles.root_of(spec, was)) if here and overlay else None
         if overlay and (below is None or not below.upper_dir):
@@ -234,8 +237,12 @@ class OciRuntime:
             if not at_place:
                 job.write("restoring", made_bundle=os.fspath(bundle))
                 bundles.make_bundle(container_id, spec, below)
-            rootfs_ready(bundles.root_of(spec, bundle))
-            attempt.start(stage, spec)
+            root = bundles.root_of(spec, bundle)
+            rootfs_ready(root)
+            if not any(root.iterdir()):
+                hint = f"restore it where its bundle is ({was}), or dump it again with its root file system"
+                raise RestoreFailed(f"{container_id} cannot be restored: the checkpoint does not hold its root file system", hint=hint)
+            attempt.start(stage, spec, config)
             init_pid = attempt.hold()
         except BaseException:
             undo_restore(self, job)
@@ -273,7 +280,7 @@ def _seconds(stamp: str) -> float:
 
 
 def _write_dumps(container: Container, spec: dict[str, Any], stage: Path, stdio: list[dict[str, Any]], cgroup: str) -> None:
-    """`config.dump` and `spec.dump`, after podman's archives; `stdio` and `cgroupRoot` are what our own restore needs."""
+    """`config.dump` and `spec.dump`, after podman's archives; `bundle`, `rootfs`, `stdio` and `cgroupRoot` are what our own restore needs."""
     config = {
         "id": container.id,
         "name": container.name,
@@ -283,6 +290,7 @@ def _write_dumps(container: Container, spec: dict[str, Any], stage: Path, stdio:
         "createdTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(container.created_s)),
         "rootfsImage": "",
         "rootfsImageName": "",
+        "rootfs": "overlay" if container.rootfs.upper_dir else "directory",
         "stdio": stdio,
         "cgroupRoot": cgroup,
     }

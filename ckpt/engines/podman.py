@@ -105,6 +105,9 @@ class Podman:
                 found.append(Finding("runtime", "error", f"{named} is built without CRIU support", hint))
             else:
                 found.append(Finding("runtime", "ok", named))
+        if container.rootfs.upper_dir is None and not options.ignore_rootfs:
+            hint = "use podman's overlay storage driver, or leave the root file system behind with --ignore-rootfs"
+            found.append(Finding("root file system", "error", "it is no overlay, so its changes cannot be told from its container image", hint))
         if container.auto_remove:
             hint = "keep a checkpoint elsewhere (ckpt export), or start it without --rm"
             found.append(Finding("--rm", "warning", f"{container.name} was started with --rm: podman forgets it as soon as it ends", hint))

@@ -56,9 +56,13 @@ def frozen_parts(stage: Path, container: Container, options: DumpOptions, *, emi
     from ckpt.archive import rootfs
 
     target = label or container.name or container.id
-    if not options.ignore_rootfs and container.rootfs.upper_dir is not None:
+    if not options.ignore_rootfs and (container.rootfs.upper_dir or container.rootfs.merged_dir) is not None:
         began = time.monotonic()
-        rootfs.capture(container.rootfs, stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES)
+        if container.rootfs.upper_dir is not None:
+            rootfs.capture(container.rootfs, stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES)
+        elif container.rootfs.merged_dir is not None:
+            # A plain directory has nothing below it to differ from: the whole of it travels.
+            rootfs.capture_tree(container.rootfs.merged_dir, stage / layout.ROOTFS_DIFF)
         size = (stage / layout.ROOTFS_DIFF).stat().st_size
         emit(StepDone(target, "root file system", _size_text(size), time.monotonic() - began))
     if not options.ignore_volumes:

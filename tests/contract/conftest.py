@@ -24,6 +24,8 @@ SUBJECTS = [
     pytest.param(lambda directory, hosts: FakeSubject(directory), id="fake"),
     pytest.param(real("podman-crun"), id="podman-crun", marks=REAL),
     pytest.param(real("podman-runc"), id="podman-runc", marks=REAL),
+    pytest.param(real("runc"), id="runc", marks=REAL),
+    pytest.param(real("crun"), id="crun", marks=REAL),
     pytest.param(real("process"), id="process", marks=REAL),
 ]
 

@@ -67,6 +67,41 @@ class PodmanSubject(_OnHost):
         self.host.run(["podman", "rm", "-a", "-f", "-t", "0"], check=False)
 
 
+class OciSubject(_OnHost):
+    """runc or crun used directly: a bundle made by hand; ticks go to a file of its root directory."""
+
+    def __init__(self, host: Host, runtime: str) -> None:
+        super().__init__(host)
+        self.engine = runtime
+        self.names: list[str] = []
+
+    def start_counter(self, name: str, *, broken: str = "") -> str:
+        if broken:
+            raise Unsupported(f"{self.engine} cannot play a container whose {broken} is broken")
+        self.names.append(name)
+        script = (
+            'set -e; mkdir -p "$1/rootfs/bin" "$1/rootfs/proc" "$1/rootfs/dev" "$1/rootfs/sys" "$1/rootfs/data"; cd "$1"\n'
+            'cp /opt/lab/bin/counter rootfs/bin/; "$2" spec\n'
+            "python3 -c 'import json; s = json.load(open(\"config.json\")); "
+            's["process"].update(terminal=False, args=["/bin/counter", "/data/ticks"]); '
+            's["root"]["readonly"] = False; s["linux"].pop("resources", None); json.dump(s, open("config.json", "w"))\'\n'
+            '"$2" run --detach --bundle "$1" "$3" </dev/null >/dev/null 2>&1\n'
+        )
+        self.host.run(["sh", "-c", script, "sh", self._bundle(name), self.engine, name])
+        assert wait_until(lambda: self.ticks(name) > 0)
+        return f"{self.engine}:{name}"
+
+    def _bundle(self, name: str) -> str:
+        return f"{self.scratch}/bundle-{name}"
+
+    def ticks(self, target: str) -> int:
+        return self.last_tick(f"{self._bundle(target.rpartition(':')[2])}/rootfs/data/ticks")
+
+    def close(self) -> None:
+        for name in self.names:
+            self.host.run([self.engine, "delete", "--force", name], check=False)
+
+
 class ProcessSubject(_OnHost):
     """A process tree of the host."""
 
@@ -114,8 +149,10 @@ class Hosts:
 
 
 def subject(name: str, host: Host) -> Subject:
-    """The subject of a real engine: `podman-crun`, `podman-runc`, `process`."""
+    """The subject of a real engine: `podman-crun`, `podman-runc`, `runc`, `crun`, `process`."""
     engine, _, runtime = name.partition("-")
     if engine == "podman":
         return PodmanSubject(host, runtime)
+    if engine in ("runc", "crun"):
+        return OciSubject(host, engine)
     return ProcessSubject(host)

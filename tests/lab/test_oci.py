@@ -86,8 +86,7 @@ def dump(container, stage="stage", **options):
     return job, held
 
 def manifest(container):
-    external = {k.removeprefix("ckpt.external."): v for k, v in container.labels.items() if k.startswith("ckpt.external.")}
-    return Manifest(id="1", name=container.name, engine=RUNTIME, container_id=container.id, created_s=0, runtime=RUNTIME, external=external)
+    return Manifest(id="1", name=container.name, engine=RUNTIME, container_id=container.id, created_s=0, runtime=RUNTIME)
 
 def restore(container, name=None, stage="stage", job=None, ready=None):
     directory = top / stage
@@ -130,7 +129,6 @@ assert names() == ["c1"] and engine.find("c") == [] and [x.id for x in engine.fi
 assert c.state == "running" and c.runtime == RUNTIME and c.bundle_dir == top / "c1" and c.rootfs.merged_dir == top / "c1/rootfs"
 assert c.rootfs.upper_dir is None and engine.full_rootfs and not c.terminal and abs(c.created_s - time.time()) < 60
 assert [(m.source, m.destination) for m in c.host_mounts] == [("/srv/data", "/host")] and c.labels["role"] == "web"
-assert c.labels["ckpt.external.bundle"] == "/srv/oci/c1"
 assert {f.severity for f in engine.preflight(c, DumpOptions())} == {"ok"}
 try:
     engine.remove(c)
@@ -282,11 +280,16 @@ assert names() == ["c1"] and not os.path.exists(bundles.BUNDLES / "copy")
 
 # CRIU refuses: the program is not there.
 try:
-    restore(c, "copy", ready=lambda root: None)
+    restore(c, "copy", ready=lambda root: (root / "bin").mkdir())
     raise AssertionError("restored")
 except RestoreFailed as error:
     assert "copy cannot be restored" in error.message and error.log, error.to_json()
 assert names() == ["c1"] and not engine.known("copy") and not os.path.exists(bundles.BUNDLES / "copy")
+try:
+    restore(c, "copy", ready=lambda root: None)
+    raise AssertionError("restored")
+except RestoreFailed as error:
+    assert "does not hold its root file system" in error.message
 for bad in ("../x", "-x", "a/b", ".."):
     try:
         restore(c, bad)
@@ -492,13 +495,12 @@ mount = {"source": "/srv/data", "destination": "/host", "type": "bind", "options
 c = start(change=lambda spec: spec["mounts"].append(mount))
 job, held = dump(c)
 held.end()
-(top / "labels.json").write_text(json.dumps(c.labels))
 """,
     )
-    lab.a.run(["sh", "-c", "tar -C /srv/oci -c stage labels.json | ssh b 'mkdir -p /srv/oci && tar -C /srv/oci -x'"])
+    lab.a.run(["sh", "-c", "tar -C /srv/oci -c stage | ssh b 'mkdir -p /srv/oci && tar -C /srv/oci -x'"])
     restored = """
 from ckpt.model import Container
-c = Container(RUNTIME, "c1", "c1", "exited", labels=json.loads((top / "labels.json").read_text()))
+c = Container(RUNTIME, "c1", "c1", "exited")
 try:
     restore(c)
     raise AssertionError("restored without its host mount")
