@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ckpt.engines import _hold
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
@@ -169,10 +169,22 @@ class PodmanRestore:
         spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
         root = Path(told["bundle"], spec["root"]["path"])
         rootfs_ready(root)
+        if self.options.name and Path(self.manifest.runtime or "").name == "runc":
+            self._own_cgroup(spec)
         (directory / "prepared").touch()
         if not _hold.wait_for(self.job.held_path, self.process, limit):
             raise self.failed()
         return int(json.loads(self.job.held_path.read_text()).get("init_pid") or 0)
+
+    def _own_cgroup(self, spec: dict[str, Any]) -> None:
+        """Put a copy below its own cgroup: runc lets CRIU restore it into that of the original, whose freezer and limits it would share."""
+        named = str((spec.get("linux") or {}).get("cgroupsPath") or "")
+        if named.count(":") == 2:  # systemd's form, SLICE:PREFIX:NAME
+            parent, prefix, name = named.split(":")
+            named = f"/{parent}/{prefix}-{name}.scope"
+        if named.startswith("/"):
+            with (self.job.directory / "criu.conf").open("a") as config:
+                config.write(f"cgroup-root :{named}\n")
 
     def failed(self) -> RestoreFailed:
         """Why the restore failed: CRIU's restore.log first, then podman's own words."""

@@ -88,6 +88,23 @@ def test_two_copies_side_by_side(lab: Lab) -> None:
 
 
 @RUNTIMES
+def test_a_copy_has_its_own_cgroup(lab: Lab) -> None:
+    """Pausing the copy must not pause the original; and the copy can be saved and copied again."""
+    start_counter(lab.a)
+    lab.a.run(["ckpt", "checkpoint", "-R", "web"])
+    lab.a.run(["ckpt", "restore", "web", "-n", "copy"])
+    lab.a.run(["podman", "pause", "copy"])
+    assert counts_on(lab.a)
+    lab.a.run(["podman", "unpause", "copy"])
+    assert counts_on(lab.a, "copy")
+    lab.a.run(["ckpt", "checkpoint", "copy"])
+    lab.a.run(["ckpt", "restore", "copy"])
+    assert counts_on(lab.a, "copy")
+    lab.a.run(["podman", "rm", "-f", "-t", "0", "copy"])
+    assert counts_on(lab.a)
+
+
+@RUNTIMES
 def test_export_and_import_on_the_other_host(lab: Lab) -> None:
     start_modifier(lab.a)
     lab.a.run(["sh", "-c", "podman save localhost/with-gone:latest | ssh b podman load"])
