@@ -201,7 +201,7 @@ class _Attempt:
             said = explained(error, self.label, self._whereabouts())
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
-                said.log = _kept_log(said.log, log)
+                said.log = recover.kept_log(said.log, log)
             self.job.write("rolled-back")
             self.discard()
             recover.close(self.job, self.guard)
@@ -322,19 +322,6 @@ def _unsure(worse: CkptError, error: BaseException, label: str) -> StateUnknown:
         hint=worse.hint or "ckpt tries again in the background and at its next start",
         log=worse.log,
     )
-
-
-def _kept_log(named: str | None, kept: Path | None) -> str | None:
-    """The same log file where it is now: the job's directory and the stage, which the engine named, are about to go."""
-    if kept is None:
-        return named
-    if named is None:
-        return str(kept)
-    path, colon, line = named.rpartition(":")
-    if not colon or not line.isdigit():
-        path, line = named, ""
-    copy = kept / Path(path).name
-    return f"{copy}{':' + line if line else ''}" if copy.exists() else named
 
 
 def _figures(stats: DumpStats) -> dict[str, float | int | str]:

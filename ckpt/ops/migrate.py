@@ -88,6 +88,7 @@ class _Migration:
         self.draft: Draft | None = None
         self.held: HeldDump | None = None
         self.committed = False
+        self.peer_name = ""
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -141,6 +142,7 @@ class _Migration:
         check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
         try:
             peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options))
+            self.peer_name = peer.hostname
             asked = self.options
             request = check.destination_request(container, name=asked.name, publish=asked.publish, ignore_volumes=asked.ignore_volumes)
             report = peer.call("facts", request)
@@ -289,8 +291,8 @@ class _Migration:
                 self.emit(Thawed(self.typed, time.monotonic() - self.frozen_at_s))
             if self.job is not None:
                 kept = recover.keep_logs(self.job, name, None)
-                if isinstance(error, CkptError) and kept is not None:
-                    error.log = error.log if error.log and Path(error.log.split(":")[0]).exists() and "jobs" not in error.log else str(kept)
+                if isinstance(error, CkptError) and not (error.log or "").startswith(f"{self.peer_name}:"):
+                    error.log = recover.kept_log(error.log, kept)
                 self.job.write("rolled-back")
             self.close()
         if isinstance(error, CkptError):

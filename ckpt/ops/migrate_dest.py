@@ -18,7 +18,7 @@ from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldRestore
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
 from ckpt.host.run import Process
-from ckpt.model import ContainerImage, RestoreOptions
+from ckpt.model import ContainerImage, Manifest, RestoreOptions
 from ckpt.ops import faults, proof, recover
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
@@ -176,11 +176,23 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         tcp_established=manifest.tcp_established,
         file_locks=manifest.file_locks,
     )
-    arrival.held = arrival.engine.restore(stage, manifest, options, arrival.job, rootfs_ready=fill_rootfs(stage), volume_ready=fill_volume(stage))
-    proof.check(arrival.held, manifest)
+    try:
+        prepare(arrival, manifest, options)
+    except CkptError as error:
+        # The job's directory goes when the source asks for the undoing; its logs are what the error points to.
+        error.log = recover.kept_log(error.log, recover.keep_logs(arrival.job, manifest.name, stage))
+        raise
     faults.point("destination-prepared")
     arrival.job.write("prepared")
     return {}
+
+
+def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> None:
+    """Restore, held, and make sure that it is the tree that was dumped."""
+    assert arrival.draft is not None
+    stage = arrival.draft.stage
+    arrival.held = arrival.engine.restore(stage, manifest, options, arrival.job, rootfs_ready=fill_rootfs(stage), volume_ready=fill_volume(stage))
+    proof.check(arrival.held, manifest)
 
 
 def fill_rootfs(stage: Path) -> Callable[[Path], None]:

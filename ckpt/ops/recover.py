@@ -217,6 +217,19 @@ def keep_logs(job: Job, name: str, stage: Path | None = None) -> Path | None:
     return kept
 
 
+def kept_log(named: str | None, kept: Path | None) -> str | None:
+    """The same log file where it is now: the job's directory and the stage, which the engine named, are about to go."""
+    if kept is None:
+        return named
+    if named is None:
+        return str(kept)
+    path, colon, line = named.rpartition(":")
+    if not colon or not line.isdigit():
+        path, line = named, ""
+    copy = kept / Path(path).name
+    return f"{copy}{':' + line if line else ''}" if copy.exists() else named
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold signals that ask us to stop until the block is over: a half-given verdict helps nobody.

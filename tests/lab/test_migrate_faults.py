@@ -12,6 +12,7 @@ from tests.lab.harness import Lab
 from tests.lab.harness.host import HostResult
 
 DESTINATION_STEPS = ("begin", "container-image", "stage", "prepared", "commit", "committed", "running")
+pytestmark = pytest.mark.parametrize("lab_options", [{"runtime": "crun"}, {"runtime": "runc"}], ids=["crun", "runc"])
 GATE = "/tmp/gate"
 COMMIT = STEPS.index("commit")
 
@@ -132,18 +133,20 @@ def test_full_disk(lab: Lab, where: str) -> None:
     assert state(lab.a) == "running"
 
 
-def test_restore_that_fails_on_the_destination(lab: Lab) -> None:
+def test_restore_that_fails_on_the_destination(lab: Lab, lab_options: dict[str, str]) -> None:
+    runtime = lab_options["runtime"]
     start_counter(lab.a)
     before = last_tick(lab.a)
-    lab.b.run(["sh", "-c", "mv /usr/bin/crun /usr/bin/crun.real"])
-    script = (
-        '#!/bin/sh\ncase " $* " in *--help*) ;; *" restore "*) echo boom >&2; exit 1;; esac\n'
-        'exec /usr/bin/crun.real "$@"\n'
-    )
-    lab.b.write_file("/usr/bin/crun", script, mode=0o755)
+    path = lab.b.run(["sh", "-c", f"command -v {runtime}"]).stdout.strip()
+    lab.b.run(["mv", path, f"{path}.real"])
+    script = f'#!/bin/sh\ncase " $* " in *--help*) ;; *" restore "*) echo boom >&2; exit 1;; esac\nexec {path}.real "$@"\n'
+    lab.b.write_file(path, script, mode=0o755)
     result = migrate(lab)
     assert result.returncode == 50, result
     assert "where:" in result.stderr and "running here" in result.stderr
+    log = result.stderr.split("log:")[1].split()[0]
+    assert log.startswith("b:"), log
+    assert lab.b.exists(log.removeprefix("b:").split(":")[0]), f"{log} is not kept"
     settled(lab, before)
     assert state(lab.a) == "running"
 
