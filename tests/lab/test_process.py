@@ -345,7 +345,8 @@ def test_failures_leave_it_running_and_say_why(host: Host) -> None:
     scenario(
         host,
         """
-held_open = COUNTER.replace("n = 0", "import fcntl; n = 0; f = open(sys.argv[1] + '/lock', 'w'); fcntl.flock(f, fcntl.LOCK_EX)")
+held_open = COUNTER.replace("n = 0", "import fcntl; n = 0; f = open(sys.argv[1] + '/lock'); fcntl.flock(f, fcntl.LOCK_EX)")
+(root / "lock").write_text("only read, so it does not travel")
 p = start(held_open)
 assert tree.needs(p.pid).file_locks
 before = numbers()
