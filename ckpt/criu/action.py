@@ -36,10 +36,11 @@ def committed(job: str) -> bool:
 
 
 def note(job: str, name: str, text: str) -> None:
-    """Write a marker file so that it is whole or not there."""
+    """Write a marker file so that it is whole or not there, into the block that was laid aside for it: a full disk must not hide it."""
     path = os.path.join(job, name)
-    with open(path + ".part", "w") as out:
-        out.write(text)
+    fd = os.open(path + ".part", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.write(fd, text.encode())
+    os.close(fd)
     os.rename(path + ".part", path)
 
 

@@ -10,8 +10,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Final
 
 from ckpt.criu import action
+
+MARKER_BYTES: Final = 1024
 
 
 def prepare(job_dir: Path) -> Path:
@@ -21,13 +24,26 @@ def prepare(job_dir: Path) -> Path:
         The configuration file (for `CRIU_CONFIG_FILE` or the RPC option `config_file`).
     """
     job_dir = job_dir.absolute()
-    (job_dir / "held").unlink(missing_ok=True)
+    set_aside(job_dir, "held")
     launcher = job_dir / "hold"
     words = [sys.executable or "/usr/bin/python3", "-I", "-S", os.path.abspath(action.__file__), str(job_dir)]
     _write(launcher, f"#!/bin/sh\nexec {shlex.join(words)}\n", 0o700)
     config = job_dir / "criu.conf"
     _write(config, f'action-script "{launcher}"\n', 0o600)
     return config
+
+
+def set_aside(job_dir: Path, *markers: str) -> None:
+    """Forget what these marker files said, and allocate a block for each, so that it can be written on a full disk.
+
+    A reader strips the white space that follows the marker's text.
+
+    Raises:
+        OSError: no space.
+    """
+    for name in markers:
+        (job_dir / name).unlink(missing_ok=True)
+        _write(job_dir / f"{name}.part", " " * MARKER_BYTES, 0o600)
 
 
 def _write(path: Path, text: str, mode: int) -> None:

@@ -6,8 +6,10 @@ The wording of CRIU's messages is in its sources (criu/*.c); RULES is the table,
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 Verb = Literal["dump", "restore"]
@@ -33,7 +35,9 @@ class Rule:
     verb: Verb | None = None
 
 
-NOISE: Final = re.compile(r"RLIMIT_NOFILE|Can't setup RLIMIT|Can't set SIGCHLD|kerndat.*cache|Can't (load|find) plugin|Disable pidfd", re.I)
+NOISE: Final = re.compile(
+    r"RLIMIT_NOFILE|Can't setup RLIMIT|Can't set SIGCHLD|kerndat.*cache|Can't (load|find) plugin|Disable pidfd|cgroupd: recv req error", re.I
+)
 """Error lines that are harmless."""
 
 GENERIC: Final = re.compile(
@@ -315,6 +319,7 @@ RULES: Final[tuple[Rule, ...]] = (
 _ERROR: Final = re.compile(r"^(?:\(\d+\.\d+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?(?:pie:\s*)?(?:\d+:\s*)?Error\s*\((?P<at>[^)]*)\):\s*(?P<text>.*)$")
 _WARN: Final = re.compile(r"Warn\s+\([^)]*\):\s*(?P<text>.*(?:io_uring|vDSO|iptables-restore|No space).*)$")
 _TASK: Final = re.compile(r"Dumping task \(pid: (?P<pid>\d+) comm: (?P<comm>[^)]*)\)")
+_ROOM_BYTES: Final = 1 << 18
 _CLEAN: Final = re.compile(r"[\x00-\x1f\x7f]+")
 
 
@@ -351,6 +356,17 @@ def explain(log_text: str, *, verb: Verb) -> Cause:
     if not finished:
         return Cause("CRIU was killed in the middle", "dmesg tells whether memory ran out; try again", len(log_text.splitlines()))
     return Cause(f"the {verb} failed and CRIU's log does not say why", "the log tells more", 0)
+
+
+def disk_full(log_path: Path) -> Cause | None:
+    """The cause that a log cannot tell, because it was cut short itself: its file system has no room left."""
+    try:
+        room = os.statvfs(log_path if log_path.exists() else log_path.parent)
+    except OSError:
+        return None
+    if room.f_bavail * room.f_frsize >= _ROOM_BYTES:
+        return None
+    return next(Cause(rule.message, rule.hint, 0) for rule in RULES if rule.name == "space")
 
 
 def _fill(template: str, match: re.Match[str], process: str) -> str:

@@ -21,7 +21,7 @@ from ckpt.errors import CkptError
 from ckpt.host.run import Process, which
 from ckpt.store.job import Job
 
-RUN_DIR: Final = Path("/run/ckpt")
+SHIM_DIR: Final = Path("/var/lib/ckpt/shim")
 POLL_S: Final = 0.003
 UNDO_LIMIT_S: Final = 60.0
 _TAIL_BYTES: Final = 1 << 20
@@ -58,7 +58,8 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
         f'exec {quoted(real)} "$@"\n'
     )
     if not path.exists() or path.read_text() != text:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o755, exist_ok=True)
         _script(path, text)
     return path
 
@@ -66,8 +67,9 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
 def arm(job: Job, verb: str, images: Path, work: Path) -> None:
     """Tell the shim what to do for this job: CRIU images in `images`, CRIU's logs and stats in `work`."""
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for marker in ("held", "bundle", "prepared", "runtime.exit", "abort"):
+    for marker in ("prepared", "abort"):
         (job.directory / marker).unlink(missing_ok=True)
+    hold.set_aside(job.directory, "bundle", "runtime.exit")
     config = hold.prepare(job.directory)
     plan = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
     part = job.directory / "shim.json.part"
@@ -163,8 +165,10 @@ def failure(kind: type[_Failure], subject: str, log_path: Path, *, verb: log.Ver
     """
     text = tail(log_path)
     cause = log.explain(text, verb=verb) if "Error" in text else None
-    if cause and cause.line_number:
-        return kind(f"{subject}: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}")
+    if full := log.disk_full(log_path):
+        cause = full
+    if cause and (cause.line_number or full):
+        return kind(f"{subject}: {cause.message}", hint=cause.hint, log=f"{log_path}:{cause.line_number}".removesuffix(":0"))
     words = next((lines for path in said if (lines := tail(path).strip().splitlines())), [silent])
     return kind(f"{subject}: {words[-1]}", log=os.fspath(said[0]))
 

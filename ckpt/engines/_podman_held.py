@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ckpt.engines import _hold
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
+from ckpt.host import traffic
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
 from ckpt.model import Container, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -27,8 +28,9 @@ def conf_override(job: Job, *, dump: bool) -> dict[str, str]:
 
     For a dump podman starts the runtime itself, with a cleaned environment: the shim lies in the job and knows it. For a restore
     conmon does, and hands this environment on to the `podman container cleanup` at the container's end: those files stay.
+    (/run would not do: Debian mounts it noexec.)
     """
-    directory = job.directory / "shim" if dump else _hold.RUN_DIR / "podman"
+    directory = job.directory / "shim" if dump else _hold.SHIM_DIR
     lines = ["[engine.runtimes]"]
     for runtime in _RUNTIMES:
         if which(runtime):
@@ -146,7 +148,10 @@ class PodmanRestore:
         ]
         tcp = self.manifest.tcp_established if options.tcp_established is None else options.tcp_established
         locks = self.manifest.file_locks if options.file_locks is None else options.file_locks
-        argv += ["--tcp-established"] if tcp and not options.name else []
+        if tcp and not options.name:
+            argv += ["--tcp-established"]
+            if not options.ignore_static_ip:
+                traffic.block(self.job.directory, self.manifest.addresses)
         argv += ["--file-locks"] if locks else []
         argv += ["--name", options.name] if options.name else []
         argv += ["--ignore-static-ip"] if options.ignore_static_ip else []
@@ -205,6 +210,7 @@ class PodmanHeldRestore:
         attempt, process = self.attempt, self.attempt.process
         assert process is not None
         attempt.job.decide("0")
+        traffic.unblock(attempt.job.directory)  # CRIU's own lock is in the container's network now
         end = time.monotonic() + UNDO_LIMIT_S
         while process.poll() is None and time.monotonic() < end:
             time.sleep(_hold.POLL_S)
@@ -231,5 +237,6 @@ def undo_restore(job: Job) -> None:
         # Only what this attempt made: the caller refused to begin when the id or the name was taken.
         made = facts.get("new_container_id") or (facts["container_name"] if facts.get("copy") else facts["container_id"])
         _podman("container", "rm", "--force", "--ignore", "--time", "0", str(made))
+    traffic.unblock(job.directory)
     for volume in facts.get("created_volumes", []):
         _podman("volume", "rm", str(volume))

@@ -65,7 +65,7 @@ def container_from_inspect(data: dict[str, Any]) -> Container:
         host_mounts=tuple(HostMount(m["Source"], m["Destination"]) for m in mounts if m.get("Type") == "bind"),
         ports=ports_of(host.get("PortBindings")),
         networks=tuple(networks),
-        addresses=tuple(n["IPAddress"] for n in networks.values() if n.get("IPAddress")),
+        addresses=tuple(n[key] for n in networks.values() for key in ("IPAddress", "GlobalIPv6Address") if n.get(key)),
         labels=dict(config.get("Labels") or {}),
         terminal=bool(config.get("Tty")),
         created_s=seconds(str(data.get("Created", ""))),

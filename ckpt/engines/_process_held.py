@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ckpt.criu import netlock, swrk, tree
-from ckpt.criu.log import Verb, explain
+from ckpt.criu.log import Verb, disk_full, explain
 from ckpt.engines import _process_files
 from ckpt.errors import CkptError, RestoreFailed, StateUnknown
 from ckpt.model import Container, DumpOptions
@@ -90,10 +90,11 @@ class Operation:
         if not isinstance(failure, swrk.CriuFailed):
             return kind(f"{subject}: {failure}", where=where)
         text = failure.log_text()
-        if failure.timed_out or not text:
+        full = disk_full(failure.log) if failure.log else None
+        if full is None and (failure.timed_out or not text):
             hint = "criu check tells whether CRIU works on this host"
             return kind(f"{subject}: {failure.reason}", where=where, hint=hint, log=existing(failure.log))
-        cause = explain(text, verb=self.verb)
+        cause = full or explain(text, verb=self.verb)
         log = f"{failure.log}:{cause.line_number}" if cause.line_number else str(failure.log)
         return kind(f"{subject}: {cause.message}", where=where, hint=cause.hint, log=log)
 

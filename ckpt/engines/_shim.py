@@ -77,9 +77,11 @@ def option_value(args: list[str], option: str) -> str:
 
 
 def note(job: str, name: str, text: str) -> None:
+    """Write a marker file so that it is whole or not there, into the block that was laid aside for it: a full disk must not hide it."""
     path = os.path.join(job, name)
-    with open(path + ".part", "w") as out:
-        out.write(text)
+    fd = os.open(path + ".part", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.write(fd, text.encode())
+    os.close(fd)
     os.rename(path + ".part", path)
 
 
@@ -88,7 +90,8 @@ def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: dict
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
     os.makedirs(plan["images"], mode=0o700, exist_ok=True)
     log_path = os.path.join(job, "runtime.log")
-    if os.fork() == 0:
+    supervisor = os.fork()
+    if supervisor == 0:
         # The supervisor: outlives podman's call, keeps none of its pipes, notes how the real runtime ended.
         os.setsid()
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -114,7 +117,13 @@ def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: dict
         except OSError:
             if not os.path.isdir(job):
                 return 1
-            time.sleep(POLL_S)
+            if supervisor and os.waitpid(supervisor, os.WNOHANG)[0]:
+                supervisor = 0  # one more look: its last act was to write the marker
+            elif not supervisor:
+                sys.stderr.write("ckpt: the runtime ended and left no word\n")
+                return 1
+            else:
+                time.sleep(POLL_S)
             continue
         with open(log_path, errors="replace") as source:
             sys.stderr.write(source.read()[-4000:])

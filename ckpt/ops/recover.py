@@ -24,6 +24,7 @@ import ckpt
 from ckpt.engines import registry
 from ckpt.engines.base import Engine
 from ckpt.errors import CkptError
+from ckpt.host import traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.store.catalog import Catalog
@@ -220,7 +221,7 @@ def keep_logs(job: Job, name: str, stage: Path | None = None) -> Path | None:
 def kept_log(named: str | None, kept: Path | None) -> str | None:
     """The same log file where it is now: the job's directory and the stage, which the engine named, are about to go."""
     if kept is None:
-        return named
+        return None
     if named is None:
         return str(kept)
     path, colon, line = named.rpartition(":")
@@ -249,6 +250,7 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
     if kind == "checkpoint" and facts.get("leave_running"):
         return  # it went on before the commit
     job.decide("0")
+    traffic.unblock(job.directory)
     wanted = kind == "restore"
     identity = str(facts.get("new_container_id") or facts.get("container_id") or "")
     deadline = time.monotonic() + FINISH_LIMIT_S

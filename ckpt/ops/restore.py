@@ -158,6 +158,7 @@ class _Attempt:
         faults.point("restoring")
 
         def rootfs_ready(root: Path) -> None:
+            faults.point("filling")
             if not options.ignore_rootfs:
                 self.warn(rootfs.apply(stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES, root))
 

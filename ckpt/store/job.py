@@ -1,21 +1,25 @@
 """A job: the durable record of one operation (its journal), and the lever that holds its CRIU action-script.
 
 Directory `JOB/`: `journal.jsonl` (one JSON object a line, fsync before the step it announces), `lock` (flock of the living
-owner), `verdict` (FIFO that CRIU's action-script reads), `held` (written by the action-script when the tree is held).
+owner), `verdict` (FIFO that CRIU's action-script reads), `held` (written by the action-script when the tree is held), `reserve`.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import secrets
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Final, Literal
 
 Verdict = Literal["0", "1"]
 DEFAULT_ROOT: Final = Path("/var/lib/ckpt")
+RESERVE_BYTES: Final = 16384
+"""Given up when the disk is full, so that the journal can still say how the job ended."""
 
 
 class Job:
@@ -32,9 +36,16 @@ class Job:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         job = cls(root / "jobs" / f"{stamp}-{secrets.token_hex(4)}")
         job.directory.mkdir(mode=0o700, parents=True)
-        os.mkfifo(job.verdict_path, 0o600)
-        job.acquire()
-        job.write("started", kind=kind, **facts)
+        try:
+            os.mkfifo(job.verdict_path, 0o600)
+            job.acquire()
+            (job.directory / "reserve").write_bytes(bytes(RESERVE_BYTES))
+            job.write("started", kind=kind, **facts)
+        except BaseException:
+            # A full disk: what has no journal has done nothing.
+            shutil.rmtree(job.directory, ignore_errors=True)
+            job.release()
+            raise
         return job
 
     @property
@@ -72,16 +83,33 @@ class Job:
     def write(self, state: str, **facts: Any) -> None:
         """Append a line to the journal and bring it to the disk."""
         line = json.dumps({"t": time.time(), "state": state, **facts}, separators=(",", ":")) + "\n"
-        fd = os.open(self.directory / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, line.encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            self._append(line.encode())
+        except OSError as error:
+            reserve = self.directory / "reserve"
+            if error.errno != errno.ENOSPC or not reserve.exists():
+                raise
+            reserve.unlink()
+            self._append(line.encode())
         if state == "started":
             parent = os.open(self.directory, os.O_RDONLY)
             os.fsync(parent)
             os.close(parent)
+
+    def _append(self, line: bytes) -> None:
+        """All of the line or nothing: half a line would hide those that come after it."""
+        fd = os.open(self.directory / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            before = os.fstat(fd).st_size
+            try:
+                if os.write(fd, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.directory))
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, before)
+                raise
+        finally:
+            os.close(fd)
 
     def entries(self) -> list[dict[str, Any]]:
         """All journal lines; a torn last line (power loss) is left out."""

@@ -65,6 +65,7 @@ class PodmanSubject(_OnHost):
 
     def close(self) -> None:
         self.host.run(["podman", "rm", "-a", "-f", "-t", "0"], check=False)
+        self.host.prune_v1_cgroups()
 
 
 class OciSubject(_OnHost):
@@ -100,6 +101,7 @@ class OciSubject(_OnHost):
     def close(self) -> None:
         for name in self.names:
             self.host.run([self.engine, "delete", "--force", name], check=False)
+        self.host.prune_v1_cgroups()
 
 
 class ProcessSubject(_OnHost):
@@ -123,6 +125,7 @@ class ProcessSubject(_OnHost):
         # Only the counter of this test, whatever has its pid by now.
         ours = 'tr "\\0" " " <"/proc/$1/cmdline" | grep -qF "$2" && kill -9 "$1"'
         self.host.run(["sh", "-c", ours, "sh", str(getattr(self, "pid", 0)), self.scratch], check=False)
+        self.host.prune_v1_cgroups()
 
 
 @contextmanager

@@ -154,6 +154,7 @@ def test_restore_killed_before_commit(subject: Subject, step: str) -> None:
         pytest.skip("not here")
     target = start(subject, "web")
     saved = subject.drive("checkpoint", target)
+    assert saved["ok"], saved
     at = subject.ticks(target)
     died = subject.drive("restore", saved["ref"], fault=f"{step}:kill")
     if step == "removed" and died["ok"]:
@@ -175,6 +176,7 @@ def test_restore_killed_after_commit(subject: Subject) -> None:
         pytest.skip("not here")
     target = start(subject, "web")
     saved = subject.drive("checkpoint", target)
+    assert saved["ok"], saved
     at = subject.ticks(target)
     assert subject.drive("restore", saved["ref"], fault="restore-commit:kill").get("killed")
     assert wait_until(lambda: state(subject, target) == "running")

@@ -66,7 +66,11 @@ def the_live_one(lab: Lab, name: str = "web") -> Host:
 def leftovers(host: Host) -> list[str]:
     """What an operation must not leave behind."""
     found = host.run(
-        ["sh", "-c", "ls -d /var/lib/ckpt/jobs/* /var/lib/ckpt/tmp/* /var/tmp/ckpt-* 2>/dev/null; nft list tables | grep CRIU; pgrep -a criu"],
+        [
+            "sh",
+            "-c",
+            "ls -d /var/lib/ckpt/jobs/* /var/lib/ckpt/tmp/* /var/tmp/ckpt-* 2>/dev/null; nft list tables | grep -E 'CRIU|ckpt'; pgrep -a criu",
+        ],
         check=False,
     )
     return found.stdout.split("\n")[:-1]

@@ -150,3 +150,23 @@ def test_archives(lab: Lab, archive: bytes) -> None:
     assert lab.a.run(["ckpt", "list", "-q"]).stdout == ""
     assert counts_on(lab.a)
     assert_clean(lab.a)
+
+
+@pytest.mark.parametrize("left_kib", [0, 40, 150])
+def test_checkpoint_with_a_full_disk(lab: Lab, left_kib: int) -> None:
+    """However much room is left, it is not enough: the container runs, the store is as before."""
+    start_counter(lab.a)
+    before = last_tick(lab.a)
+    saving = lab.a.popen(["ckpt", "checkpoint", "web"], env={"CKPT_FAULT": "dumping:gate=/tmp/gate"})
+    wait_until(lambda: lab.a.exists("/tmp/gate.reached"), "the check has been passed")
+    lab.a.run(["sh", "-c", "dd if=/dev/zero of=/var/lib/ckpt/full bs=4k 2>/dev/null; true"])
+    lab.a.run(["truncate", "-s", f"-{left_kib}K", "/var/lib/ckpt/full"])
+    lab.a.write_file("/tmp/gate", "")
+    _, said = saving.communicate(timeout=60)
+    assert saving.returncode in (20, 60), said.decode()
+    assert "space" in said.decode() and "Traceback" not in said.decode()
+    lab.a.run(["rm", "/var/lib/ckpt/full"])
+    assert counts_on(lab.a)
+    assert last_tick(lab.a) > before
+    assert lab.a.run(["ckpt", "list", "-q"]).stdout == ""
+    assert_clean(lab.a)

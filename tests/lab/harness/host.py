@@ -164,6 +164,19 @@ class Host:
     def exists(self, path: str) -> bool:
         return self.run(["test", "-e", path], check=False).returncode == 0
 
+    def prune_v1_cgroups(self) -> None:
+        """Remove the cgroups that crun's restores leave in the machine's v1 hierarchies, which a host with cgroup2 alone does not have.
+
+        CRIU dumps all of them with every container and makes them again below the next one: they would double at each restore.
+        """
+        for entry in self.entry:
+            group = Path(entry).parent
+            if not (group / "cgroup.controllers").exists():
+                for directory, _, _ in os.walk(group, topdown=False):
+                    if Path(directory) != group:
+                        with contextlib.suppress(OSError):
+                            os.rmdir(directory)
+
     def load_image(self) -> str:
         """Load the workloads' container image (once), and give its name."""
         if not self._image_loaded:

@@ -152,7 +152,9 @@ printf '%s\n' "$BINDS" | while read -r from to; do
     [ -n "$from" ] || continue
     mkdir -p "./$to"; mount --bind "$from" "./$to"; mount -o remount,bind,ro "./$to"
 done
-mount -t proc proc proc; mount -t sysfs sys sys; mount -t tmpfs -o mode=755 run run; mount -t tmpfs tmp tmp
+# /run as Debian's initramfs mounts it.
+mount -t proc proc proc; mount -t sysfs sys sys; mount -t tmpfs -o mode=755,nosuid,nodev,noexec run run
+mount -t tmpfs tmp tmp
 mount -t tmpfs -o mode=755 dev dev; mkdir dev/pts dev/shm dev/mqueue dev/net
 for n in null zero full random urandom tty kmsg fuse net/tun userfaultfd; do
     if [ -e "/dev/$n" ]; then cp -a "/dev/$n" "dev/$n"; fi
