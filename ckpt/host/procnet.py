@@ -79,6 +79,23 @@ def listening_ports(pid: int | str = "self") -> set[tuple[str, int]]:
     return found | {("udp", _port(row[1])) for row in _rows(pid, ("udp", "udp6")) if int(row[3], 16) == _CLOSE}
 
 
+def connection_uid(end: tuple[str, int], other: tuple[str, int]) -> int | None:
+    """Who owns the socket `end` of an established IPv4 TCP connection to `other` in our network namespace; None when it is not there.
+
+    A socket whose owner has closed it already (it has no inode then, and the kernel shows uid 0 for it) is not there either.
+    """
+    row_end, row_other = _hex(end), _hex(other)
+    for row in _rows("thread-self", ("tcp",)):
+        if row[1] == row_end and row[2] == row_other and int(row[3], 16) == _ESTABLISHED and row[9] != "0":
+            return int(row[7])
+    return None
+
+
+def _hex(address: tuple[str, int]) -> str:
+    """An IPv4 address as /proc/net/tcp has it: the network-order word printed as a native one."""
+    return f"{struct.unpack('=I', socket.inet_aton(address[0]))[0]:08X}:{address[1]:04X}"
+
+
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2], 16)
 
