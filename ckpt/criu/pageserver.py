@@ -43,11 +43,11 @@ def config_lines(port: int) -> list[str]:
     return ["page-server", f"address {loopback.ADDRESS}", f"port {port}"]
 
 
-def header_bytes(criu_version: str) -> int:
-    """The size of the headers of a CRIU ("4.1.1": 24, "4.2": 32). Raises Bug for what is no version."""
+def header_of(criu_version: str) -> struct.Struct:
+    """The header of a CRIU ("4.1.1": 24 bytes, "4.2": 32). Raises Bug for what is no version."""
     if not (found := re.match(r"(\d+)\.(\d+)", criu_version)):
         raise Bug(f"no version of CRIU: {criu_version!r}")
-    return _WIDE.size if (int(found[1]), int(found[2])) >= (4, 2) else _NARROW.size
+    return _WIDE if (int(found[1]), int(found[2])) >= (4, 2) else _NARROW
 
 
 class PageTap:
@@ -70,16 +70,9 @@ class PageTap:
         OSError: no socket to be had.
     """
 
-    def __init__(
-        self,
-        criu_version: str,
-        *,
-        timeout_s: float = 60.0,
-        parents: Container[int] = (),
-        compare: Compare | None = None,
-    ) -> None:
+    def __init__(self, criu_version: str, *, timeout_s: float = 60.0, parents: Container[int] = (), compare: Compare | None = None) -> None:
         check_page_size()
-        self._header = _WIDE if header_bytes(criu_version) == _WIDE.size else _NARROW
+        self._header = header_of(criu_version)
         self._timeout_s = timeout_s
         self._parents_of = parents
         self._compare = compare
@@ -141,14 +134,10 @@ class PageTap:
             try:
                 return self._fill(view)
             except OSError as error:
-                failure = TransferFailed(f"the connection with CRIU broke: {error.strerror}: the dump failed")
-                self._give_up(failure.message)
-                raise failure from error
-            except TransferFailed as error:
-                self._give_up(error.message)
-                raise
-            except BaseException:
-                self._give_up("the page stream broke off")
+                self._give_up(f"the connection with CRIU broke: {error.strerror}: the dump failed")
+                raise TransferFailed(self._failure) from error
+            except BaseException as error:
+                self._give_up(error.message if isinstance(error, TransferFailed) else "the page stream broke off")
                 raise
 
     def close(self) -> None:
@@ -272,8 +261,7 @@ class PageTap:
             try:
                 count = self._connection.recv_into(self._head[self._have :])
             except BlockingIOError:
-                if not self._flushed and 0 < self._have:
-                    self._suspect_size()
+                self._suspect_size()
                 return False
             if not count:
                 if self._flushed and not self._have:
@@ -316,7 +304,7 @@ class PageTap:
             self._image = image_id
             self._emit(Kind.OPEN)
             if command == _OPEN2:
-                self._answer(bytes([there]))
+                self._answer(struct.pack("=?", there))
         elif command in (_ADD, _HOLE, _ADD_F):
             self._add(word, {_ADD: PE_PRESENT, _HOLE: PE_PARENT}.get(command, flags), nr_pages, vaddr, image_id)
         else:
@@ -358,10 +346,10 @@ class PageTap:
     def _accept(self) -> socket.socket:
         until = time.monotonic() + self._timeout_s
         while self._listener is not None:
+            self._wait(self._listener, until - time.monotonic())
             try:
                 connection = loopback.accept(self._listener)
             except (BlockingIOError, ConnectionAbortedError):
-                self._wait(self._listener, until - time.monotonic())
                 continue
             if connection is not None:
                 self._listener.close()
@@ -381,7 +369,7 @@ class PageTap:
         ready = poll.poll(max(timeout_s, 0) * 1000)
         if self._closed:
             raise TransferFailed("the page server was closed before CRIU had sent everything")
-        if ready:
+        if ready and timeout_s > 0:  # many connections by others must not keep us here
             return
         if partial:
             raise _wrong_size()
