@@ -29,7 +29,7 @@ test: lint
 	$(PYTHON)
 	$(SHELLS)
 	"$$python" -m tests.lab.harness prepare
-	"$$python" -m pytest tests/unit tests/contract tests/meta tests/lab $(PYTEST_ARGS)
+	"$$python" -m pytest --durations=25 tests/unit tests/contract tests/meta tests/lab $(PYTEST_ARGS)
 
 demo:
 	$(PYTHON)

@@ -31,6 +31,8 @@ class Settings:
     """How `export` packs an archive."""
     timeout_s: float = 200.0
     """Longest time that one dump or restore may take."""
+    link_timeout_s: float = 15.0
+    """How long nothing may be heard of the other host before the link counts as dead, on the host that waits."""
     ssh_options: tuple[str, ...] = ()
     """Added to every ssh call as `-o OPTION`."""
 
@@ -81,6 +83,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "log_level": _one_of("debug", "info", "warning", "error"),
     "compress": _one_of("zstd", "gzip", "none"),
     "timeout_s": _seconds,
+    "link_timeout_s": _seconds,
     "ssh_options": _texts,
 }
 

@@ -115,6 +115,8 @@ class Capabilities:
     """It dumps with CRIU, so CRIU must work here (the fake engine of the tests does not)."""
     hold: bool = False
     clone: bool = False
+    pages: bool = False
+    """A dump can send its memory pages to a page server."""
     container_images: bool = False
     volumes: bool = False
 
@@ -130,6 +132,8 @@ class DumpOptions:
     ignore_rootfs: bool = False
     ignore_volumes: bool = False
     timeout_s: float = 200.0
+    page_server_port: int | None = None
+    """CRIU sends the memory pages to a page server at this port of the loopback; its CRIU images are then without them."""
 
 
 @dataclass(frozen=True, slots=True)

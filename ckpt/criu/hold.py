@@ -17,7 +17,7 @@ from ckpt.criu import action
 MARKER_BYTES: Final = 1024
 
 
-def prepare(job_dir: Path) -> Path:
+def prepare(job_dir: Path, *, page_server_port: int | None = None) -> Path:
     """Write the launcher and the CRIU configuration file into the job's directory, forget what an earlier hold left.
 
     Returns:
@@ -29,7 +29,10 @@ def prepare(job_dir: Path) -> Path:
     words = [sys.executable or "/usr/bin/python3", "-I", "-S", os.path.abspath(action.__file__), str(job_dir)]
     _write(launcher, f"#!/bin/sh\nexec {shlex.join(words)}\n", 0o700)
     config = job_dir / "criu.conf"
-    _write(config, f'action-script "{launcher}"\n', 0o600)
+    lines = [f'action-script "{launcher}"']
+    if page_server_port is not None:
+        lines += ["page-server", "address 127.0.0.1", f"port {page_server_port}"]
+    _write(config, "\n".join(lines) + "\n", 0o600)
     return config
 
 

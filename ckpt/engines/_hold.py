@@ -64,13 +64,13 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     return path
 
 
-def arm(job: Job, verb: str, images: Path, work: Path) -> None:
+def arm(job: Job, verb: str, images: Path, work: Path, *, page_server_port: int | None = None) -> None:
     """Tell the shim what to do for this job: CRIU images in `images`, CRIU's logs and stats in `work`."""
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     for marker in ("prepared", "abort"):
         (job.directory / marker).unlink(missing_ok=True)
     hold.set_aside(job.directory, "bundle", "runtime.exit")
-    config = hold.prepare(job.directory)
+    config = hold.prepare(job.directory, page_server_port=page_server_port)
     plan = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
     part = job.directory / "shim.json.part"
     part.write_text(json.dumps(plan))

@@ -245,8 +245,6 @@ def script_pid(job: Job) -> int | None:
     return pid if str(job.directory) in tree.argv(pid) else None
 
 
-
-
 def runs(pid: int, start_ticks: int) -> bool:
     """Alive, and not stopped by a tracer (`t`): CRIU let it go."""
     found = tree.stat(pid)

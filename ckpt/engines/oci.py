@@ -60,7 +60,7 @@ class OciRuntime:
             return Capabilities(False, f"{self.name} does not run: {error}")
         if os.geteuid() != 0:
             return Capabilities(False, f"checkpointing a container of {self.name} requires root", version)
-        return Capabilities(True, "", version, (self.name,), hold=True, clone=True)
+        return Capabilities(True, "", version, (self.name,), hold=True, clone=True, pages=True)
 
     def containers(self) -> list[Container]:
         return [self._container(row) for row in self._rows() if not bundles.managed(Path(row.get("bundle") or "/"))]
@@ -160,7 +160,7 @@ class OciRuntime:
         stdio = bundles.outside_stdio(container.pid)
         cgroup = bundles.cgroup_of(container.pid) if self.name == "runc" else ""
         cgroup = cgroup if cgroup not in ("", "/") and "/.." not in cgroup else ""
-        _hold.arm(job, "checkpoint", stage / "checkpoint", work)
+        _hold.arm(job, "checkpoint", stage / "checkpoint", work, page_server_port=options.page_server_port)
         add_config(job, *(f"external {entry.key}" for entry in stdio))
         if cgroup:
             # crun does this itself; runc leaves the path of the original in the CRIU images, and restores copies into it.

@@ -58,7 +58,7 @@ class Podman:
         if os.geteuid() != 0:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
-        return Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
+        return Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -115,7 +115,7 @@ class Podman:
 
     def dump(self, container: Container, stage: Path, options: DumpOptions, job: Job) -> HeldDump:
         work = job.directory / "criu"
-        _hold.arm(job, "checkpoint", stage / "checkpoint", work)
+        _hold.arm(job, "checkpoint", stage / "checkpoint", work, page_server_port=options.page_server_port)
         stub = job.directory / "stub.tar"
         flags = [*(["--tcp-established"] if options.tcp_established else []), *(["--file-locks"] if options.file_locks else [])]
         argv: list[str | os.PathLike[str]] = [which("podman") or "podman", "container", "checkpoint", "--leave-running"]

@@ -57,7 +57,7 @@ class ProcessEngine:
         facts = features.facts()
         if os.geteuid() != 0:
             return Capabilities(False, reason="needs root", version=facts.version)
-        return Capabilities(facts.working, reason=facts.reason, version=facts.version, runtimes=("criu",), hold=True)
+        return Capabilities(facts.working, reason=facts.reason, version=facts.version, runtimes=("criu",), hold=True, pages=True)
 
     def containers(self) -> list[Container]:
         """Nothing: what is not named is no target (`--all` must never mean every process of a host)."""
@@ -131,7 +131,7 @@ class ProcessEngine:
             tcp_established=bool(options.tcp_established),
             file_locks=bool(options.file_locks),
             shell_job=bool(options.shell_job),
-            config_file=hold.prepare(job.directory),
+            config_file=hold.prepare(job.directory, page_server_port=options.page_server_port),
         )
         operation = Operation("dump", job, options.timeout_s)
 

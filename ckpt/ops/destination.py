@@ -8,9 +8,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt.criu import features
+from ckpt.criu import bindings, features
 from ckpt.engines import registry
-from ckpt.errors import CkptError
+from ckpt.errors import CkptError, FeatureMissing
 from ckpt.host import facts as host_facts
 from ckpt.host.procfs import OpenKinds
 from ckpt.host.procnet import listening_ports
@@ -57,6 +57,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         "facts": asdict(replace(host_facts.gather(store_root or look.store_root()), criu_version=criu.version or host_facts.criu_version())),
         "criu": {"working": criu.working, "reason": criu.reason, "hint": criu.hint, "lazy_pages": criu.lazy_pages, "missing": list(criu.missing)},
         "engine": {"usable": False, "reason": "not asked for"},
+        "pages": _takes_pages(),
         "container_image": None,
         "names": [],
         "ports_busy": _ports_busy(request),
@@ -207,6 +208,15 @@ def _network(container: Container, report: Mapping[str, Any], connections: int, 
         hint = "its addresses must lead to the new host (macvlan, or a network that both hosts share), or the connections end"
         found.append(Finding("addresses", "warning", f"{connections} open TCP connections move only together with {_addresses(container)}", hint))
     return found
+
+
+def _takes_pages() -> bool:
+    """Whether a stream of memory pages can be made into CRIU images here."""
+    try:
+        bindings.load("images.pagemap_pb2")
+    except FeatureMissing:
+        return False
+    return True
 
 
 def _addresses(container: Container) -> str:

@@ -33,7 +33,7 @@ from ckpt.transports import ssh
 RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
-STEPS: Final = ("check", "begin", "container-image", "dump", "capture", "transfer", "restore", "commit", "resume", "end", "remove")
+STEPS: Final = ("check", "begin", "container-image", "dump", "pages", "capture", "transfer", "restore", "commit", "resume", "end", "remove")
 """The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
 
 
@@ -61,6 +61,7 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
         "begin": "open a journal on both hosts",
         "container-image": "bring the container image along, by id, if it is missing there",
         "dump": "freeze the workload and dump it, held",
+        "pages": "send its memory while it is dumped; none of it is written here",
         "capture": "read its root file system and volumes, still frozen",
         "transfer": "send it, digests compared",
         "restore": "restore it there, held",
@@ -89,6 +90,7 @@ class _Migration:
         self.held: HeldDump | None = None
         self.committed = False
         self.peer_name = ""
+        self.relays = False
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -154,6 +156,7 @@ class _Migration:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
         check.raise_on_error(container.name, findings, to=peer.hostname)
+        self.relays = self.engine.probe().pages and bool(report.get("pages"))
         self.done("check", f"nothing stands in the way of {peer.hostname}")
         return wanted, peer, report
 
@@ -189,7 +192,10 @@ class _Migration:
         host = capture.host_facts()  # asks CRIU for its version: not while the workload is frozen
         self.step("dump")
         began_s = time.monotonic()
-        self.held = self.engine.dump(self.container, stage, options, self.job)
+        if self.relays:
+            self.dump_relayed(peer, options, host.criu_version)
+        else:
+            self.held = self.engine.dump(self.container, stage, options, self.job)
         self.frozen_at_s = began_s
         self.emit(Frozen(self.typed, began_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
@@ -205,6 +211,23 @@ class _Migration:
         self.stats["sent_bytes"] = peer.sent_bytes
         self.done("transfer", f"{total_bytes / (1 << 20):.1f} MiB")
         return replace(manifest, id=self.draft.id, digests={name: f"sha256:{digest}" for name, digest in upload.digests.items()})
+
+    def dump_relayed(self, peer: Peer, options: DumpOptions, criu_version: str) -> None:
+        """Dump with the memory pages going to the destination at once."""
+        from ckpt.ops.pages import PageRelay
+
+        assert self.job is not None and self.draft is not None
+
+        def on_bytes(done: int) -> None:
+            if not relay.sent_bytes:
+                self.step("pages")
+            self.emit(BytesMoved(self.typed, "pages", done))
+
+        with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s) as relay:
+            self.held = self.engine.dump(self.container, self.draft.stage, replace(options, page_server_port=relay.port), self.job)
+            relay.finish()
+        self.stats["pages_bytes"] = relay.sent_bytes
+        self.done("pages", f"{relay.sent_bytes / (1 << 20):.1f} MiB")
 
     def switch_over(self, peer: Peer) -> None:
         assert self.job is not None and self.held is not None

@@ -26,6 +26,7 @@ from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 
 _IMAGE_MEMBER: Final = "container-image.tar"
+_PAGES_MEMBER: Final = "pages"
 _JOB_ID: Final = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
 
 
@@ -96,6 +97,7 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         "facts": facts,
         "begin": begin,
         "container-image": receive_container_image,
+        "pages": receive_pages,
         "stage": receive_stage,
         "restore": restore,
         "resume": resume,
@@ -158,6 +160,21 @@ def receive_stage(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         arrival.digests[file.path] = file.sha256 if file.sha256.startswith("sha256:") else f"sha256:{file.sha256}"
     faults.point("destination-stage")
     return {"files": len(received)}
+
+
+def receive_pages(session: Session, args: dict[str, Any]) -> dict[str, Any]:
+    """Make CRIU images of the memory pages that the source's dump sends. They come before the rest of the checkpoint."""
+    from ckpt.criu.pagestream import PageWriter
+
+    arrival = _arrival(session)
+    assert arrival.draft is not None
+    directory = arrival.draft.stage / "checkpoint"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    with PageWriter(directory) as writer:
+        session.receive_files(arrival.draft.stage, allow=lambda path: path == _PAGES_MEMBER, sinks={_PAGES_MEMBER: cast(BinaryIO, writer)})
+        writer.finish()
+        faults.point("destination-pages")
+        return {"pages_bytes": writer.pages_bytes}
 
 
 def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:

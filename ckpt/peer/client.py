@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
+from ckpt import config
 from ckpt.errors import CannotConnect, CkptError, TransferFailed
 from ckpt.events import Emit, ignore
 from ckpt.host.run import Process
@@ -250,9 +251,11 @@ class Upload:
         for member in files.walk(stage, members):
             self.digests[member] = files.send_file(_Channel(self), stage, member, on_bytes=self._counter(on_bytes))
 
-    def send_stream(self, path: str, stream: BinaryIO, *, on_bytes: Callable[[int], None] = lambda done: None) -> None:
+    def send_stream(
+        self, path: str, stream: files.Readable | BinaryIO, *, on_bytes: Callable[[int], None] = lambda done: None, digest: bool = True
+    ) -> None:
         """Send what a pipe brings as the file `path`. The caller checks afterwards that the pipe's writer ended well."""
-        self.digests[path] = files.send_stream(_Channel(self), path, stream, on_bytes=self._counter(on_bytes))
+        self.digests[path] = files.send_stream(_Channel(self), path, stream, on_bytes=self._counter(on_bytes), digest=digest)
 
     def _counter(self, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
         def count(more_bytes: int) -> None:
@@ -338,7 +341,7 @@ def connect(
     *,
     ssh_options: Sequence[str] = (),
     timeout_s: float = 20.0,
-    link_timeout_s: float = LINK_TIMEOUT_S,
+    link_timeout_s: float | None = None,
     compress: bool = False,
     on_event: Emit = ignore,
     command: Sequence[str] = ("ckpt", "peer"),
@@ -348,7 +351,7 @@ def connect(
     Args:
         ssh_options: the user's `-o` options, as `Key=Value`.
         timeout_s: for the login and the hello; a person at a terminal gets two minutes for a password.
-        link_timeout_s: how long nothing may be heard before the link counts as dead.
+        link_timeout_s: how long nothing may be heard before the link counts as dead; None: as configured.
         command: what to run there.
 
     Raises:
@@ -363,6 +366,7 @@ def connect(
     process.stdout.close()
     process.stdin.close()
     below = _Ssh(str(parsed), process)
+    link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
     peer = Peer(inp, out, name=str(parsed), explain=below.explain, on_event=on_event, compress=compress, link_timeout_s=link_timeout_s)
     well = False
     try:

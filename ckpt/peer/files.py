@@ -2,6 +2,7 @@
 
 Per file: FILE {"path", "mode", "size"}, DATA frames (a jump in their offsets is a hole), END {"size", "sha256"}. Both ends compute
 the SHA-256 of the content (holes count as zeros), so that it can be compared with a manifest without reading the file again.
+A stream that is sent with `"digest": false` (memory pages, for their sake a workload is frozen) has only the frames' own check sums.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Protocol, cast
 
 from ckpt.errors import TransferFailed
 from ckpt.peer.frames import CHUNK_BYTES, PIPE_BYTES, Buffer, Frame, Kind
@@ -116,30 +117,37 @@ def send_file(carrier: Carrier, stage: Path, member: str, *, on_bytes: Callable[
         os.close(fd)
 
 
-def send_stream(carrier: Carrier, path: str, stream: BinaryIO, *, on_bytes: Callable[[int], None]) -> str:
-    """Send what a pipe brings, to its end, as the file `path`; returns its sha256."""
+class Readable(Protocol):
+    """What a stream must offer: a pipe, a raw file."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+
+
+def send_stream(carrier: Carrier, path: str, stream: Readable | BinaryIO, *, on_bytes: Callable[[int], None], digest: bool = True) -> str:
+    """Send what a pipe brings, to its end, as the file `path`; returns its sha256 ("" without a digest)."""
     check_path(path)
     try:
-        fcntl.fcntl(stream.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        fcntl.fcntl(stream.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):
         pass  # no pipe, or the user's quota is used up
-    carrier.control(Kind.FILE, {"path": path, "mode": 0o600, "size": None})
-    digest = hashlib.sha256()
+    carrier.control(Kind.FILE, {"path": path, "mode": 0o600, "size": None, "digest": digest})
+    sum_ = hashlib.sha256()
     done = 0
     try:
         while count := _fill(stream, lease := carrier.buffer()):
             data = memoryview(lease)[:count]
-            digest.update(data)
+            if digest:
+                sum_.update(data)
             carrier.data(done, data, lease)
             done += count
             on_bytes(count)
     except OSError as error:
         raise TransferFailed(f"cannot read what becomes {path}: {error.strerror}") from error
-    carrier.control(Kind.END, {"size": done, "sha256": digest.hexdigest()})
-    return digest.hexdigest()
+    carrier.control(Kind.END, {"size": done, "sha256": sum_.hexdigest() if digest else ""})
+    return sum_.hexdigest() if digest else ""
 
 
-def _fill(stream: BinaryIO, buffer: bytearray) -> int:
+def _fill(stream: Readable | BinaryIO, buffer: bytearray) -> int:
     """Fill the buffer, so that the 64 KiB pieces of a pipe do not become small frames; fewer bytes only at the end."""
     view = memoryview(buffer)
     readinto = getattr(stream, "readinto", None)
@@ -148,7 +156,7 @@ def _fill(stream: BinaryIO, buffer: bytearray) -> int:
         if readinto is not None:
             count = int(readinto(view[done:]) or 0)
         else:
-            piece = stream.read(len(view) - done)
+            piece = cast(BinaryIO, stream).read(len(view) - done)
             count = len(piece)
             view[done : done + count] = piece
         if not count:
@@ -196,7 +204,7 @@ class Receiver:
 
     Args:
         allow: which relative paths may come; everything else ends the transfer.
-        sinks: paths whose content goes into a stream (the stdin of a program) instead of a file.
+        sinks: paths whose content goes into a stream (the stdin of a program) instead of a file; only these may come without a digest.
         max_bytes: how much content may come in all (holes included).
         on_bytes: called with the bytes of content written so far.
     """
@@ -225,6 +233,7 @@ class Receiver:
         self._position = 0
         self._total_bytes = 0
         self._digest = hashlib.sha256()
+        self._digested = True
         self.files: list[ReceivedFile] = []
 
     def take(self, frame: Frame) -> bool:
@@ -278,6 +287,7 @@ class Receiver:
         self._mode = mode & 0o7777 if isinstance(mode, int) else 0o600
         self._position = 0
         self._digest = hashlib.sha256()
+        self._digested = value.get("digest") is not False or path not in self._sinks
         if path in self._sinks:
             self._sink = self._sinks[path]
         else:
@@ -312,7 +322,8 @@ class Receiver:
             raise TransferFailed(f"{self._path} arrived out of order")
         data = memoryview(frame.data())
         self._skip_to(frame.offset, len(data))
-        self._digest.update(data)
+        if self._digested:
+            self._digest.update(data)
         at = self._position
         rest = data
         while rest:
@@ -347,10 +358,10 @@ class Receiver:
             self._sink.flush()
         else:
             os.ftruncate(self._fd, size)
-        if self._digest.hexdigest() != sha256:
+        if (self._digest.hexdigest() if self._digested else "") != sha256:
             raise TransferFailed(f"{self._path} arrived damaged: its digest is not the one computed by the sender")
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-        self.files.append(ReceivedFile(self._path, size, self._mode, self._digest.hexdigest()))
+        self.files.append(ReceivedFile(self._path, size, self._mode, str(sha256)))
         self._leave()

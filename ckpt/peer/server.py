@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Final
 
+from ckpt import config
 from ckpt.errors import CkptError, FeatureMissing, TransferFailed, UsageError
 from ckpt.events import Event
 from ckpt.peer import messages
@@ -245,7 +246,7 @@ def main(handlers: Mapping[str, Handler], *, concurrent: Collection[str] = ()) -
     os.close(null)
     sys.stdout.flush()
     os.dup2(2, 1)
-    server = _Server(inp, out, handlers, concurrent, LINK_TIMEOUT_S, BEAT_S)
+    server = _Server(inp, out, handlers, concurrent, config.load().link_timeout_s, BEAT_S)
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.stop()

@@ -11,7 +11,7 @@ from tests.lab.counting import assert_clean, assert_never_back, last_tick, start
 from tests.lab.harness import Lab
 from tests.lab.harness.host import HostResult
 
-DESTINATION_STEPS = ("begin", "container-image", "stage", "prepared", "commit", "committed", "running")
+DESTINATION_STEPS = ("begin", "container-image", "pages", "stage", "prepared", "commit", "committed", "running")
 pytestmark = pytest.mark.parametrize("lab_options", [{"runtime": "crun"}, {"runtime": "runc"}], ids=["crun", "runc"])
 GATE = "/tmp/gate"
 COMMIT = STEPS.index("commit")
@@ -79,6 +79,8 @@ def test_kill_9_of_the_peer(lab: Lab, step: str) -> None:
 def test_cut_link(lab: Lab, step: str) -> None:
     start_counter(lab.a)
     before = last_tick(lab.a)
+    for host in lab:
+        host.write_file("/etc/ckpt/ckpt.toml", "link_timeout_s = 4\n")
     moving = lab.a.popen(["ckpt", "migrate", "web", "root@b"], env={"CKPT_FAULT": f"migrate-{step}:gate={GATE}"})
     wait_until(lambda: lab.a.exists(f"{GATE}.reached"), f"step {step}")
     lab.cut_link()
@@ -158,6 +160,7 @@ def test_ctrl_c_before_the_switchover(lab: Lab, step: str) -> None:
     moving = lab.a.popen(["ckpt", "migrate", "web", "root@b"], env={"CKPT_FAULT": f"migrate-{step}:gate={GATE}"})
     wait_until(lambda: lab.a.exists(f"{GATE}.reached"), f"step {step}")
     moving.send_signal(signal.SIGINT)
+    lab.a.write_file(GATE, "")
     moving.communicate(timeout=90)
     assert moving.returncode == 130
     settled(lab, before)
