@@ -19,6 +19,7 @@ from ckpt.criu.livemem import LiveMemory, Run
 from ckpt.host.procmem import PAGE, scan_excludes
 
 MIB = 1 << 20
+TURNS = (("first scan", 0), ("unchanged", 0), ("unchanged", 0), ("1 page in 100", 100), ("every 2nd page", 2), ("all pages", 1), ("unchanged", 0))
 
 
 def hog(size: int) -> tuple[int, Callable[[int], None]]:
@@ -62,7 +63,7 @@ def main() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     table, live = DigestTable(), LiveMemory(lambda: [pid], ioctl=not options.no_ioctl)
     print(f"{options.mib} MiB, PAGEMAP_SCAN {'off' if options.no_ioctl else 'on' if scan_excludes() else 'not there'}")
-    for name, every in (("first scan", 0), ("unchanged", 0), ("unchanged", 0), ("1 page in 100", 100), ("every 2nd page", 2), ("all pages", 1), ("unchanged", 0)):
+    for name, every in TURNS:
         write(every)
         cpu = time.process_time()
         runs = sum(isinstance(step, Run) for step in live.scan(table))
