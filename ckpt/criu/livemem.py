@@ -1,0 +1,240 @@
+"""Pre-copy without the kernel's help: the pages of a running tree that changed since the last look, found by comparing their content.
+
+CRIU's own pre-dump needs the kernel's soft-dirty tracking, which arm64 and many x86 kernels lack. Here ckpt reads the memory of the running
+processes itself, round by round, and keeps a digest of every page it handed out (`DigestTable`). At the end CRIU dumps the frozen tree in full
+to ckpt's page server, and the same table tells which of those pages the other end already holds (`DigestTable.compare`).
+
+What must be consistent, and what need not be. A live round is a blur: the processes run, a page may be written while it is copied, regions come
+and go. None of that matters, because nothing of a live round is believed: whatever the other end holds counts only if its digest equals that of
+the *frozen* page at the end. That holds under one condition, **the digest that is remembered is that of the bytes that were handed out**:
+
+- it is computed from the buffer that is handed out, after it was read; memory is never read a second time for it;
+- it is remembered when the caller comes back for more. When it does not, because it stopped or failed at that very run, nobody knows which
+  bytes the other end holds, the former or these, and *neither* digest may stand: a page can change back;
+- a caller that queues runs must copy them, and when a run was lost on its way it must `drop` the image (or start with a new table).
+
+Live rounds handle private memory: anonymous memory and the copied pages of private file mappings, in memory or swap (swapped pages are brought
+back in by reading them, as CRIU does). **Shared anonymous memory, memfd, tmpfs and System V segments are not read live**: they are in CRIU's
+shmem images and go whole with the final dump (the table can hold their digests, `image_of_shmem`). So do the vDSO, AIO rings and hugetlb pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from ckpt.criu.digests import DigestTable, Sweep, image_of_pid
+from ckpt.host.procmem import PAGE, Buffer, PageMap, Region, Span, innermost_pid, open_memory, private_regions
+
+RUN_BYTES: Final = 1 << 20
+"""The longest run."""
+
+_LISTINGS: Final = 4
+"""How often a scan looks for processes that appeared since it began: something that forks without end must not keep it."""
+
+
+class Run(NamedTuple):
+    """Pages that the other end does not hold as they are now.
+
+    Attributes:
+        pid: of the process, as the reader sees it.
+        image_id: `image_of_pid` of its pid in its own namespace.
+        vaddr: address of the first page.
+        pages: the bytes, whole pages. They lie in a buffer that the next step of the scan fills again: use or copy them before it.
+    """
+
+    pid: int
+    image_id: int
+    vaddr: int
+    pages: memoryview
+
+
+class Unchanged(NamedTuple):
+    """`page_count` pages from `vaddr` on that the other end holds as they are."""
+
+    pid: int
+    image_id: int
+    vaddr: int
+    page_count: int
+
+
+@dataclass(slots=True)
+class ScanStatistics:
+    """Of one scan, counted up while it runs.
+
+    Attributes:
+        scanned_bytes: all that was read; `changed_bytes`: that part of it which was handed out.
+        seconds: spent in the scan itself, without its caller's time and without `between`.
+        processes: looked into. `vanished_pages`: gone between finding and reading them.
+        complete: the scan went to its end.
+    """
+
+    scanned_bytes: int = 0
+    changed_bytes: int = 0
+    seconds: float = 0.0
+    processes: int = 0
+    vanished_pages: int = 0
+    complete: bool = False
+
+
+_Steps = Generator[Run | Unchanged, None, None]
+
+
+class LiveMemory:
+    """The private memory of some running processes.
+
+    Args:
+        pids: lists the processes, by pids of the reader's namespace; asked again in every scan, because processes come and go.
+        ioctl: False keeps it from using PAGEMAP_SCAN (Linux 6.7).
+    """
+
+    def __init__(self, pids: Callable[[], Iterable[int]], *, ioctl: bool = True) -> None:
+        self._pids = pids
+        self._ioctl = ioctl
+        self._buffer = Buffer(max(1, RUN_BYTES // PAGE))
+        self._images: set[int] = set()
+        self.statistics = ScanStatistics()
+
+    def scan(self, table: DigestTable, between: Callable[[int], None] | None = None) -> Iterator[Run | Unchanged]:
+        """Look at every page once, process by process, in ascending order in each; every page present is in one `Run` or one `Unchanged`.
+
+        The table follows: what was handed out is remembered, and what is not there any more (pages, regions, processes) is forgotten, so that
+        an image set written from one complete scan may say "in parent" for each `Unchanged`. A scan that is not run to its end forgets only in
+        what it passed.
+
+        A process that ends meanwhile just has no more pages, and one that appears is looked into last. A page that is gone when it is to be
+        read is left out. `statistics` is a new object for every scan.
+
+        Args:
+            between: called after each block with the number of bytes just read; it may sleep to limit the rate, or raise to end the scan.
+
+        Raises:
+            PermissionDenied: a process may not be looked into.
+        """
+        self.statistics = statistics = ScanStatistics()
+        with contextlib.closing(self._tree(table, between)) as steps:
+            began = time.perf_counter()
+            for step in steps:
+                statistics.seconds += time.perf_counter() - began
+                yield step
+                began = time.perf_counter()
+            statistics.seconds += time.perf_counter() - began
+            statistics.complete = True
+
+    def _tree(self, table: DigestTable, between: Callable[[int], None] | None) -> _Steps:
+        seen: set[int] = set()
+        images: set[int] = set()
+        for _ in range(_LISTINGS):
+            fresh = [pid for pid in self._pids() if pid not in seen]
+            if not fresh:
+                break
+            for pid in fresh:
+                seen.add(pid)
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError), _Process(pid, ioctl=self._ioctl) as process:
+                    # The pid may have gone to a stranger since it was listed. Now the process is pinned: is it (still) one of ours?
+                    if process.image_id not in images and pid in self._pids():
+                        images.add(process.image_id)
+                        self.statistics.processes += 1
+                        yield from self._process(process, table, between)
+        for image in self._images - images:
+            table.drop(image)
+        self._images = images
+
+    def _process(self, process: _Process, table: DigestTable, between: Callable[[int], None] | None) -> _Steps:
+        image = process.image_id
+        self._images.add(image)  # also when the scan does not get to its end
+        sweep = Sweep(table, image)
+        same: Unchanged | None = None
+        try:
+            for region, spans in process.batches(self._buffer.pages):
+                filled = self._buffer.fill(process.pid, spans, forced=-1 if region.readable else process.memory())
+                process.check()
+                read = 0
+                for span in filled:
+                    pages = self._buffer.view[read : read + span.page_count * PAGE]
+                    read += len(pages)
+                    sweep.met(span.vaddr, span.page_count)
+                    digests = table.digests(pages)
+                    parts = table.differences(image, span.vaddr, digests)
+                    known = len(parts) == 1 and not parts[0].changed
+                    if not known:  # until the caller is back, the other end may hold the former bytes or these
+                        table.forget(image, span.vaddr, span.vaddr + len(pages))
+                    for first, count, changed in parts:
+                        vaddr = span.vaddr + first * PAGE
+                        if not changed and same is not None and same.vaddr + same.page_count * PAGE == vaddr:
+                            same = same._replace(page_count=same.page_count + count)
+                            continue
+                        if same is not None:
+                            yield same
+                        same = None if changed else Unchanged(process.pid, image, vaddr, count)
+                        if changed:
+                            self.statistics.changed_bytes += count * PAGE
+                            yield Run(process.pid, image, vaddr, pages[first * PAGE : (first + count) * PAGE])
+                    if not known:
+                        table.remember(image, span.vaddr, digests)
+                self.statistics.scanned_bytes += read
+                self.statistics.vanished_pages += sum(span.page_count for span in spans) - read // PAGE
+                if between is not None:
+                    began = time.perf_counter()
+                    try:
+                        between(read)
+                    finally:
+                        self.statistics.seconds -= time.perf_counter() - began
+        except ProcessLookupError:
+            table.drop(image)  # it ended: its pages will not be asked for
+            return
+        if same is not None:
+            yield same
+        sweep.end()
+
+
+class _Process:
+    """One process, pinned: when it ends and its pid goes to another one, `check` and all reading fail with ProcessLookupError."""
+
+    def __init__(self, pid: int, *, ioctl: bool) -> None:
+        self.pid = pid
+        with contextlib.ExitStack() as stack:
+            self._pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, self._pidfd)
+            self._pagemap = PageMap(pid, ioctl=ioctl)
+            stack.callback(self._pagemap.close)
+            self.image_id = image_of_pid(innermost_pid(pid))
+            self.check()
+            self._memory = -1
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def check(self) -> None:
+        """Nothing that was read by pid before a successful check came from another process.
+
+        Raises:
+            ProcessLookupError: it is gone.
+        """
+        signal.pidfd_send_signal(self._pidfd, 0)
+
+    def memory(self) -> int:
+        """A descriptor of /proc/PID/mem."""
+        if self._memory < 0:
+            self._memory = open_memory(self.pid)
+            self._stack.callback(os.close, self._memory)
+            self.check()
+        return self._memory
+
+    def batches(self, limit: int) -> Iterator[tuple[Region, list[Span]]]:
+        """All its own pages, ascending, at most `limit` at a time."""
+        for region in private_regions(self.pid):
+            at = region.start
+            while at < region.end:
+                spans, at = self._pagemap.own_pages(at, region.end, limit)
+                if spans:
+                    yield region, spans
