@@ -137,6 +137,16 @@ class DumpOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class PrecopyLimits:
+    """When to stop copying memory ahead of the dump: at an estimated downtime, after so many rounds, or when a round gains nothing."""
+
+    max_downtime_s: float = 0.3
+    max_rounds: int = 8
+    on_exceed: Literal["continue", "abort"] = "continue"
+    """What to do when more than `max_downtime_s` is to be expected in the end."""
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreOptions:
     """How to restore. None means: as the manifest of the checkpoint says."""
 
@@ -152,6 +162,8 @@ class RestoreOptions:
     pod: str | None = None
     existing_volumes: Literal["refuse", "keep", "replace"] = "refuse"
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
+    checked: bool = False
+    """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
     timeout_s: float = 200.0
 
 

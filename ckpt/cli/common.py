@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,10 @@ from ckpt.model import DumpOptions
 
 if TYPE_CHECKING:
     from ckpt.ops.result import Outcome
+
+    _FloatType = click.ParamType[float]
+else:
+    _FloatType = click.ParamType  # generic since click 8.4 only
 
 F = TypeVar("F", bound=Callable[..., Any])
 _GRAVE = (StateUnknown, NeedsContinue, Bug)
@@ -196,6 +201,20 @@ timeout_option = click.option(
     metavar="SECONDS",
     help="Longest time for a dump or restore (default 200).",
 )
+class Duration(_FloatType):
+    """A time: `300ms`, `1.5s`, `2m`; a bare number is seconds. Gives seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|)", str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is no time: write 300ms, 1.5s or 2m", param, ctx)
+        return float(found[1]) * {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0}[found[2]]
+
+
 ssh_option = click.option("--ssh-option", "ssh_options", multiple=True, metavar="OPTION", help="An option for ssh -o (Port=2222). Can be repeated.")
 
 

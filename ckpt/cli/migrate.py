@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ckpt.cli import completion
-from ckpt.cli.common import Session, ssh_option, timeout_option, verb
+from ckpt.cli.common import Duration, Session, ssh_option, timeout_option, verb
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
 from ckpt.errors import UsageError
-from ckpt.model import Target
+from ckpt.model import PrecopyLimits, Target
 
 if TYPE_CHECKING:
     from ckpt.ops.migrate import MigrateOptions
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     fields=(*OUTCOME_FIELDS, *(field for field in PLAN_FIELDS if field not in OUTCOME_FIELDS)),
     examples=(
         ("ckpt migrate web root@b", "move web to host b"),
+        ("ckpt migrate --precopy web root@b", "the same with little downtime, for much memory"),
         ("ckpt migrate --dry-run web root@b", "say what would be done"),
         ("ckpt migrate --continue 20261121T120311-1a2b3c4d", "finish one that was cut after its point of no return"),
     ),
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 @click.option("--file-locks/--no-file-locks", default=None, help="Keep file locks (default: found out by looking).")
 @click.option("--ignore-volumes", is_flag=True, help="Leave the content of named volumes behind.")
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports on the destination.")
+@click.option("--precopy", is_flag=True, help="Send the memory while it runs, in rounds, and freeze it only for what is left.")
+@click.option("--max-downtime", "max_downtime_s", type=Duration(), metavar="TIME", help="With --precopy: stop when so much is left (default 300ms).")
+@click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8).")
+@click.option("--on-exceed", type=click.Choice(["continue", "abort"]), help="With --precopy: what to do when more is to be expected in the end.")
 @ssh_option
 @timeout_option
 def command(
@@ -48,6 +53,10 @@ def command(
     dry_run: bool,
     timeout_s: float | None,
     ssh_options: tuple[str, ...],
+    precopy: bool,
+    max_downtime_s: float | None,
+    max_rounds: int | None,
+    on_exceed: Literal["continue", "abort"] | None,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh.
@@ -55,6 +64,9 @@ def command(
     The other host runs ckpt too. Both hosts are checked first. The container image, changed files, volumes and memory are copied, the
     copy is restored and held there, and only when it stands ready the switch is made: there is never more than one running copy, and
     never none. When something fails before the switch, the source runs on.
+
+    The memory goes straight from the frozen container to the other host. With --precopy most of it goes while the container runs:
+    the downtime then depends on what it writes, not on how large it is.
     """
     if job_id is not None:
         if target or destination or dry_run:
@@ -69,7 +81,12 @@ def command(
     session.need_root()
     from ckpt.ops import migrate as use_case
 
-    options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), **given)
+    limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed}
+    limits = {key: value for key, value in limits.items() if value is not None}
+    if limits and not precopy:
+        raise UsageError("--max-downtime, --max-rounds and --on-exceed need --precopy")
+    ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]
+    options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), precopy=ahead, **given)
     if timeout_s is not None:
         from dataclasses import replace
 

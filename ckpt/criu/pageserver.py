@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Final
 
 from ckpt.criu import loopback
@@ -33,7 +33,7 @@ _CLOSE, _FORCE_CLOSE = 0x1023, 0x1024
 _COMMAND_MASK, _FLAGS_SHIFT = 0xFFFF, 16
 _NARROW, _WIDE = struct.Struct("=IIQQ"), struct.Struct("=I4xQQQ")
 
-Compare = Callable[[int, int, memoryview], list[tuple[int, int, bool]]]
+Compare = Callable[[int, int, memoryview], Sequence[tuple[int, int, bool]]]
 """Called with image_id, vaddr and whole pages (at most 1 MiB, good only until it returns); says for each run of them, in order and
 without a gap: its first page, counted from 0, how many, and whether they changed. What did not change is sent as PARENT."""
 

@@ -181,17 +181,8 @@ class Podman:
         job.write(
             "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
         )
-        if not options.name and self.find(manifest.container_id):
-            raise BusyError(f"podman already has a container with the id of {manifest.name}", hint="remove it first, or restore a copy with -n NAME")
-        wanted = options.name or manifest.name
-        if any(c.name == wanted for c in self.containers()):
-            raise BusyError(f"podman already has a container called {wanted}", hint="choose another name with -n NAME, or remove that one")
-        if manifest.container_image and not self.has_container_image(manifest.container_image.id):
-            name = manifest.container_image.name
-            raise RestoreFailed(
-                f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
-                hint=f"podman pull {name}, or bring it along: ckpt migrate",
-            )
+        if not options.checked or options.name:
+            self._refuse(manifest, options)
         stub = job.directory / "stub.tar"
         try:
             if not options.ignore_volumes:
@@ -206,6 +197,21 @@ class Podman:
         finally:
             stub.unlink(missing_ok=True)
         return PodmanHeldRestore(self, attempt, init_pid)
+
+    def _refuse(self, manifest: Manifest, options: RestoreOptions) -> None:
+        """Raise for a restore that podman could not do, or that could not be undone without harm to another container."""
+        present = self.containers()
+        if not options.name and any(c.id == manifest.container_id for c in present):
+            raise BusyError(f"podman already has a container with the id of {manifest.name}", hint="remove it first, or restore a copy with -n NAME")
+        wanted = options.name or manifest.name
+        if any(c.name == wanted for c in present):
+            raise BusyError(f"podman already has a container called {wanted}", hint="choose another name with -n NAME, or remove that one")
+        if manifest.container_image and not self.has_container_image(manifest.container_image.id):
+            name = manifest.container_image.name
+            raise RestoreFailed(
+                f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
+                hint=f"podman pull {name}, or bring it along: ckpt migrate",
+            )
 
     def adopt(self, container: Container, job: Job) -> HeldDump:
         return PodmanHeldDump(container, job, job.directory / "criu", frozen_at_s=time.monotonic())

@@ -11,15 +11,15 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
-from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
+from ckpt.errors import BusyError, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import Process
-from ckpt.model import Container, DumpOptions, Manifest, Target
+from ckpt.model import Container, DumpOptions, Manifest, PrecopyLimits, Target
 from ckpt.ops import capture, faults, recover
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
@@ -30,10 +30,16 @@ from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports import ssh
 
+if TYPE_CHECKING:
+    from ckpt.ops.precopy import Precopy
+
 RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
-STEPS: Final = ("check", "begin", "container-image", "dump", "pages", "capture", "transfer", "restore", "commit", "resume", "end", "remove")
+STEPS: Final = (
+    *("check", "begin", "container-image", "precopy", "dump", "pages", "capture", "transfer", "restore"),
+    *("commit", "resume", "end", "remove"),
+)
 """The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
 
 
@@ -51,6 +57,8 @@ class MigrateOptions:
     ignore_volumes: bool = False
     ssh_options: tuple[str, ...] = ()
     publish: tuple[str, ...] = ()
+    precopy: PrecopyLimits | None = None
+    """Copy memory while the workload runs, first."""
     timeout_s: float = RESTORE_LIMIT_S
 
 
@@ -60,6 +68,7 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
         "check": f"look at {target} here and at {destination}; nothing is touched",
         "begin": "open a journal on both hosts",
         "container-image": "bring the container image along, by id, if it is missing there",
+        "precopy": "send its memory while it runs, then again what changed" if options.precopy else "(not asked for)",
         "dump": "freeze the workload and dump it, held",
         "pages": "send its memory while it is dumped; none of it is written here",
         "capture": "read its root file system and volumes, still frozen",
@@ -91,6 +100,7 @@ class _Migration:
         self.committed = False
         self.peer_name = ""
         self.relays = False
+        self.ahead: Precopy | None = None
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -111,6 +121,7 @@ class _Migration:
                 self.begin(peer)
                 try:
                     self.bring_container_image(peer, report)
+                    self.copy_ahead(peer)
                     manifest = self.dump_and_send(peer, dump_options)
                     self.step("restore")
                     answer = {"manifest": manifest_file.dumps(manifest).decode(), "name": self.options.name, "publish": list(self.options.publish)}
@@ -157,6 +168,12 @@ class _Migration:
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
         check.raise_on_error(container.name, findings, to=peer.hostname)
         self.relays = self.engine.probe().pages and bool(report.get("pages"))
+        if self.options.precopy and not self.relays:
+            raise FeatureMissing(
+                f"memory cannot be sent ahead to {peer.hostname}",
+                where=f"{container.name} is running, untouched",
+                hint="install CRIU's Python bindings there (apt install python3-pycriu), or migrate without --precopy",
+            )
         self.done("check", f"nothing stands in the way of {peer.hostname}")
         return wanted, peer, report
 
@@ -184,6 +201,17 @@ class _Migration:
             upload.send_stream("container-image.tar", stream, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "container-image", done)))
         self.stats["container_image_bytes"] = upload.done_bytes
         self.done("container-image", f"{image.name} sent")
+
+    def copy_ahead(self, peer: Peer) -> None:
+        """Send the memory while the workload runs, in rounds."""
+        faults.point("migrate-precopy")
+        if self.options.precopy is None:
+            return
+        from ckpt.ops import precopy
+
+        self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.emit)
+        self.stats["rounds"] = len(self.ahead.rounds)
+        self.stats["precopy_bytes"] = self.ahead.sent_bytes
 
     def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
         """Freeze, dump, read what belongs to it, send everything; the dump stays held."""
@@ -223,7 +251,8 @@ class _Migration:
                 self.step("pages")
             self.emit(BytesMoved(self.typed, "pages", done))
 
-        with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s) as relay:
+        known, images = (self.ahead.table, self.ahead.images) if self.ahead else (None, None)
+        with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s, known=known, images=images) as relay:
             self.held = self.engine.dump(self.container, self.draft.stage, replace(options, page_server_port=relay.port), self.job)
             relay.finish()
         self.stats["pages_bytes"] = relay.sent_bytes

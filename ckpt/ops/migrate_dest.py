@@ -26,6 +26,7 @@ from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 
 _IMAGE_MEMBER: Final = "container-image.tar"
+_AHEAD_CAP: Final = 1000
 _PAGES_MEMBER: Final = "pages"
 _JOB_ID: Final = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
 
@@ -162,15 +163,30 @@ def receive_stage(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     return {"files": len(received)}
 
 
+def _number(args: dict[str, Any], key: str) -> int | None:
+    value = args.get(key)
+    if value is not None and not (isinstance(value, int) and 0 <= value < _AHEAD_CAP):
+        raise UsageError(f"{value!r} is no number of memory images")
+    return value
+
+
+def _ahead(stage: Path, number: int) -> Path:
+    """The directory of one round's memory images, beside that of the dump."""
+    return stage / f"ahead-{number}"
+
+
 def receive_pages(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """Make CRIU images of the memory pages that the source's dump sends. They come before the rest of the checkpoint."""
     from ckpt.criu.pagestream import PageWriter
 
     arrival = _arrival(session)
     assert arrival.draft is not None
-    directory = arrival.draft.stage / "checkpoint"
+    stage, number, parent = arrival.draft.stage, _number(args, "images"), _number(args, "parent")
+    directory = stage / "checkpoint" if number is None else _ahead(stage, number)
     directory.mkdir(mode=0o700, exist_ok=True)
-    with PageWriter(directory) as writer:
+    if parent is not None and not _ahead(stage, parent).is_dir():
+        raise UsageError(f"there are no memory images number {parent}")
+    with PageWriter(directory, parent=None if parent is None else _ahead(stage, parent)) as writer:
         session.receive_files(arrival.draft.stage, allow=lambda path: path == _PAGES_MEMBER, sinks={_PAGES_MEMBER: cast(BinaryIO, writer)})
         writer.finish()
         faults.point("destination-pages")
@@ -192,6 +208,7 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         ignore_volumes=bool(args.get("ignore_volumes")),
         tcp_established=manifest.tcp_established,
         file_locks=manifest.file_locks,
+        checked=True,  # by `facts`, before the source froze
     )
     try:
         prepare(arrival, manifest, options)

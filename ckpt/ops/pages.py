@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Self
 
+from ckpt.criu.digests import DigestTable
 from ckpt.criu.pageserver import PageTap
 from ckpt.errors import CkptError, TransferFailed
 from ckpt.peer.client import Peer, Upload
@@ -22,11 +23,25 @@ class PageRelay:
 
     In the block the dump is made; `finish` after it waits until the destination has every page. A block that is left by an exception
     breaks the page server's connection, so that CRIU gives up soon, and the upload.
+
+    Args:
+        on_bytes: called with the bytes sent so far, in a thread of its own.
+        timeout_s: for CRIU to come, and to go on.
+        known: digests of the pages that the destination has already, in its images number `images` (see precopy): they are not sent.
     """
 
-    def __init__(self, peer: Peer, criu_version: str, on_bytes: Callable[[int], None], *, timeout_s: float) -> None:
-        self._upload: Upload = peer.upload(VERB)
-        self._tap = PageTap(criu_version, timeout_s=timeout_s)
+    def __init__(
+        self,
+        peer: Peer,
+        criu_version: str,
+        on_bytes: Callable[[int], None],
+        *,
+        timeout_s: float,
+        known: DigestTable | None = None,
+        images: int | None = None,
+    ) -> None:
+        self._upload: Upload = peer.upload(VERB, {"parent": images})
+        self._tap = PageTap(criu_version, timeout_s=timeout_s, compare=known.compare if known else None)
         self._source = _Source(self._tap)
         self._on_bytes = on_bytes
         self._thread = threading.Thread(target=self._relay, name="ckpt-pages", daemon=True)

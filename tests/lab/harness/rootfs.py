@@ -23,7 +23,7 @@ PACKAGES = (
     # engines
     "podman", "crun", "runc", "conmon", "netavark", "aardvark-dns", "nftables", "iptables",
     # what ckpt needs
-    "python3-click", "python3-rich", "python3-zstandard", "python3-requests", "python3-protobuf", "python3-pip", "python3-venv",
+    "python3-click", "python3-rich", "python3-zstandard", "python3-xxhash", "python3-requests", "python3-protobuf", "python3-pip", "python3-venv",
     "openssh-server", "openssh-client", "iputils-arping", "zstd", "gzip", "tar", "attr",
     # what tests look with, and run
     "checkpointctl", "procps", "busybox-static", "socat", "iputils-ping", "redis-server", "redis-tools",
