@@ -3,8 +3,9 @@
 A frame is a header of 40 bytes, big endian, and a payload of at most 4 MiB:
 
     magic 4s | type u8 | flags u8 | channel u16 | sequence u32 | length u32 | raw length u32 | offset u64 | reserved u32
-    | payload crc32 u32 | header crc32 u32
+    | payload check u32 | header crc32 u32
 
+The payload's check sum is its CRC-32; of DATA the lower half of its xxh3_64, which costs a tenth: a workload is frozen meanwhile.
 The header has its own check sum so that a damaged length is noticed at once and not waited for. Sequence numbers count from 0 in each
 direction. Payloads are JSON objects, but for DATA, whose `offset` is the place in the file (a jump is a hole) and which may be one zstd
 frame (flag bit 0). The layout of the header and of the hello never change; anything else may, with the protocol number in the hello.
@@ -25,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
+
+from xxhash import xxh3_64_intdigest
 
 from ckpt.errors import TransferFailed
 
@@ -127,6 +130,10 @@ def message(kind: Kind, channel: int, value: dict[str, Any]) -> Frame:
     return Frame(kind, channel, payload)
 
 
+def _check(kind: int, payload: Buffer) -> int:
+    return xxh3_64_intdigest(payload) & 0xFFFFFFFF if kind == Kind.DATA else zlib.crc32(payload)
+
+
 def encode_header(frame: Frame, sequence: int) -> bytes:
     """The header of a frame."""
     length = len(frame.payload)
@@ -140,7 +147,7 @@ def encode_header(frame: Frame, sequence: int) -> bytes:
         frame.raw_bytes or length,
         frame.offset,
         0,
-        zlib.crc32(frame.payload),
+        _check(frame.kind, frame.payload),
     )
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -267,7 +274,7 @@ class FrameReader:
         payload = memoryview(bytearray(length) if lease is None else lease)[:length]
         if self._fill(payload, deadline_s) < length:
             raise TransferFailed("the link was cut in the middle of a frame")
-        if zlib.crc32(payload) != check:
+        if _check(kind, payload) != check:
             raise TransferFailed("damaged data arrived: the check sum of a frame is wrong")
         self._sequence += 1
         try:
