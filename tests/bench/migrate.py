@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from tests.lab.harness import CommandError, Lab, LabUnavailable, Ticks, read_ticks
 from tests.lab.harness.wheel import WheelError, build_wheel
@@ -44,7 +46,33 @@ def by_ckpt(lab: Lab) -> None:
     lab.a.run(["ckpt", "migrate", "hog", "root@b"], timeout_s=LIMIT_S)
 
 
-WAYS: dict[str, Callable[[Lab], None]] = {"podman": by_podman, "ckpt": by_ckpt}
+def by_precopy(lab: Lab) -> None:
+    lab.a.run(["ckpt", "migrate", "--precopy", "hog", "root@b"], timeout_s=LIMIT_S)
+
+
+WAYS: dict[str, Callable[[Lab], None]] = {"podman": by_podman, "ckpt": by_ckpt, "precopy": by_precopy}
+
+
+def warm_up(size_mib: int) -> None:
+    """Touch memory once: its first touch is slow in a freshly booted virtual machine, and who comes first would pay for all."""
+    available = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    with mmap.mmap(-1, min(size_mib << 20, available << 9)) as memory:
+        piece = b"x" * (1 << 20)
+        for at in range(0, len(memory) - len(piece), len(piece)):
+            memory[at : at + len(piece)] = piece
+
+
+def table(results: list[Measured]) -> Iterator[str]:
+    """Medians of every way and size, and their ratio to podman's way."""
+    yield f"{'way':9}{'memory':>10}{'runs':>6}{'total':>10}{'downtime':>11}{'ratio':>8}{'sent':>13}{'ratio':>8}"
+    for memory_mib in sorted({one.memory_mib for one in results}):
+        mine = [one for one in results if one.memory_mib == memory_mib]
+        base = [one for one in mine if one.way == "podman"]
+        for way in dict.fromkeys(one.way for one in mine):
+            runs = [one for one in mine if one.way == way]
+            total_s, down_s, sent = (median(getattr(one, key) for one in runs) for key in ("total_s", "downtime_s", "sent_bytes"))
+            ratios = [f"{down_s / median(one.downtime_s for one in base):.3f}", f"{sent / (memory_mib << 20):.2f}"] if base else ["", ""]
+            yield (f"{way:9}{memory_mib:6} MiB{len(runs):6}{total_s:8.2f} s{down_s:9.2f} s{ratios[0]:>8}{sent / (1 << 20):9.1f} MiB{ratios[1]:>8}")
 
 
 def wait_ticks(lab: Lab, host: str, count: int) -> Ticks:
@@ -92,15 +120,20 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as directory:
             wheel = build_wheel(TOP, Path(directory))
-            print(f"{'way':8}{'memory':>10}{'total':>10}{'downtime':>11}{'sent':>12}", flush=True)
+            warm_up(max(options.memory_mib) * 6)
+            results: list[Measured] = []
+            print(f"{'way':9}{'memory':>10}{'total':>10}{'downtime':>11}{'sent':>12}", flush=True)
             for memory_mib in options.memory_mib:
                 for way in options.ways * options.repeat:
                     one = measure(way, wheel, memory_mib, options.dirty_mb_s, options.runtime)
+                    results.append(one)
                     sent = f"{one.sent_bytes / (1 << 20):.1f} MiB"
-                    print(f"{way:8}{memory_mib:6} MiB{one.total_s:8.2f} s{one.downtime_s:9.2f} s{sent:>12}", flush=True)
+                    print(f"{way:9}{memory_mib:6} MiB{one.total_s:8.2f} s{one.downtime_s:9.2f} s{sent:>12}", flush=True)
                     if options.json:
                         with options.json.open("a") as out:
                             out.write(json.dumps(asdict(one)) + "\n")
+            print("\nmedians; downtime as a ratio to podman's, sent as a ratio to the memory")
+            print("\n".join(table(results)))
     except (CommandError, LabUnavailable, RuntimeError, WheelError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
