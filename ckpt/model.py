@@ -115,6 +115,8 @@ class Capabilities:
     """It dumps with CRIU, so CRIU must work here (the fake engine of the tests does not)."""
     hold: bool = False
     clone: bool = False
+    lazy: bool = False
+    """A restored workload can run at once, its memory brought behind it."""
     container_images: bool = False
     volumes: bool = False
 
@@ -148,6 +150,8 @@ class RestoreOptions:
     pod: str | None = None
     existing_volumes: Literal["refuse", "keep", "replace"] = "refuse"
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
+    lazy: bool = False
+    """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
     timeout_s: float = 200.0
 
 

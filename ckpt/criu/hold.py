@@ -17,8 +17,11 @@ from ckpt.criu import action
 MARKER_BYTES: Final = 1024
 
 
-def prepare(job_dir: Path) -> Path:
+def prepare(job_dir: Path, *, lazy: bool = False) -> Path:
     """Write the launcher and the CRIU configuration file into the job's directory, forget what an earlier hold left.
+
+    Args:
+        lazy: a restore leaves memory to the lazy-pages daemon (see `lazy.py`).
 
     Returns:
         The configuration file (for `CRIU_CONFIG_FILE` or the RPC option `config_file`).
@@ -29,7 +32,7 @@ def prepare(job_dir: Path) -> Path:
     words = [sys.executable or "/usr/bin/python3", "-I", "-S", os.path.abspath(action.__file__), str(job_dir)]
     _write(launcher, f"#!/bin/sh\nexec {shlex.join(words)}\n", 0o700)
     config = job_dir / "criu.conf"
-    _write(config, f'action-script "{launcher}"\n', 0o600)
+    _write(config, f'action-script "{launcher}"\n' + ("lazy-pages\n" if lazy else ""), 0o600)
     return config
 
 
