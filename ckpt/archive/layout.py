@@ -90,9 +90,7 @@ def is_pages(name: str) -> bool:
     return name.startswith("checkpoint/pages-")
 
 
-def digest_members(
-    stage: Path, on_bytes: Callable[[int], None] | None = None, *, only: Callable[[str], bool] | None = None
-) -> dict[str, str]:
+def digest_members(stage: Path, on_bytes: Callable[[int], None] | None = None, *, only: Callable[[str], bool] | None = None) -> dict[str, str]:
     """Digests of every member in `stage` but the manifest itself, computed on all cores (hashing releases Python's lock)."""
     names = [name for name in stage_members(stage) if not name.endswith("/") and name != MANIFEST and (only is None or only(name))]
     # The largest first, so that no core is left alone with it at the end.

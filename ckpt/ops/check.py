@@ -66,7 +66,7 @@ _ERRORS: Final[dict[str, type[CkptError]]] = {
 }
 """The error that a finding becomes, by its check; all others are FeatureMissing."""
 
-_THERE: Final = frozenset(_ERRORS) - {"target", "state", "permission", "engine", "space"}
+_THERE: Final = frozenset(_ERRORS) - {"target", "state", "arriving memory", "permission", "engine", "space"}
 """Checks of `destination_findings`."""
 
 

@@ -252,7 +252,9 @@ def _close(served: _Served, lost: str) -> None:
 
 def _ended(daemon: lazy.Daemon) -> str:
     status = daemon.status or 0
-    return f"CRIU's lazy-pages daemon was ended by signal {-status}" if status < 0 else f"CRIU's lazy-pages daemon failed (status {status})"
+    if status < 0:
+        return f"CRIU's lazy-pages daemon was ended by signal {-status}"
+    return f"CRIU's lazy-pages daemon failed: {daemon.last_words() or f'status {status}'}"
 
 
 def _facts(journal: IO[str]) -> dict[str, Any]:
