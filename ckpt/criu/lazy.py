@@ -4,9 +4,10 @@ The daemon listens on `lazy-pages.socket` in its work directory, which must be t
 calls its `post-restore` script every task has handed its userfaultfd over that socket. The daemon then answers page faults, copies
 the rest in the background, and ends with status 0 when nothing is left.
 
-A userfaultfd that is closed too early, as the kernel does for a killed daemon, does not make faults fail: the missing pages become
-*zeros*, and the tree computes on with them. Therefore whoever supervises a daemon keeps copies of its descriptors (`Daemon.follow`):
-faults then wait, until the tree has been ended.
+The daemon fails when it is stopped and continued, by SIGCONT or a thawed cgroup: that interrupts its epoll_wait (CRIU 4.2.1). A
+userfaultfd that is closed too early, as the kernel does for a daemon that has ended, does not make faults fail: the missing pages
+become *zeros*, and the tree computes on with them. Therefore whoever supervises a daemon keeps copies of its descriptors
+(`Daemon.follow`): faults then wait, until the tree has been ended.
 
 A job's directory (see ckpt/store/job.py) has `lazy.json` (the daemon's pid and start) as soon as it listens, or `lazy.failed`.
 """

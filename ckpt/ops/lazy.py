@@ -175,12 +175,14 @@ def _keep(served: _Served, lease_fd: int) -> int:
         if not _wanted(served, daemon):
             return 0
         lost = _serve(served, daemon)
-    except OSError as error:
-        # Before the commit the directory may be gone with the restore; later nothing but this may end in here.
+    except Exception as error:
+        # Whatever it is: the daemon ends with us, so a tree that runs must end before.
+        lost = str(error) or type(error).__name__
         if not served.committed:
+            with suppress(OSError):  # the directory may be gone, with the restore
+                lazy.mark_failed(directory, lost)
             return 1
         served.end()
-        lost = str(error)
     finally:
         daemon.end()
     _close(served, lost)

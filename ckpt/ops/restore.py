@@ -194,6 +194,8 @@ class _Attempt:
         faults.point("restored")
         proof.check(self.held, manifest)
         if self.keeper is not None:
+            if not tree.stat(self.held.init_pid):
+                raise RestoreFailed(f"{manifest.name}: its first process is not known, so nobody could end it if its memory did not arrive")
             self.keeper.check()
         self.stats["restore_s"] = round(time.monotonic() - began, 6)
         self.emit(StepDone(self.source.label, "restore", _count(manifest, options), time.monotonic() - began))
