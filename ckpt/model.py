@@ -117,6 +117,8 @@ class Capabilities:
     clone: bool = False
     pages: bool = False
     """A dump can send its memory pages to a page server."""
+    lazy: bool = False
+    """A restored workload can run at once, its memory brought behind it."""
     container_images: bool = False
     volumes: bool = False
 
@@ -164,6 +166,8 @@ class RestoreOptions:
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
     checked: bool = False
     """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
+    lazy: bool = False
+    """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
     timeout_s: float = 200.0
 
 

@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -84,9 +85,14 @@ def digest_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
     return DIGEST_PREFIX + digest.hexdigest()
 
 
-def digest_members(stage: Path, on_bytes: Callable[[int], None] | None = None) -> dict[str, str]:
+def is_pages(name: str) -> bool:
+    """Whether a member holds memory pages: nearly all bytes of a checkpoint."""
+    return name.startswith("checkpoint/pages-")
+
+
+def digest_members(stage: Path, on_bytes: Callable[[int], None] | None = None, *, only: Callable[[str], bool] | None = None) -> dict[str, str]:
     """Digests of every member in `stage` but the manifest itself, computed on all cores (hashing releases Python's lock)."""
-    names = [name for name in stage_members(stage) if not name.endswith("/") and name != MANIFEST]
+    names = [name for name in stage_members(stage) if not name.endswith("/") and name != MANIFEST and (only is None or only(name))]
     # The largest first, so that no core is left alone with it at the end.
     names.sort(key=lambda name: -(stage / name).stat().st_size)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -108,8 +114,13 @@ def compare_digests(found: dict[str, str], manifest: Manifest) -> None:
         raise DigestMismatch(f"{extra[0]} is in the checkpoint but not in its manifest")
 
 
-def check_digests(stage: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None) -> None:
+def check_digests(
+    stage: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None, *, only: Callable[[str], bool] | None = None
+) -> None:
     """Read every member of `stage` and compare with the manifest.
+
+    Args:
+        only: the members to be read; of the others it is known that they are there.
 
     Raises:
         DigestMismatch: a member differs, is missing, or is not in the manifest; the message names it.
@@ -117,7 +128,8 @@ def check_digests(stage: Path, manifest: Manifest, on_bytes: Callable[[int], Non
     missing = set(manifest.digests) - set(stage_members(stage))
     if missing:
         raise DigestMismatch(f"{min(missing)} is missing from the checkpoint, its manifest has it")
-    compare_digests(digest_members(stage, on_bytes), manifest)
+    wanted = {name: digest for name, digest in manifest.digests.items() if only is None or only(name)}
+    compare_digests(digest_members(stage, on_bytes, only=only), replace(manifest, digests=wanted))
 
 
 def require_members(stage: Path) -> None:

@@ -21,6 +21,7 @@ from ckpt.model import RestoreOptions
     examples=(
         ("ckpt restore web", "the newest checkpoint of web"),
         ("ckpt restore web@2", "an older one"),
+        ("ckpt restore --lazy web", "runs at once, its memory follows"),
         ("ckpt restore -n copy web", "beside the original, under another name"),
         ("ckpt restore -i web.tar.zst", "from an archive, podman's too"),
     ),
@@ -32,6 +33,7 @@ from ckpt.model import RestoreOptions
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports than the checkpoint's ([IP:]HOST:CONTAINER[/PROTOCOL]).")
 @click.option("--pod", metavar="POD", help="Restore into this pod.")
 @click.option("-k", "--keep", is_flag=True, help="Keep CRIU's logs of a restore that went well.")
+@click.option("--lazy", is_flag=True, help="Resume at once, memory follows.")
 @state_options(restoring=True)
 @click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
 @click.option("--ignore-static-mac", is_flag=True, help="Take a new MAC address.")
@@ -51,6 +53,11 @@ def command(
     """Bring checkpoints back to life.
 
     The checkpoint stays in the store. -a restores the newest checkpoint of every name that does not run.
+
+    With --lazy the workload runs before its memory is there: page faults are served from the checkpoint, the rest is brought in the
+    background by CRIU's lazy-pages daemon, which outlives ckpt. Until all of it is there the checkpoint cannot be removed and the
+    workload cannot be saved or moved. Should the daemon be killed before that, or a page file prove damaged, the missing memory is
+    lost to the workload, which is then ended; the checkpoint stays, restore it again.
     """
     if import_file is not None:
         if refs or every or latest:

@@ -12,27 +12,33 @@ owners are dead. Then the journal decides: a job that reached `commit` goes on h
 import json
 import os
 import sys
+from collections.abc import Iterable
 
 HOLD = {"post-dump", "post-restore"}
 
 
-def committed(job: str) -> bool:
-    """True when the journal says that the point of no return was passed and no later line decided otherwise."""
+def reached_commit(journal: Iterable[str]) -> bool:
+    """True when the journal's lines say that the point of no return was passed and no later line decided otherwise."""
     reached = False
+    for line in journal:
+        try:
+            state = json.loads(line).get("state")
+        except ValueError:
+            break
+        if state == "commit":
+            reached = True
+        elif state in ("rolled-back", "failed"):
+            reached = False
+    return reached
+
+
+def committed(job: str) -> bool:
+    """`reached_commit` of a job's journal; False when there is none."""
     try:
         with open(os.path.join(job, "journal.jsonl")) as journal:
-            for line in journal:
-                try:
-                    state = json.loads(line).get("state")
-                except ValueError:
-                    break
-                if state == "commit":
-                    reached = True
-                elif state in ("rolled-back", "failed"):
-                    reached = False
+            return reached_commit(journal)
     except OSError:
         return False
-    return reached
 
 
 def note(job: str, name: str, text: str) -> None:

@@ -17,8 +17,11 @@ from ckpt.criu import action
 MARKER_BYTES: Final = 1024
 
 
-def prepare(job_dir: Path, *, page_server_port: int | None = None) -> Path:
+def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = False) -> Path:
     """Write the launcher and the CRIU configuration file into the job's directory, forget what an earlier hold left.
+
+    Args:
+        lazy: a restore leaves memory to the lazy-pages daemon (see `lazy.py`).
 
     Returns:
         The configuration file (for `CRIU_CONFIG_FILE` or the RPC option `config_file`).
@@ -32,6 +35,8 @@ def prepare(job_dir: Path, *, page_server_port: int | None = None) -> Path:
     lines = [f'action-script "{launcher}"']
     if page_server_port is not None:
         lines += ["page-server", "address 127.0.0.1", f"port {page_server_port}"]
+    if lazy:
+        lines.append("lazy-pages")
     _write(config, "\n".join(lines) + "\n", 0o600)
     return config
 

@@ -23,6 +23,8 @@ from ckpt.store.job import Job
 
 SHIM_DIR: Final = Path("/var/lib/ckpt/shim")
 POLL_S: Final = 0.003
+LAZY_FLAG: Final = "--lazy-pages"
+"""Of runc; it would else switch CRIU's own off, whatever the configuration file says."""
 UNDO_LIMIT_S: Final = 60.0
 _TAIL_BYTES: Final = 1 << 20
 _Failure = TypeVar("_Failure", bound=CkptError)
@@ -64,14 +66,19 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     return path
 
 
-def arm(job: Job, verb: str, images: Path, work: Path, *, page_server_port: int | None = None) -> None:
-    """Tell the shim what to do for this job: CRIU images in `images`, CRIU's logs and stats in `work`."""
+def arm(job: Job, verb: str, images: Path, work: Path, *, page_server_port: int | None = None, lazy: bool = False) -> None:
+    """Tell the shim what to do for this job: CRIU images in `images`, CRIU's logs and stats in `work`.
+
+    Args:
+        lazy: a restore leaves memory to CRIU's lazy-pages daemon. crun leaves it to CRIU's configuration file, runc must be told.
+    """
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     for marker in ("prepared", "abort"):
         (job.directory / marker).unlink(missing_ok=True)
     hold.set_aside(job.directory, "bundle", "runtime.exit")
-    config = hold.prepare(job.directory, page_server_port=page_server_port)
-    plan = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
+    config = hold.prepare(job.directory, page_server_port=page_server_port, lazy=lazy)
+    plan: dict[str, object] = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
+    plan["flags"] = {"runc": [LAZY_FLAG]} if lazy else {}
     part = job.directory / "shim.json.part"
     part.write_text(json.dumps(plan))
     part.rename(job.directory / "shim.json")

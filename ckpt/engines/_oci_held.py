@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from ckpt.criu import lazy
 from ckpt.engines import _hold
 from ckpt.engines._oci_bundle import BUNDLES, Stdio, cgroup_exists, cgroup_to_be, remove_bundle, remove_cgroup
 from ckpt.errors import BusyError, CkptError, RestoreFailed, StateUnknown
@@ -83,8 +84,8 @@ class OciRestore:
 
     def start(self, stage: Path, spec: dict[str, Any], config: dict[str, Any]) -> None:
         """Start the runtime's restore on the stage's CRIU images; `config` is its config.dump."""
-        _hold.arm(self.job, "restore", stage / "checkpoint", self.work)
         options, manifest = self.options, self.manifest
+        _hold.arm(self.job, "restore", stage / "checkpoint", self.work, lazy=options.lazy)
         tcp = manifest.tcp_established if options.tcp_established is None else options.tcp_established
         locks = manifest.file_locks if options.file_locks is None else options.file_locks
         shell = manifest.shell_job if options.shell_job is None else options.shell_job
@@ -92,6 +93,7 @@ class OciRestore:
         argv += ["--bundle", self.bundle, "--image-path", stage / "checkpoint", "--work-path", self.work]
         argv += ["--pid-file", self.job.directory / "init.pid"]
         argv += [*(["--tcp-established"] if tcp else []), *(["--file-locks"] if locks else []), *(["--shell-job"] if shell else [])]
+        argv += [_hold.LAZY_FLAG] if options.lazy and self.engine.name == "runc" else []
         argv += [self.container_id]
         cgroup = cgroup_to_be(self.engine.name, spec, self.container_id)
         if self.engine.name == "runc" and config.get("cgroupRoot"):
@@ -101,6 +103,8 @@ class OciRestore:
             stdin, stdout, stderr = self._stdio(stack, [entry for found in config.get("stdio") or [] if (entry := Stdio.parse(found))])
             env = {"CRIU_CONFIG_FILE": os.fspath(self.job.directory / "criu.conf")}
             self.job.write("oci-restore", oci_id=self.container_id, made_cgroup="" if cgroup_exists(cgroup) else cgroup)
+            if options.lazy:
+                lazy.wait_listening(self.job.directory, int(self.job.facts["keeper_pid"]))
             self.process = spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd=self.bundle, new_session=True)
         self.job.write("oci-restore", engine_pid=self.process.pid)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ckpt.criu import lazy
 from ckpt.engines import _hold
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
 from ckpt.host import traffic
@@ -176,6 +177,8 @@ class PodmanRestore:
         rootfs_ready(root)
         if self.options.name and Path(self.manifest.runtime or "").name == "runc":
             self._own_cgroup(spec)
+        if self.options.lazy:
+            lazy.wait_listening(directory, int(self.job.facts["keeper_pid"]))
         (directory / "prepared").touch()
         if not _hold.wait_for(self.job.held_path, self.process, limit):
             raise self.failed()

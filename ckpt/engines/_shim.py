@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 POLL_S = 0.002
 
@@ -85,7 +86,7 @@ def note(job: str, name: str, text: str) -> None:
     os.rename(path + ".part", path)
 
 
-def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: dict[str, str]) -> int:
+def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: dict[str, Any]) -> int:
     rest = [word for word in rest if word != "--leave-running"]
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
     os.makedirs(plan["images"], mode=0o700, exist_ok=True)
@@ -130,7 +131,7 @@ def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: dict
         return code or 1
 
 
-def restore(real: str, head: list[str], rest: list[str], job: str, plan: dict[str, str]) -> int:
+def restore(real: str, head: list[str], rest: list[str], job: str, plan: dict[str, Any]) -> int:
     bundle = option_value(rest, "--bundle") or option_value(rest, "-b") or os.getcwd()
     note(job, "bundle", json.dumps({"bundle": bundle, "pid": os.getpid(), "id": rest[-1] if rest else ""}))
     while not os.path.exists(os.path.join(job, "prepared")):
@@ -139,7 +140,8 @@ def restore(real: str, head: list[str], rest: list[str], job: str, plan: dict[st
             return 1
         time.sleep(POLL_S)
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
-    become(real, [*head, *rest])
+    flags = plan.get("flags", {}).get(os.path.basename(real), [])
+    become(real, [*head, *flags, *rest])
     return 127
 
 

@@ -58,7 +58,7 @@ class Podman:
         if os.geteuid() != 0:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
-        return Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True)
+        return Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True, lazy=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -188,7 +188,7 @@ class Podman:
             if not options.ignore_volumes:
                 attempt.make_volumes(volume_ready)
             self._pack_stub(stub, stage, manifest)
-            _hold.arm(job, "restore", stage / "checkpoint", work)
+            _hold.arm(job, "restore", stage / "checkpoint", work, lazy=options.lazy)
             attempt.start(stub)
             init_pid = attempt.hold(rootfs_ready)
         except BaseException:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ckpt.criu import features, hold, images, netlock, swrk, tree
+from ckpt.criu import features, hold, images, lazy, netlock, swrk, tree
 from ckpt.engines import _process_files
 from ckpt.engines._process_held import (
     SETTLE_LIMIT_S,
@@ -57,7 +57,7 @@ class ProcessEngine:
         facts = features.facts()
         if os.geteuid() != 0:
             return Capabilities(False, reason="needs root", version=facts.version)
-        return Capabilities(facts.working, reason=facts.reason, version=facts.version, runtimes=("criu",), hold=True, pages=True)
+        return Capabilities(facts.working, reason=facts.reason, version=facts.version, runtimes=("criu",), hold=True, pages=True, lazy=True)
 
     def containers(self) -> list[Container]:
         """Nothing: what is not named is no target (`--all` must never mean every process of a host)."""
@@ -184,15 +184,19 @@ class ProcessEngine:
         # The locks of a dump of this host are there already; after a failed restore they stay, for another try.
         locks = netlock.locks_of(checkpoint)
         plan(job, verb="restore", images=str(checkpoint), pids={}, locks=sorted(locks), done=False)
+        work = lazy.work_dir(job.directory)
+        work.mkdir(mode=0o700, exist_ok=True)
         request = swrk.Request(
             checkpoint,
-            job.directory,
+            work,
             "restore.log",
             tcp_established=manifest.tcp_established if options.tcp_established is None else options.tcp_established,
             file_locks=manifest.file_locks if options.file_locks is None else options.file_locks,
             shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
-            config_file=hold.prepare(job.directory),
+            config_file=hold.prepare(job.directory, lazy=options.lazy),
         )
+        if options.lazy:
+            lazy.wait_listening(job.directory, int(job.facts["keeper_pid"]))
         began_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
         operation = Operation("restore", job, options.timeout_s)
         try:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from ckpt.criu import lazy
 from ckpt.errors import (
     BusyError,
     CkptError,
@@ -45,6 +46,7 @@ _ERRORS: Final[dict[str, type[CkptError]]] = {
     "target": TargetNotFound,
     "state": BusyError,
     "name": BusyError,
+    "arriving memory": BusyError,
     "ports": BusyError,
     "addresses": BusyError,
     "volumes": BusyError,
@@ -64,7 +66,7 @@ _ERRORS: Final[dict[str, type[CkptError]]] = {
 }
 """The error that a finding becomes, by its check; all others are FeatureMissing."""
 
-_THERE: Final = frozenset(_ERRORS) - {"target", "state", "permission", "engine", "space"}
+_THERE: Final = frozenset(_ERRORS) - {"target", "state", "arriving memory", "permission", "engine", "space"}
 """Checks of `destination_findings`."""
 
 
@@ -194,6 +196,9 @@ def raise_on_error(name: str, findings: Sequence[Finding], *, to: str | None = N
 
 def _local(engine: Engine, container: Container, options: DumpOptions, kinds: OpenKinds | None) -> list[Finding]:
     found = [_state(container)]
+    if kinds is not None and lazy.arriving(kinds.pids):
+        hint = "wait until all of it is there: seconds, as a rule (ckpt restore --lazy)"
+        found.append(Finding("arriving memory", "error", "its memory is still arriving, and would be missing from the checkpoint", hint))
     if os.geteuid() != 0:
         found.append(Finding("permission", "error", "checkpointing needs root", "run it with sudo"))
     capabilities = engine.probe()

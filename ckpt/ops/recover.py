@@ -18,9 +18,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ckpt
+from ckpt.criu import lazy, tree
 from ckpt.engines import registry
 from ckpt.engines.base import Engine
 from ckpt.errors import CkptError
@@ -102,7 +103,8 @@ def settle(job: Job) -> str:
     """Bring a dead owner's job to its end; the caller has its lock. Idempotent.
 
     Returns:
-        "gone" (nothing was left), "undone", "finished", or "left" (a committed migration: for `--continue`).
+        "gone" (nothing was left), "undone", "finished", "lost" (a lazy restore whose memory did not all arrive), or "left" (a
+        committed migration: for `--continue`; or memory still arrives).
 
     Raises:
         CkptError: it could not be done now; the journal is unchanged, so that it can be tried again.
@@ -114,6 +116,11 @@ def settle(job: Job) -> str:
     if not kind or job.state in FINAL:
         remove(job)
         return "gone"
+    if job.state == "lost":
+        remove(job)
+        return "lost"
+    if job.state == "serving":
+        return _served(job)
     if committed(job):
         if kind == "migrate-source":
             return "left"
@@ -125,10 +132,15 @@ def settle(job: Job) -> str:
                 remove(job)
             return "left"
         _finish(job, kind, registry.by_name(str(facts.get("engine", ""))), facts)
+        if facts.get("lazy"):
+            job.write("serving", by="guard")
+            _served(job)  # what follows is its keeper's
+            return "finished"
         job.write("done", by="guard")
         remove(job)
         return "finished"
     registry.by_name(str(facts.get("engine", ""))).rollback(job)
+    lazy.end(job.directory)
     job.write("rolled-back", by="guard")
     keep_logs(job, str(facts.get("name", "")))
     remove(job)
@@ -159,6 +171,9 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
             if result in ("undone", "finished"):
                 what = "was undone" if result == "undone" else "was finished"
                 said.append(f"an interrupted {facts.get('kind')} of {facts.get('name')} {what}")
+            elif result == "lost":
+                what = "did not all arrive, so it was ended; its checkpoint is as it was, restore it again"
+                said.append(f"the memory of {facts.get('name')} (restored with --lazy) {what}: {facts.get('reason')}")
         except CkptError as error:
             said.append(f"an interrupted {job.facts.get('kind')} of {job.facts.get('name')} could not be settled: {error.message}")
         finally:
@@ -171,11 +186,39 @@ def close(job: Job, guard: Process | None) -> None:
     """End a job whose journal is final: its directory goes, and so does its guard."""
     remove(job)
     job.release()
+    _dismiss(guard)
+
+
+def hand_over(job: Job, guard: Process | None) -> None:
+    """Leave a job whose restore was lazy to the keeper of its memory; the guard goes."""
+    _dismiss(guard)
+    job.release()
+
+
+def _dismiss(guard: Process | None) -> None:
+    """End a guard that has nothing left to do; it would stay our zombie until we end."""
     if guard is not None:
-        # It has nothing left to do; without this it would stay our zombie until we end.
         with suppress(ProcessLookupError):
             guard.kill()
         guard.wait()
+
+
+def served(root: Path) -> list[dict[str, Any]]:
+    """The facts of the jobs whose restored workload still gets memory from its checkpoint."""
+    jobs = root / "jobs"
+    found = [Job(directory) for directory in (sorted(jobs.iterdir()) if jobs.is_dir() else [])]
+    return [job.facts for job in found if job.state == "serving" and lazy.running(job.directory)]
+
+
+def _served(job: Job) -> str:
+    """A lazy restore that nobody owns: left while its daemon runs; afterwards only what a dead keeper did not remove is left of it."""
+    facts = job.facts
+    keeper = tree.stat(int(facts.get("keeper_pid", 0)))
+    if lazy.running(job.directory) or (keeper is not None and keeper.alive and str(job.directory) in tree.argv(keeper.pid)):
+        return "left"
+    job.write("done", by="sweep")
+    remove(job)
+    return "gone"
 
 
 def remove(job: Job) -> None:

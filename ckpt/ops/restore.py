@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from ckpt.archive import layout
+from ckpt.criu import lazy as memory
+from ckpt.criu import tree
 from ckpt.engines import registry
 from ckpt.engines.base import HeldRestore
 from ckpt.engines.registry import NamedEngine
@@ -20,7 +22,7 @@ from ckpt.errors import BusyError, CkptError, EngineUnavailable, NoSpace, Restor
 from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, proof, recover
+from ckpt.ops import faults, lazy, proof, recover
 from ckpt.ops.import_ import unpack
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
@@ -36,6 +38,10 @@ class Source:
     manifest: Manifest
     checkpoint: Checkpoint | None = None
     verified: bool = False
+    lease_fd: int = -1
+    """The lock that keeps the stage; a lazy restore hands it on."""
+    draft: bool = False
+    """The stage is a draft: whoever needs it last removes it."""
 
     @property
     def remains(self) -> str:
@@ -96,15 +102,20 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
+    if options.lazy:
+        if not can.lazy:
+            raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
+        memory.require()
     old = _in_the_way(engine, manifest, options, source)
     if not source.verified:
         began = time.monotonic()
         emit(StepStarted(source.label, "verify"))
         if manifest.digests:
-            layout.check_digests(source.stage, manifest)
+            # Of a lazy restore the keeper reads the memory pages, while the daemon does.
+            layout.check_digests(source.stage, manifest, only=_not_pages if options.lazy else None)
         else:
             layout.require_members(source.stage)
-        emit(StepDone(source.label, "verify", "digests equal" if manifest.digests else "no digests in it", time.monotonic() - began))
+        emit(StepDone(source.label, "verify", _verified(manifest, options), time.monotonic() - began))
     faults.point("verified")
     job = Job.create(
         root,
@@ -128,7 +139,11 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
         raise attempt.undo(error) from error
     if keep:
         recover.keep_logs(job, source.label)
-    recover.close(job, guard)
+    if attempt.keeper is None:
+        recover.close(job, guard)
+    else:
+        recover.hand_over(job, guard)
+        attempt.keeper.serve()
     return Outcome(source.label, True, source.checkpoint, container, warnings=tuple(attempt.warnings), stats=attempt.stats)
 
 
@@ -143,6 +158,7 @@ class _Attempt:
         self.guard = guard
         self.emit = emit
         self.held: HeldRestore | None = None
+        self.keeper: lazy.Keeper | None = None
         self.warnings: list[str] = []
         self.stats: dict[str, float | int | str] = {}
         self.committed = False
@@ -168,12 +184,21 @@ class _Attempt:
                 self.warn(rootfs.apply_tree(tar, directory, empty=True))
 
         chosen = _as_dumped(options, manifest)
+        if options.lazy:
+            verify = bool(manifest.digests) and not self.source.verified
+            self.keeper = lazy.Keeper(self.job, stage, lease_fd=self.source.lease_fd, draft=self.source.draft, verify=verify)
+            self.stats["lazy"] = True
+            faults.point("lazy-started")
         self.held = self.engine.restore(stage, manifest, chosen, self.job, rootfs_ready=rootfs_ready, volume_ready=volume_ready)
-        self.job.write("held")
+        self.job.write("held", **_identity(self.held.init_pid))
         faults.point("restored")
         proof.check(self.held, manifest)
+        if self.keeper is not None:
+            if not tree.stat(self.held.init_pid):
+                raise RestoreFailed(f"{manifest.name}: its first process is not known, so nobody could end it if its memory did not arrive")
+            self.keeper.check()
         self.stats["restore_s"] = round(time.monotonic() - began, 6)
-        self.emit(StepDone(self.source.label, "restore", _count(manifest), time.monotonic() - began))
+        self.emit(StepDone(self.source.label, "restore", _count(manifest, options), time.monotonic() - began))
 
     def release(self) -> Container:
         """Let it run: from here on nothing is undone."""
@@ -183,7 +208,8 @@ class _Attempt:
             self.committed = True
             faults.point("restore-commit")
             container = self.held.resume()
-            self.job.write("done", container_id=container.id)
+            self.job.write("serving" if self.keeper else "done", container_id=container.id)
+            faults.point("resumed")
         self.emit(Thawed(self.source.label, max(0.0, time.time() - self.source.manifest.created_s)))
         return container
 
@@ -201,6 +227,8 @@ class _Attempt:
                     held.abort()
                 elif not isinstance(error, CkptError):
                     self.engine.rollback(self.job)
+                if self.keeper is not None:
+                    self.keeper.abort()
             except CkptError as worse:
                 self.job.write("failed", error=worse.message)
                 self.job.release()  # the guard goes on trying
@@ -223,8 +251,9 @@ class _Attempt:
 
 
 def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
-    with catalog.lease(checkpoint) as stage:
-        return bring_back(Source(label, stage, checkpoint.manifest, checkpoint), options, catalog.root, emit, keep=keep)
+    with catalog.lease_fd(checkpoint) as fd:
+        source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd)
+        return bring_back(source, options, catalog.root, emit, keep=keep)
 
 
 def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
@@ -235,7 +264,12 @@ def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit
         stack.callback(draft.discard)
         with path.open("rb") as file:
             manifest = unpack(file, draft, str(path), emit, path.stat().st_size)
-        return bring_back(Source(str(path), draft.stage, manifest, verified=True), options, catalog.root, emit, keep=keep)
+        source = Source(str(path), draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
+        outcome = bring_back(source, options, catalog.root, emit, keep=keep)
+        if options.lazy:
+            stack.pop_all()  # the keeper removes it
+            draft.close()
+        return outcome
 
 
 def _choose(catalog: Catalog, refs: Sequence[str], *, all: bool, latest: bool) -> tuple[list[tuple[str, Checkpoint]], list[Outcome]]:
@@ -310,6 +344,23 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return failure(label, error)
 
 
-def _count(manifest: Manifest) -> str:
+def _identity(pid: int) -> dict[str, int]:
+    """The first process of a restored tree, for the journal: should its memory not arrive, it is ended."""
+    found = tree.stat(pid) if pid else None
+    return {"restored_pid": pid, "restored_ticks": found.start_ticks} if found else {}
+
+
+def _not_pages(name: str) -> bool:
+    return not layout.is_pages(name)
+
+
+def _verified(manifest: Manifest, options: RestoreOptions) -> str:
+    if not manifest.digests:
+        return "no digests in it"
+    return "digests equal, memory is compared while it arrives" if options.lazy else "digests equal"
+
+
+def _count(manifest: Manifest, options: RestoreOptions) -> str:
     number = len(manifest.processes)
-    return f"{number} process{'' if number == 1 else 'es'}" if number else ""
+    found = [f"{number} process{'' if number == 1 else 'es'}"] if number else []
+    return ", ".join([*found, *(["its memory follows"] if options.lazy else [])])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckpt.errors import CkptError, UsageError
+from ckpt.errors import BusyError, CkptError, UsageError
 from ckpt.events import Emit
 from ckpt.model import Checkpoint
+from ckpt.ops import recover
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT
@@ -36,8 +37,19 @@ def rm(refs: Sequence[str], *, all: bool = False, store_root: Path = DEFAULT_ROO
         return outcomes  # a mistyped name: nothing is removed
     for label, checkpoint in chosen.values():
         try:
-            catalog.remove(checkpoint)
+            _remove(catalog, checkpoint)
             outcomes.append(Outcome(label, True, checkpoint, stats={"size_bytes": checkpoint.manifest.size_bytes}))
         except CkptError as error:
             outcomes.append(failure(label, error))
     return outcomes
+
+
+def _remove(catalog: Catalog, checkpoint: Checkpoint) -> None:
+    try:
+        catalog.remove(checkpoint)
+    except BusyError as error:
+        for facts in recover.served(catalog.root):
+            if facts.get("lazy", {}).get("stage") == str(checkpoint.directory):
+                error.message = f"{checkpoint.ref} is in use: the memory of {facts.get('name')} is still arriving from it"
+                error.hint = "wait until all of it is there: seconds, as a rule (ckpt restore --lazy)"
+        raise

@@ -89,6 +89,10 @@ class Draft:
         """Let readers in, still no remover (the step before a checkpoint appears)."""
         fcntl.flock(self._fd, fcntl.LOCK_SH)
 
+    def fileno(self) -> int:
+        """The lock's descriptor: a process that inherits it keeps the draft alive after us."""
+        return self._fd
+
     def close(self) -> None:
         """Give the lock back (also done by the kernel when the owner dies)."""
         if self._fd >= 0:
@@ -248,12 +252,22 @@ class Catalog:
         Raises:
             TargetNotFound: it is gone.
         """
+        with self.lease_fd(checkpoint):
+            yield checkpoint.directory
+
+    @contextmanager
+    def lease_fd(self, checkpoint: Checkpoint) -> Iterator[int]:
+        """`lease`, as the lock's descriptor: a process that inherits it keeps the lease after us.
+
+        Raises:
+            TargetNotFound: it is gone.
+        """
         try:
             fd = _lock_directory(checkpoint.directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (FileNotFoundError, BlockingIOError):
             raise TargetNotFound(f"{checkpoint.ref} is no longer in the store") from None
         try:
-            yield checkpoint.directory
+            yield fd
         finally:
             os.close(fd)
 

@@ -1,0 +1,271 @@
+"""The keeper of a lazy restore: a small process of its own session that outlives ckpt while the restored memory arrives.
+
+It starts CRIU's lazy-pages daemon for a restore and waits for ckpt's word on its standard input: "0", the tree runs, serve it; "1",
+the restore was undone. Without a word (ckpt died) the journal decides, as it does for CRIU's action-script: committed, go on.
+
+Serving, it holds the lease on the checkpoint (the daemon holds it too, so it outlives a killed keeper), compares the digests of the
+memory pages, which the restore did not wait for, and owns the job, whose journal says `serving`. When all memory is there it
+removes the job, and the draft when the checkpoint was unpacked for this one restore.
+
+When the daemon fails, or a page file is damaged, the tree is *ended* before it can compute with memory that it never had. The
+checkpoint stays in the store, the journal says `lost`, and the next command tells it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import ckpt
+from ckpt.criu import action, lazy, tree
+from ckpt.errors import CkptError
+from ckpt.host import run
+from ckpt.store.job import Job
+
+FOLLOW_S: Final = 0.05
+"""A task whose memory is complete may have to wait this long once, for our copy of its descriptor to be closed."""
+ABORT_LIMIT_S: Final = 30.0
+_BODY: Final = (
+    "import sys; p = sys.argv[1]; sys.path.count(p) or sys.path.insert(0, p); "
+    "from ckpt.ops.lazy import keeper_main; sys.exit(keeper_main(sys.argv[2]))"
+)
+
+
+class Keeper:
+    """ckpt's end: the keeper of one restore."""
+
+    def __init__(self, job: Job, stage: Path, *, lease_fd: int, draft: bool, verify: bool) -> None:
+        """Start it; the daemon is on its way (`criu.lazy.wait_listening`).
+
+        Args:
+            lease_fd: the lock on the checkpoint; the keeper and the daemon keep it until they end.
+            draft: the stage is a draft, to be removed in the end.
+            verify: compare the digests of the memory pages with the manifest.
+
+        Raises:
+            CommandFailed, OSError: it cannot be started.
+        """
+        self._job = job
+        lazy.work_dir(job.directory).mkdir(mode=0o700, exist_ok=True)
+        job.write("lazy", lazy={"stage": str(stage), "fd": lease_fd, "draft": draft, "verify": verify})
+        parent = str(Path(ckpt.__file__).resolve().parent.parent)
+        argv = [sys.executable or "/usr/bin/python3", "-I", "-c", _BODY, parent, str(job.directory)]
+        with open(job.directory / "keeper.log", "ab") as log:
+            self._process = run.spawn(argv, stdin=run.PIPE, stderr=log, cwd="/", pass_fds=(lease_fd,), new_session=True)
+        job.write("lazy", keeper_pid=self._process.pid)
+
+    def check(self) -> None:
+        """Raise RestoreFailed when the daemon is no longer there to serve."""
+        lazy.check(self._job.directory, self._process.pid)
+
+    def serve(self) -> None:
+        """The tree runs, and the job is free: from here on it is the keeper's."""
+        self._say(b"0")
+
+    def abort(self) -> None:
+        """The restore was undone: the daemon goes, and so does the keeper. Never raises."""
+        self._say(b"1")
+        with suppress(Exception):  # subprocess.TimeoutExpired, whose module is not imported here
+            self._process.wait(ABORT_LIMIT_S)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        lazy.end(self._job.directory)
+
+    def _say(self, word: bytes) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it is dead: the sweep of the next command settles the job
+            self._process.stdin.write(word)
+            self._process.stdin.close()
+
+
+def keeper_main(directory: str) -> int:
+    """The body of a keeper. Returns an exit status."""
+    # Ignored by the daemon too, which inherits it: only SIGKILL takes the memory away.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    job = Job(Path(directory))
+    try:
+        # Kept open: it can still be read when the job's directory has been removed.
+        journal = open(job.directory / "journal.jsonl")
+    except FileNotFoundError:
+        return 0
+    with journal:
+        plan = _facts(journal)["lazy"]
+        stage = Path(plan["stage"])
+        try:
+            return _keep(_Served(job, journal, stage, bool(plan["verify"])), int(plan["fd"]))
+        finally:
+            if plan["draft"]:
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+@dataclass(slots=True)
+class _Served:
+    """What a keeper works for."""
+
+    job: Job
+    journal: IO[str]
+    stage: Path
+    verify: bool
+    damage: str = ""
+    """What the comparison of the digests found."""
+
+    @property
+    def committed(self) -> bool:
+        self.journal.seek(0)
+        return action.reached_commit(self.journal)
+
+    @property
+    def root(self) -> tuple[int, int]:
+        """The first process of the tree and its start; (0, 0) while it is not known."""
+        facts = _facts(self.journal)
+        return int(facts.get("restored_pid", 0)), int(facts.get("restored_ticks", 0))
+
+    def alive(self) -> bool:
+        pid, ticks = self.root
+        return pid > 0 and tree.same(pid, ticks)
+
+    def end(self) -> None:
+        """Kill the tree."""
+        pid, ticks = self.root
+        if not self.alive():
+            return
+        for member in reversed(tree.pids(pid)):
+            with suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+        while tree.same(pid, ticks):
+            select.select([], [], [], lazy.POLL_S)
+
+    def compare(self) -> None:
+        """Compare the pages with the manifest's digests."""
+        from ckpt.archive import layout, manifest
+        from ckpt.errors import DigestMismatch
+
+        try:
+            found = manifest.loads((self.stage / layout.MANIFEST).read_bytes())
+            layout.check_digests(self.stage, found, only=layout.is_pages)
+        except DigestMismatch as error:
+            self.damage = error.message
+        except (CkptError, OSError) as error:
+            self.damage = f"its memory in the checkpoint cannot be read: {error}"
+
+
+def _keep(served: _Served, lease_fd: int) -> int:
+    directory = served.job.directory
+    try:
+        daemon = lazy.Daemon(served.stage / "checkpoint", lazy.work_dir(directory), (lease_fd,))
+    except (CkptError, run.CommandFailed, OSError) as error:
+        lazy.mark_failed(directory, str(error))
+        return 1
+    try:
+        if not daemon.wait_listening():
+            lazy.mark_failed(directory, "CRIU's lazy-pages daemon did not start")
+            return 1
+        lazy.mark_ready(directory, daemon)
+        if not _wanted(served, daemon):
+            return 0
+        lost = _serve(served, daemon)
+    except Exception as error:
+        # Whatever it is: the daemon ends with us, so a tree that runs must end before.
+        lost = str(error) or type(error).__name__
+        if not served.committed:
+            with suppress(OSError):  # the directory may be gone, with the restore
+                lazy.mark_failed(directory, lost)
+            return 1
+        served.end()
+    finally:
+        daemon.end()
+    _close(served, lost)
+    return 1 if lost else 0
+
+
+def _wanted(served: _Served, daemon: lazy.Daemon) -> bool:
+    """Wait for ckpt's word, or its end; whether the tree runs."""
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    poller.register(daemon.pidfd, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poller.poll(1000 * FOLLOW_S)}
+        if 0 in ready:
+            word = os.read(0, 1)
+            return word == b"0" or (not word and served.committed)
+        if daemon.pidfd in ready:
+            poller.unregister(daemon.pidfd)
+            if daemon.status:
+                lazy.mark_failed(served.job.directory, _ended(daemon))
+                if served.committed:
+                    served.end()
+                daemon.let_go()  # a restore that still waits for a page comes to its end, and is refused by `Keeper.check`
+        else:
+            daemon.follow()
+
+
+def _serve(served: _Served, daemon: lazy.Daemon) -> str:
+    """Wait until all memory is there and the same as in the manifest. "" or what went wrong; then the tree has been ended."""
+    comparison = threading.Thread(target=served.compare, daemon=True)
+    if served.verify:
+        comparison.start()
+    poller = select.poll()
+    poller.register(daemon.pidfd, select.POLLIN)
+    while daemon.status is None and not served.damage:
+        if not poller.poll(1000 * FOLLOW_S):
+            daemon.follow()
+    if daemon.status == 0:
+        daemon.let_go()
+        while comparison.is_alive() and served.alive():
+            comparison.join(FOLLOW_S)
+    reason = served.damage or (_ended(daemon) if daemon.status else "")
+    if not reason or not served.alive():
+        return ""
+    served.end()
+    return reason
+
+
+def _close(served: _Served, lost: str) -> None:
+    """Bring the job to its end: ckpt, or the guard that took its place, gives it free."""
+    from ckpt.ops import recover
+
+    job = served.job
+    try:
+        job.acquire(wait=True)
+    except OSError:
+        job.release()
+        return
+    try:
+        if lost:
+            job.write("lost", reason=lost)
+            recover.keep_logs(job, str(job.facts.get("name", "")))
+        else:
+            job.write("done", by="keeper")
+            recover.remove(job)
+    finally:
+        job.release()
+
+
+def _ended(daemon: lazy.Daemon) -> str:
+    status = daemon.status or 0
+    if status < 0:
+        return f"CRIU's lazy-pages daemon was ended by signal {-status}"
+    return f"CRIU's lazy-pages daemon failed: {daemon.last_words() or f'status {status}'}"
+
+
+def _facts(journal: IO[str]) -> dict[str, Any]:
+    """All facts of all lines, later ones winning; a torn last line is left out."""
+    journal.seek(0)
+    merged: dict[str, Any] = {}
+    for line in journal:
+        try:
+            merged.update(json.loads(line))
+        except ValueError:
+            break
+    return merged
