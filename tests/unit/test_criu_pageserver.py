@@ -143,9 +143,10 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
 def test_a_dump(session: Session, version: str, last: int) -> None:
     tap = session.tap(version, parents=(SHMEM,))
     one, two = os.urandom(3 * PAGE), os.urandom(PAGE)
+    held = []  # FORCE_CLOSE ends it even though somebody holds the connection open
 
     def dump() -> None:
-        criu = Criu(tap, version)
+        held.append(criu := Criu(tap, version))
         assert criu.parent(PID) == 0 and criu.parent(SHMEM) == 1
         assert criu.open(PID) is False
         criu.add(PID, 5 * PAGE, one)
