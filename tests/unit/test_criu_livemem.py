@@ -245,6 +245,17 @@ def test_shared_memory_is_left_to_the_final_dump(child: Child, live: LiveMemory)
     steps = list(seen_ranges(live, DigestTable()))
     assert pages_in(steps, shared, 20) == pages_in(steps, memfd, 20) == (set(), set())
     assert pages_in(steps, both, 20) == ({2}, set())
+    assert [at for at in (shared, memfd, both) if any(r.start <= at < r.end for r in private_regions(child.pid))] == [both]
+
+
+def test_droppable_memory_is_left_out_as_criu_does(child: Child) -> None:
+    """As memory with any flag of that list; hugetlb pages and device memory are not to be had in every lab."""
+    child.do("at = libc.mmap(None, 20 * P, 3, 0x28, -1, 0)")  # MAP_DROPPABLE | MAP_ANONYMOUS, Linux 6.11
+    if child.do("at == 2**64 - 1 and 1"):
+        pytest.skip("this kernel has no droppable memory")
+    at = child.do("at + 0")
+    child.do("fills(at, 20)")
+    assert [r for r in private_regions(child.pid) if r.start <= at < r.end] == []
 
 
 def test_the_kernels_own_mappings_are_left_out(child: Child) -> None:
@@ -480,10 +491,10 @@ def test_between_can_end_the_scan(child: Child, live: LiveMemory) -> None:
 
 
 def test_pages_that_vanish_while_they_are_read(child: Child) -> None:
-    at = child.do("at = map(40); fills(at, 40); libc.munmap(at + 10 * P, 2 * P, 0); libc.munmap(at + 20 * P, P, 0)")
+    at = child.do("at = map(40); fills(at, 40); libc.munmap(at + 10 * P, 3 * P, 0); libc.munmap(at + 20 * P, P, 0)")
     buffer = Buffer(64)
     spans = [Span(at, 15), Span(at + 18 * PAGE, 3), Span(at + 30 * PAGE, 10)]
-    want = [Span(at, 10), Span(at + 12 * PAGE, 3), Span(at + 18 * PAGE, 2), Span(at + 30 * PAGE, 10)]
+    want = [Span(at, 10), Span(at + 13 * PAGE, 2), Span(at + 18 * PAGE, 2), Span(at + 30 * PAGE, 10)]
     memory = os.open(f"/proc/{child.pid}/mem", os.O_RDONLY)
     try:
         for forced in (-1, memory):
@@ -523,6 +534,17 @@ def test_many_single_pages(child: Child, ioctl: bool) -> None:
     assert Seen(live.scan(table), at, pages).changed == {n: n % 251 + 1 for n in range(0, pages, 2)}
     child.do("put(at, 4000, 0xFE)")
     assert Seen(live.scan(table), at, pages).changed == {4000: 0xFE}
+
+
+def test_few_pages_far_apart(child: Child, ioctl: bool) -> None:
+    """At the edges of what is looked at in one go."""
+    at = child.do("at = map(4 * 4096); [put(at, n, 1) for n in (0, 2 * 4096, 4 * 4096 - 1)]")
+    way, found, here = PageMap(child.pid, ioctl=ioctl), list[int](), at
+    while here < at + 4 * 4096 * PAGE:
+        spans, here = way.own_pages(here, at + 4 * 4096 * PAGE, 100)
+        found += [(span.vaddr - at) // PAGE + n for span in spans for n in range(span.page_count)]
+    way.close()
+    assert found == [0, 2 * 4096, 4 * 4096 - 1]
 
 
 def test_both_ways_to_find_pages_agree(child: Child, tmp_path: Path) -> None:
