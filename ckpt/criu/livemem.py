@@ -37,6 +37,9 @@ RUN_BYTES: Final = 1 << 20
 _LISTINGS: Final = 4
 """How often a scan looks for processes that appeared since it began: something that forks without end must not keep it."""
 
+_PINNED: Final = 64
+"""Processes that are pinned at a time: a descriptor each."""
+
 
 class Run(NamedTuple):
     """Pages that the other end does not hold as they are now.
@@ -133,14 +136,18 @@ class LiveMemory:
             fresh = [pid for pid in self._pids() if pid not in seen]
             if not fresh:
                 break
-            for pid in fresh:
-                seen.add(pid)
-                with contextlib.suppress(ProcessLookupError, FileNotFoundError), _Process(pid, ioctl=self._ioctl) as process:
-                    # The pid may have gone to a stranger since it was listed. Now the process is pinned: is it (still) one of ours?
-                    if process.image_id not in images and pid in self._pids():
-                        images.add(process.image_id)
-                        self.statistics.processes += 1
-                        yield from self._process(process, table, between)
+            seen.update(fresh)
+            for at in range(0, len(fresh), _PINNED):
+                with contextlib.ExitStack() as stack:
+                    pins = {pid: pin for pid in fresh[at : at + _PINNED] if (pin := _pin(stack, pid)) is not None}
+                    # A pid may have gone to a stranger since it was listed. Now the processes are pinned: are they (still) ours?
+                    ours = set(self._pids()) if pins else set()
+                    for pid in [pid for pid in pins if pid in ours]:
+                        with contextlib.suppress(ProcessLookupError, FileNotFoundError), _Process(pid, pins[pid], ioctl=self._ioctl) as process:
+                            if process.image_id not in images:
+                                images.add(process.image_id)
+                                self.statistics.processes += 1
+                                yield from self._process(process, table, between)
         for image in self._images - images:
             table.drop(image)
         self._images = images
@@ -193,14 +200,23 @@ class LiveMemory:
         sweep.end()
 
 
-class _Process:
-    """One process, pinned: when it ends and its pid goes to another one, `check` and all reading fail with ProcessLookupError."""
+def _pin(stack: contextlib.ExitStack, pid: int) -> int | None:
+    """A pidfd, closed with the stack; None when there is no such process."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    stack.callback(os.close, pidfd)
+    return pidfd
 
-    def __init__(self, pid: int, *, ioctl: bool) -> None:
+
+class _Process:
+    """One process, pinned by its pidfd: when it ended and its pid went to another one, `check` fails with ProcessLookupError."""
+
+    def __init__(self, pid: int, pidfd: int, *, ioctl: bool) -> None:
         self.pid = pid
+        self._pidfd = pidfd
         with contextlib.ExitStack() as stack:
-            self._pidfd = os.pidfd_open(pid)
-            stack.callback(os.close, self._pidfd)
             self._pagemap = PageMap(pid, ioctl=ioctl)
             stack.callback(self._pagemap.close)
             self.image_id = image_of_pid(innermost_pid(pid))

@@ -116,7 +116,7 @@ class PageMap:
         os.close(self._fd)
 
     def own_pages(self, start: int, end: int, limit: int) -> tuple[list[Span], int]:
-        """At most `limit` own pages of [start, end), ascending, as at most 1024 spans, and the address at which to look further.
+        """At most `limit` own pages of [start, end), ascending, and the address at which to look further.
 
         They may be gone, or others there, by the time they are read.
         """
@@ -145,7 +145,7 @@ class PageMap:
 
 
 def _own(words: memoryview, start: int, limit: int, zero: int) -> tuple[list[Span], int]:
-    """The own pages among pagemap words (that of `start` first), and how many words were looked at until the limits were met."""
+    """The own pages among pagemap words (that of `start` first), and how many words were looked at until the limit was met."""
     spans: list[Span] = []
     first, total = -1, 0
     for at, word in enumerate(words):
@@ -157,7 +157,7 @@ def _own(words: memoryview, start: int, limit: int, zero: int) -> tuple[list[Spa
             if first >= 0:
                 spans.append(Span(start + first * PAGE, at - first))
                 first = -1
-            if total >= limit or len(spans) >= _IOV_MAX:
+            if total >= limit:
                 return spans, at
     if first >= 0:
         spans.append(Span(start + first * PAGE, len(words) - first))

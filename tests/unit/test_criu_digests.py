@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 import tracemalloc
 
 import pytest
@@ -112,12 +113,14 @@ def test_against_a_dictionary() -> None:
         assert table.known_pages == len(model)
 
 
-def test_forgetting_a_terabyte_is_quick_and_spares_its_neighbours() -> None:
+def test_forgetting_many_terabytes_is_quick_and_spares_its_neighbours() -> None:
     table = DigestTable()
-    far = BASE + (1 << 40)
+    far = BASE + (64 << 40)
     for vaddr in (BASE - PAGE, BASE, far - PAGE, far):
         table.compare_and_update(IMAGE, vaddr, pages(1))
+    began = time.perf_counter()
     table.forget(IMAGE, BASE, far)
+    assert time.perf_counter() - began < 1
     known = [vaddr for vaddr in (BASE - PAGE, BASE, far - PAGE, far) if not table.compare(IMAGE, vaddr, pages(1))[0].changed]
     assert known == [BASE - PAGE, far]
 

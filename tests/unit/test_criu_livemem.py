@@ -17,7 +17,7 @@ import pytest
 from ckpt.criu.digests import DigestTable, image_of_pid
 from ckpt.criu.livemem import RUN_BYTES, LiveMemory, Run, Unchanged
 from ckpt.errors import PermissionDenied
-from ckpt.host.procmem import PAGE, Buffer, PageMap, Span, private_regions, scan_excludes
+from ckpt.host.procmem import PAGE, Buffer, PageMap, Span, private_regions, scan_excludes, zero_page_frame
 
 PRELUDE = """
 import ctypes, gc, os, sys
@@ -229,7 +229,9 @@ def test_of_a_private_file_mapping_only_the_copied_pages(child: Child, live: Liv
     assert (second.changed, second.unchanged) == ({4: 0x44}, {3})
 
 
-def test_the_zero_page_is_no_page_but_a_page_of_zeros_is(child: Child, live: LiveMemory) -> None:
+def test_the_zero_page_is_no_page_but_a_page_of_zeros_is(child: Child, live: LiveMemory, ioctl: bool) -> None:
+    if not ioctl and zero_page_frame() < 0:
+        pytest.skip("only root sees which page is the zero page")
     at = child.do("at = map(20); ctypes.string_at(at, 20 * P)")
     child.do("put(at, 7, 0)")
     table = DigestTable()
@@ -245,6 +247,17 @@ def test_shared_memory_is_left_to_the_final_dump(child: Child, live: LiveMemory)
     steps = list(seen_ranges(live, DigestTable()))
     assert pages_in(steps, shared, 20) == pages_in(steps, memfd, 20) == (set(), set())
     assert pages_in(steps, both, 20) == ({2}, set())
+    assert [at for at in (shared, memfd, both) if any(r.start <= at < r.end for r in private_regions(child.pid))] == [both]
+
+
+def test_droppable_memory_is_left_out_as_criu_does(child: Child) -> None:
+    """As memory with any flag of that list; hugetlb pages and device memory are not to be had in every lab."""
+    child.do("at = libc.mmap(None, 20 * P, 3, 0x28, -1, 0)")  # MAP_DROPPABLE | MAP_ANONYMOUS, Linux 6.11
+    if child.do("at == 2**64 - 1 and 1"):
+        pytest.skip("this kernel has no droppable memory")
+    at = child.do("at + 0")
+    child.do("fills(at, 20)")
+    assert [r for r in private_regions(child.pid) if r.start <= at < r.end] == []
 
 
 def test_the_kernels_own_mappings_are_left_out(child: Child) -> None:
@@ -400,6 +413,25 @@ def test_a_stranger_with_a_listed_pid_is_not_read(child: Child) -> None:
     assert list(live.scan(DigestTable())) == [] and live.statistics.processes == 0
 
 
+def test_many_processes_are_not_listed_for_each_of_them() -> None:
+    """A listing looks at every process of the tree."""
+    sleepers = [subprocess.Popen(["sleep", "60"]) for _ in range(70)]
+    try:
+        listings: list[int] = []
+
+        def pids() -> list[int]:
+            listings.append(1)
+            return [sleeper.pid for sleeper in sleepers]
+
+        live = LiveMemory(pids)
+        assert {step.pid for step in live.scan(DigestTable())} == set(pids())
+        assert live.statistics.processes == 70 and len(listings) <= 5
+    finally:
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.wait()
+
+
 def test_what_was_read_by_a_pid_that_changed_hands_is_thrown_away(child: Child, live: LiveMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading goes by pid. Between finding and reading, ours ended and was reaped, and another process got the number."""
 
@@ -480,10 +512,10 @@ def test_between_can_end_the_scan(child: Child, live: LiveMemory) -> None:
 
 
 def test_pages_that_vanish_while_they_are_read(child: Child) -> None:
-    at = child.do("at = map(40); fills(at, 40); libc.munmap(at + 10 * P, 2 * P, 0); libc.munmap(at + 20 * P, P, 0)")
+    at = child.do("at = map(40); fills(at, 40); libc.munmap(at + 10 * P, 3 * P, 0); libc.munmap(at + 20 * P, P, 0)")
     buffer = Buffer(64)
     spans = [Span(at, 15), Span(at + 18 * PAGE, 3), Span(at + 30 * PAGE, 10)]
-    want = [Span(at, 10), Span(at + 12 * PAGE, 3), Span(at + 18 * PAGE, 2), Span(at + 30 * PAGE, 10)]
+    want = [Span(at, 10), Span(at + 13 * PAGE, 2), Span(at + 18 * PAGE, 2), Span(at + 30 * PAGE, 10)]
     memory = os.open(f"/proc/{child.pid}/mem", os.O_RDONLY)
     try:
         for forced in (-1, memory):
@@ -525,9 +557,20 @@ def test_many_single_pages(child: Child, ioctl: bool) -> None:
     assert Seen(live.scan(table), at, pages).changed == {4000: 0xFE}
 
 
+def test_few_pages_far_apart(child: Child, ioctl: bool) -> None:
+    """At the edges of what is looked at in one go."""
+    at = child.do("at = map(4 * 4096); [put(at, n, 1) for n in (0, 2 * 4096, 4 * 4096 - 1)]")
+    way, found, here = PageMap(child.pid, ioctl=ioctl), list[int](), at
+    while here < at + 4 * 4096 * PAGE:
+        spans, here = way.own_pages(here, at + 4 * 4096 * PAGE, 100)
+        found += [(span.vaddr - at) // PAGE + n for span in spans for n in range(span.page_count)]
+    way.close()
+    assert found == [0, 2 * 4096, 4 * 4096 - 1]
+
+
 def test_both_ways_to_find_pages_agree(child: Child, tmp_path: Path) -> None:
-    if not scan_excludes():
-        pytest.skip("this kernel has no PAGEMAP_SCAN")
+    if not scan_excludes() or zero_page_frame() < 0:
+        pytest.skip("this kernel has no PAGEMAP_SCAN, or does not show frame numbers")
     (tmp_path / "file").write_bytes(os.urandom(PAGE * 50))
     child.do("at = map(9000); [put(at, n * n % 9000, 1) for n in range(4000)]; ctypes.string_at(at + 5000 * P, 100 * P)")
     child.do(f"fd = os.open({str(tmp_path / 'file')!r}, 0); f = map(50, flags=2, fd=fd); ctypes.string_at(f, 50 * P); put(f, 20, 1)")
