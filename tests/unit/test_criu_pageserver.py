@@ -283,6 +283,26 @@ def test_a_comparison_with_gaps_is_a_bug(session: Session, runs: list[tuple[int,
         tap.readinto(bytearray(1))
 
 
+def test_what_came_is_not_held_back(session: Session) -> None:
+    tap = session.tap()
+    whole = threading.Event()
+
+    def dump() -> None:
+        criu = Criu(tap, NEW)
+        criu.open(PID)
+        criu.send(criu.header(ADD_F, PID, 0, 1, PE_PRESENT) + b"half" * 512)
+        assert whole.wait(10), "the reader waits for a full buffer"
+        criu.send(b"rest" * 512)
+        criu.end()
+
+    session.run(dump)
+    buffer, got = bytearray(1 << 20), 0
+    while got < 2 * HEADER.size + 2048:
+        got += tap.readinto(buffer)
+    whole.set()
+    read_all(tap)
+
+
 # ---------------------------------------------------------------- what breaks
 
 
