@@ -195,11 +195,11 @@ class ProcessEngine:
             shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
             config_file=hold.prepare(job.directory, lazy=options.lazy),
         )
-        if options.lazy:
-            lazy.wait_listening(job.directory, int(job.facts["keeper_pid"]))
         began_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
         operation = Operation("restore", job, options.timeout_s)
         try:
+            if options.lazy:
+                lazy.wait_listening(job.directory, int(job.facts["keeper_pid"]))
             operation.start(lambda on_notify, limit: swrk.restore(request, on_notify=on_notify, limit=limit))
         except BaseException as error:
             # CRIU kills what it made when it fails. Not so when it was killed itself: then the new processes are its own.
