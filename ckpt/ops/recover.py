@@ -295,11 +295,16 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
     job.decide("0")
     traffic.unblock(job.directory)
     wanted = kind == "restore"
-    identity = str(facts.get("new_container_id") or facts.get("container_id") or "")
+    name, identity = str(facts.get("name", "")), str(facts.get("new_container_id") or facts.get("container_id") or "")
+
+    def meant(container: Container) -> bool:
+        # A restored process tree has another id (its start is part of it) under the old name, which was free when the restore began.
+        return not identity or container.id == identity or (wanted and container.name == name)
+
     deadline = time.monotonic() + FINISH_LIMIT_S
     while True:
-        there = {c.id: c for text in (identity, str(facts.get("name", ""))) if text for c in engine.find(text)}
-        runs = any(_runs(engine, c) for c in there.values() if not identity or c.id == identity)
+        there = {c.id: c for text in (identity, name) if text for c in engine.find(text)}
+        runs = any(_runs(engine, c) for c in there.values() if meant(c))
         if runs == wanted:
             return
         if time.monotonic() > deadline:
