@@ -246,8 +246,9 @@ def test_it_runs_before_its_memory_is_there(world: World) -> None:
     world.ckpt("rm", world.ref)
 
 
-@pytest.mark.parametrize("step", ["restoring", "lazy-started", "restored"])
-def test_killed_before_the_commit(world: World, step: str) -> None:
+@pytest.mark.parametrize(("kind", "step"), [*((kind, "restored") for kind in WORLDS), ("podman-crun", "restoring"), ("process", "lazy-started")])
+def test_killed_before_the_commit(make: Callable[[str], World], kind: str, step: str) -> None:
+    world = make(kind)
     world.start(SMALL_MIB)
     world.checkpoint()
     world.ckpt("restore", "--lazy", world.ref, fault=f"{step}:kill", code=-9)
@@ -258,8 +259,9 @@ def test_killed_before_the_commit(world: World, step: str) -> None:
     world.settled()
 
 
-@pytest.mark.parametrize("step", ["restore-commit", "resumed"])
-def test_killed_after_the_commit(world: World, step: str) -> None:
+@pytest.mark.parametrize(("kind", "step"), [*((kind, "restore-commit") for kind in WORLDS), ("podman-crun", "resumed"), ("process", "resumed")])
+def test_killed_after_the_commit(make: Callable[[str], World], kind: str, step: str) -> None:
+    world = make(kind)
     world.start(SMALL_MIB)
     world.checkpoint()
     world.before_restore()
