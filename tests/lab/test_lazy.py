@@ -138,7 +138,8 @@ class World:
             try:
                 out, self.said = restore.communicate(timeout=60)
             finally:
-                restore.kill_session()
+                if restore.poll() is None:
+                    restore.kill_session()
             host.run(["rm", "-f", GATE, f"{GATE}.reached"])
         assert restore.returncode == code, (out, self.said)
 
