@@ -67,7 +67,7 @@ def lab() -> Iterator[Lab]:
             package = Path(__file__).parents[2] / "ckpt"
             for host in (lab.a, lab.b):
                 for path in package.rglob("*.py"):
-                    if path.parts[len(package.parts)] in ("__init__.py", "errors.py", "events.py", "peer", "transports", "host"):
+                    if path.parts[len(package.parts)] in ("__init__.py", "config.py", "errors.py", "events.py", "peer", "transports", "host"):
                         host.write_file(f"{PACKAGES}/ckpt/{path.relative_to(package)}", path.read_bytes())
             lab.b.write_file("/usr/local/bin/peer-test", SERVER, mode=0o755)
             lab.a.write_file("/root/client.py", CLIENT)
