@@ -73,7 +73,8 @@ def main() -> int:
     job = sys.argv[1]
     if not os.path.isdir(job):
         return 1
-    note(job, "held", json.dumps({"action": action, "init_pid": os.environ.get("CRTOOLS_INIT_PID", ""), "pid": os.getpid()}))
+    init_pid = os.environ.get("CRTOOLS_INIT_PID", "")
+    note(job, "held", json.dumps({"action": action, "init_pid": init_pid, "pid": os.getpid(), "criu_pid": os.getppid()}))
     return wait(job)
 
 

@@ -9,6 +9,7 @@ migrations only the uncommitted are touched, because the other end has a say in 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -306,9 +307,19 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
         there = {c.id: c for text in (identity, name) if text for c in engine.find(text)}
         runs = any(_runs(engine, c) for c in there.values() if meant(c))
         if runs == wanted:
+            _wait_through(job, facts, deadline)
             return
         if time.monotonic() > deadline:
             raise CkptError(f"{facts.get('name')} is {'not running' if wanted else 'still there'} after {FINISH_LIMIT_S:g} s")
+        time.sleep(POLL_S)
+
+
+def _wait_through(job: Job, facts: dict[str, object], deadline: float) -> None:
+    """Wait until CRIU and the engine's command are through: they need the job's directory to their end, or take the workload back."""
+    pids = [int(str(facts.get("engine_pid") or 0))]
+    with suppress(OSError, ValueError):
+        pids.append(int(json.loads(job.held_path.read_text()).get("criu_pid") or 0))
+    while any(pid and (found := tree.stat(pid)) and found.alive for pid in pids) and time.monotonic() < deadline:
         time.sleep(POLL_S)
 
 

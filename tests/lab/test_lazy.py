@@ -156,12 +156,20 @@ class World:
         wait_until(lambda: len(self.ticks()) > self.saved_ticks + ticks or not self.pids(), "memhog counts on")
         now = self.ticks()[self.saved_ticks :]
         assert now == list(range(self.at + 1, self.at + 1 + len(now))), (self.at, now[:5], now[-5:])
-        assert len(now) > ticks, "memhog ended"
+        assert len(now) > ticks, f"memhog ended\n{self.traces()}"
 
     def settled(self) -> None:
         """No job, no draft, no daemon, no lock: as if the restore had been an ordinary one."""
-        wait_until(lambda: not leftovers(self.host) and not self.keepers(), f"nothing is left, but {leftovers(self.host)}", 30)
+        try:
+            wait_until(lambda: not leftovers(self.host) and not self.keepers(), "nothing is left", 30)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{leftovers(self.host)}\n{self.traces()}") from None
         self.host.run(["sh", "-c", "for d in $(ls -d /var/lib/ckpt/checkpoints/*); do flock -n -x $d true || exit 1; done"])
+
+    def traces(self) -> str:
+        """What jobs and kept logs tell, for a test that failed."""
+        script = "tail -n 40 /var/lib/ckpt/jobs/*/*.jsonl /var/lib/ckpt/jobs/*/*.log /var/lib/ckpt/jobs/*/criu/*.log /var/log/ckpt/*/*; ps -ef"
+        return self.host.run(["sh", "-c", script], check=False).stdout
 
     def keepers(self) -> str:
         return self.host.run(["pgrep", "-f", "keeper_main"], check=False).stdout
