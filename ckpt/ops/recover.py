@@ -185,9 +185,10 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
 
 def close(job: Job, guard: Process | None) -> None:
     """End a job whose journal is final: its directory goes, and so does its guard."""
+    # The guard first: on its way to the lock it would make that file again in a directory that is about to go.
+    _dismiss(guard)
     remove(job)
     job.release()
-    _dismiss(guard)
 
 
 def hand_over(job: Job, guard: Process | None) -> None:
