@@ -21,6 +21,7 @@ def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = 
     """Write the launcher and the CRIU configuration file into the job's directory, forget what an earlier hold left.
 
     Args:
+        page_server_port: a dump sends its memory pages there (see `pageserver.py`).
         lazy: a restore leaves memory to the lazy-pages daemon (see `lazy.py`).
 
     Returns:
@@ -34,7 +35,9 @@ def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = 
     config = job_dir / "criu.conf"
     lines = [f'action-script "{launcher}"']
     if page_server_port is not None:
-        lines += ["page-server", "address 127.0.0.1", f"port {page_server_port}"]
+        from ckpt.criu.pageserver import config_lines
+
+        lines += config_lines(page_server_port)
     if lazy:
         lines.append("lazy-pages")
     _write(config, "\n".join(lines) + "\n", 0o600)
