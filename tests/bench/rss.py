@@ -56,7 +56,7 @@ class PeakWatcher:
         proc = Path("/proc", pid)
         if not Path(os.readlink(proc / "exe")).name.startswith("python"):  # asked anew each time: it may be on its way to another program
             return
-        peak = next(int(line.split()[1]) << 10 for line in (proc / "status").read_text().splitlines() if line.startswith("VmHWM:"))
+        peak = max(int(line.split()[1]) << 10 for line in (proc / "status").read_text().splitlines() if line.startswith("VmHWM:"))
         role = f"{_verb((proc / 'cmdline').read_bytes())}@{self._host_of[pid]}"
         self.peak_bytes[role] = max(peak, self.peak_bytes.get(role, 0))
 
