@@ -136,6 +136,8 @@ class DumpOptions:
     timeout_s: float = 200.0
     page_server_port: int | None = None
     """CRIU sends the memory pages to a page server at this port of the loopback; its CRIU images are then without them."""
+    memory_stays: bool = False
+    """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
 
 
 @dataclass(frozen=True, slots=True)

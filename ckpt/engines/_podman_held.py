@@ -85,6 +85,7 @@ class PodmanHeldDump:
             )
 
     def end(self) -> None:
+        _hold.end_before_verdict(self.job, self.container.pid, self.container.name)
         self.job.decide("0")
         code = _hold.runtime_exit(self.job, UNDO_LIMIT_S)
         gone = _hold.wait_gone(self.container.pid or 0, UNDO_LIMIT_S) if self.container.pid else True

@@ -11,16 +11,17 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
-from ckpt.errors import BusyError, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
+from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import Process
 from ckpt.model import Container, DumpOptions, Manifest, PrecopyLimits, Target
 from ckpt.ops import capture, faults, recover
+from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
 from ckpt.ops.result import Outcome, failure
@@ -30,15 +31,12 @@ from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports import ssh
 
-if TYPE_CHECKING:
-    from ckpt.ops.precopy import Precopy
-
 RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
 STEPS: Final = (
     *("check", "begin", "container-image", "precopy", "dump", "pages", "capture", "transfer", "restore"),
-    *("commit", "resume", "end", "remove"),
+    *("commit", "resume", "follow", "end", "remove"),
 )
 """The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
 
@@ -59,6 +57,10 @@ class MigrateOptions:
     publish: tuple[str, ...] = ()
     precopy: PrecopyLimits | None = None
     """Copy memory while the workload runs, first."""
+    postcopy: bool = False
+    """Switch over before the memory is there."""
+    lazy: bool | None = None
+    """Let it run there before its memory is in place."""
     timeout_s: float = RESTORE_LIMIT_S
 
 
@@ -70,12 +72,13 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
         "container-image": "bring the container image along, by id, if it is missing there",
         "precopy": "send its memory while it runs, then again what changed" if options.precopy else "(not asked for)",
         "dump": "freeze the workload and dump it, held",
-        "pages": "send its memory while it is dumped; none of it is written here",
+        "pages": "leave its memory here for now" if options.postcopy else "send its memory while it is frozen; none of it is written here",
         "capture": "read its root file system and volumes, still frozen",
         "transfer": "send it, digests compared",
         "restore": "restore it there, held",
         "commit": "journal the point of no return",
         "resume": "let it run there",
+        "follow": "send its memory, as it is needed and in the background" if options.postcopy else "(not asked for)",
         "end": "end the frozen source",
         "remove": "keep the stopped source" if options.keep_source else "remove the source container and the volumes that moved",
     }
@@ -99,8 +102,9 @@ class _Migration:
         self.held: HeldDump | None = None
         self.committed = False
         self.peer_name = ""
-        self.relays = False
-        self.ahead: Precopy | None = None
+        self.memory = MemoryMove(
+            typed, engine, container, emit, step=self.step, done=self.done, precopy=options.precopy, postcopy=options.postcopy, lazy=options.lazy
+        )
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -121,21 +125,28 @@ class _Migration:
                 self.begin(peer)
                 try:
                     self.bring_container_image(peer, report)
-                    self.copy_ahead(peer)
+                    self.memory.send_ahead(peer)
                     manifest = self.dump_and_send(peer, dump_options)
                     self.step("restore")
+                    self.memory.begin_to_follow(peer)
                     answer = {"manifest": manifest_file.dumps(manifest).decode(), "name": self.options.name, "publish": list(self.options.publish)}
-                    peer.call("restore", {**answer, "ignore_volumes": self.options.ignore_volumes}, timeout_s=self.options.timeout_s)
+                    peer.call(
+                        "restore",
+                        {**answer, "ignore_volumes": self.options.ignore_volumes, **self.memory.restore_args()},
+                        timeout_s=self.options.timeout_s,
+                    )
                     self.done("restore", "held there")
                 except BaseException:
                     with suppress(CkptError):
                         peer.call("abort", timeout_s=60)
+                    self.memory.give_up()
                     raise
                 self.switch_over(peer)
         except BaseException as error:
             self.give_up(error)
             raise
-        return Outcome(self.typed, True, container=replace(self.container, name=self.options.name or self.container.name), stats=self.stats)
+        stats = {**self.stats, **self.memory.stats}
+        return Outcome(self.typed, True, container=replace(self.container, name=self.options.name or self.container.name), stats=stats)
 
     def check(self, stack: ExitStack) -> tuple[DumpOptions, Peer, dict[str, Any]]:
         """Everything that can be known before anything is touched, on both ends."""
@@ -167,13 +178,7 @@ class _Migration:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
         check.raise_on_error(container.name, findings, to=peer.hostname)
-        self.relays = self.engine.probe().pages and bool(report.get("pages"))
-        if self.options.precopy and not self.relays:
-            raise FeatureMissing(
-                f"memory cannot be sent ahead to {peer.hostname}",
-                where=f"{container.name} is running, untouched",
-                hint="install CRIU's Python bindings there (apt install python3-pycriu), or migrate without --precopy",
-            )
+        self.memory.choose(report, peer.hostname)
         self.done("check", f"nothing stands in the way of {peer.hostname}")
         return wanted, peer, report
 
@@ -202,17 +207,6 @@ class _Migration:
         self.stats["container_image_bytes"] = upload.done_bytes
         self.done("container-image", f"{image.name} sent")
 
-    def copy_ahead(self, peer: Peer) -> None:
-        """Send the memory while the workload runs, in rounds."""
-        faults.point("migrate-precopy")
-        if self.options.precopy is None:
-            return
-        from ckpt.ops import precopy
-
-        self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.emit)
-        self.stats["rounds"] = len(self.ahead.rounds)
-        self.stats["precopy_bytes"] = self.ahead.sent_bytes
-
     def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
         """Freeze, dump, read what belongs to it, send everything; the dump stays held."""
         assert self.job is not None and self.draft is not None
@@ -220,10 +214,7 @@ class _Migration:
         host = capture.host_facts()  # asks CRIU for its version: not while the workload is frozen
         self.step("dump")
         began_s = time.monotonic()
-        if self.relays:
-            self.dump_relayed(peer, options, host.criu_version)
-        else:
-            self.held = self.engine.dump(self.container, stage, options, self.job)
+        self.held = self.memory.dump(peer, stage, options, self.job, host.criu_version)
         self.frozen_at_s = began_s
         self.emit(Frozen(self.typed, began_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
@@ -239,24 +230,6 @@ class _Migration:
         self.stats["sent_bytes"] = peer.sent_bytes
         self.done("transfer", f"{total_bytes / (1 << 20):.1f} MiB")
         return replace(manifest, id=self.draft.id, digests={name: f"sha256:{digest}" for name, digest in upload.digests.items()})
-
-    def dump_relayed(self, peer: Peer, options: DumpOptions, criu_version: str) -> None:
-        """Dump with the memory pages going to the destination at once."""
-        from ckpt.ops.pages import PageRelay
-
-        assert self.job is not None and self.draft is not None
-
-        def on_bytes(done: int) -> None:
-            if not relay.sent_bytes:
-                self.step("pages")
-            self.emit(BytesMoved(self.typed, "pages", done))
-
-        known, images = (self.ahead.table, self.ahead.images) if self.ahead else (None, None)
-        with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s, known=known, images=images) as relay:
-            self.held = self.engine.dump(self.container, self.draft.stage, replace(options, page_server_port=relay.port), self.job)
-            relay.finish()
-        self.stats["pages_bytes"] = relay.sent_bytes
-        self.done("pages", f"{relay.sent_bytes / (1 << 20):.1f} MiB")
 
     def switch_over(self, peer: Peer) -> None:
         assert self.job is not None and self.held is not None
@@ -281,6 +254,7 @@ class _Migration:
             self.stats["downtime_s"] = frozen_s
             self.emit(Thawed(self.typed, frozen_s))
             self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
+            self.memory.follow(self.job)
             self.step("end")
             end_source(
                 self.engine,
@@ -294,6 +268,7 @@ class _Migration:
         told = tell_destination(self.job, peer)
         if told:
             self.job.write("done")
+        self.stats["sent_bytes"] = peer.sent_bytes
         self.stats["total_s"] = time.monotonic() - self.began_s
         if told:
             self.close()
@@ -311,7 +286,7 @@ class _Migration:
         deadline_s = time.monotonic() + ASK_LIMIT_S
         while True:
             try:
-                state = ask_destination(self.job)
+                state = ask_destination(self.job).state
             except CkptError as error:
                 state, cause = "undecided", error
             if state == "running":

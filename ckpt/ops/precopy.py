@@ -89,6 +89,10 @@ class Precopy:
                 hint="a larger --max-downtime, a faster link, or --on-exceed continue",
             )
 
+    def send_last(self) -> Round:
+        """One more round, of the frozen memory: after it the destination holds exactly that. Raises as `run` does."""
+        return self._round(len(self.rounds))
+
     def _stop(self) -> bool:
         if not self.rounds:
             return False

@@ -100,6 +100,11 @@ def committed(job: Job) -> bool:
     return reached
 
 
+def source_settled(job: Job) -> bool:
+    """Whether the source of a migration that came here knows how it ended: nobody will ask any more."""
+    return any(entry.get("state") == "serving" for entry in job.entries())
+
+
 def settle(job: Job) -> str:
     """Bring a dead owner's job to its end; the caller has its lock. Idempotent.
 
@@ -117,7 +122,7 @@ def settle(job: Job) -> str:
     if not kind or job.state in FINAL:
         remove(job)
         return "gone"
-    if job.state == "lost":
+    if job.state == "lost" and (kind != "migrate-destination" or source_settled(job) or _is_old(job)):
         remove(job)
         return "lost"
     if job.state == "serving":
