@@ -35,7 +35,9 @@ def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = 
     set_aside(job_dir, "held")
     launcher = job_dir / "hold"
     words = [sys.executable or "/usr/bin/python3", "-I", "-S", os.path.abspath(action.__file__), str(job_dir)]
-    _write(launcher, f"#!/bin/sh\nexec {shlex.join(words)}\n", 0o700)
+    # CRIU calls it at every step, most of them while the workload stands still: Python starts only where there is something to hold.
+    script = f'#!/bin/sh\ncase "$CRTOOLS_SCRIPT_ACTION" in\n{"|".join(action.HOLD)}) exec {shlex.join(words)} ;;\nesac\n'
+    _write(launcher, script, 0o700)
     config = job_dir / "criu.conf"
     lines = [f'action-script "{launcher}"']
     if page_server_port is not None:

@@ -52,10 +52,12 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     real = which(runtime) or runtime
     path = directory / Path(runtime).name
     shim = quoted(_shim.__file__)
+    # Engines call their runtime many times; Python starts only for what the shim has a part in.
     text = (
         "#!/bin/sh\n"
         + (f"CKPT_SHIM_JOB={quoted(job.directory)}; export CKPT_SHIM_JOB\n" if job else "")
-        + f'[ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
+        + """case " $* " in *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
+        + f'[ "$mine" ] && [ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
         f'  exec {quoted(sys.executable)} -I -S {shim} {quoted(real)} "$@"\n'
         f'exec {quoted(real)} "$@"\n'
     )

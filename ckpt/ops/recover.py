@@ -43,7 +43,7 @@ KEPT_MIGRATIONS_S: Final = 14 * 86400.0
 
 _GUARD: Final = (
     "import sys; p = sys.argv[1]; sys.path.count(p) or sys.path.insert(0, p); "
-    "from ckpt.ops.recover import guard_main; sys.exit(guard_main(sys.argv[2]))"
+    "from ckpt.ops.guard import guard_main; sys.exit(guard_main(sys.argv[2]))"
 )
 
 
@@ -60,28 +60,6 @@ def start_guard(job: Job) -> Process | None:
             return spawn(guard_argv(job.directory), cwd="/", stderr=log, new_session=True)
     except (OSError, CommandFailed):
         return None
-
-
-def guard_main(directory: str) -> int:
-    """The body of a guard: wait until the owner is gone, then settle what it left. Returns an exit status."""
-    # Ctrl-C goes to the owner; the guard outlives whatever ends its terminal.
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    job = Job(Path(directory))
-    try:
-        job.acquire(wait=True)
-    except OSError:
-        job.release()
-        return 0  # the owner ended well and took the directory with it
-    try:
-        settle(job)
-        Catalog(store_root(job)).sweep()
-    except CkptError as error:
-        sys.stderr.write(f"{error.message}\n")  # into guard.log; the directory stays for the next sweep
-        return 1
-    finally:
-        job.release()
-    return 0
 
 
 def store_root(job: Job) -> Path:

@@ -304,14 +304,16 @@ def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions
             raise BusyError(f"there is a container {options.name!r} already", hint="choose another name, or remove it first")
         return None
     own: Container | None = None
-    for container in (*engine.find(manifest.container_id), *engine.find(manifest.name)):
+    named = engine.find(manifest.name)
+    for container in (*engine.find(manifest.container_id), *named):
         if container.id == manifest.container_id:
             own = engine.describe(container)
+            break
     if own is not None and own.state in ("running", "paused"):
         where = f"{own.name or own.id} is {own.state}, untouched"
         message = f"{source.label} cannot be restored over itself: it is {own.state}"
         raise BusyError(message, where=where, hint="stop it first, or restore a copy: -n NAME")
-    for container in engine.find(manifest.name):
+    for container in named:
         if container.name == manifest.name and container.id != manifest.container_id:
             where = f"{container.name} is {container.state}, untouched"
             raise BusyError(f"another container is called {manifest.name!r} now", where=where, hint="remove or rename it, or restore a copy: -n NAME")
