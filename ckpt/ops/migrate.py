@@ -209,8 +209,11 @@ class _Migration:
             return
         from ckpt.ops import precopy
 
-        self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.emit)
+        assert self.job is not None
+        self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.job, self.emit)
         self.stats["rounds"] = len(self.ahead.rounds)
+        self.stats["memory_tracker"] = self.ahead.tracker
+        self.stats["precopy_read_bytes"] = sum(done.scanned_bytes for done in self.ahead.rounds)
         self.stats["precopy_bytes"] = self.ahead.sent_bytes
 
     def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
