@@ -96,15 +96,17 @@ class MemoryMove:
         self.lazily = self._postcopy or (able and self._streams and (large if self._wanted is None else self._wanted))
         self.stats["mode"] = "postcopy" if self._postcopy else "precopy" if self._limits else "stop"
 
-    def send_ahead(self, peer: Peer) -> None:
+    def send_ahead(self, peer: Peer, job: Job) -> None:
         """The rounds of --precopy, while the workload runs."""
         faults.point("migrate-precopy")
         if self._limits is None:
             return
         from ckpt.ops import precopy
 
-        self._ahead = precopy.copy_ahead(peer, self._typed, self._container, self._limits, self._emit)
+        self._ahead = precopy.copy_ahead(peer, self._typed, self._container, self._limits, job, self._emit)
         self.stats["rounds"] = len(self._ahead.rounds)
+        self.stats["memory_tracker"] = self._ahead.tracker
+        self.stats["precopy_read_bytes"] = sum(done.scanned_bytes for done in self._ahead.rounds)
         self.stats["precopy_bytes"] = self._ahead.sent_bytes
 
     def dump(self, peer: Peer, stage: Path, options: DumpOptions, job: Job, criu_version: str) -> HeldDump:

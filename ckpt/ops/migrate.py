@@ -125,7 +125,7 @@ class _Migration:
                 self.begin(peer)
                 try:
                     self.bring_container_image(peer, report)
-                    self.memory.send_ahead(peer)
+                    self.memory.send_ahead(peer, self.job)
                     manifest = self.dump_and_send(peer, dump_options)
                     self.step("restore")
                     self.memory.begin_to_follow(peer)

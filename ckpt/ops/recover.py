@@ -29,6 +29,7 @@ from ckpt.errors import CkptError
 from ckpt.host import traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
+from ckpt.ops import knobs
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -123,6 +124,7 @@ def settle(job: Job) -> str:
         job.write("done", by="guard")
         remove(job)
         return "finished"
+    knobs.restore(job)
     registry.by_name(str(facts.get("engine", ""))).rollback(job)
     lazy.end(job.directory)
     job.write("rolled-back", by="guard")
