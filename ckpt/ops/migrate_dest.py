@@ -7,7 +7,6 @@ process or the host is lost; from then on the restored workload is the live one,
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -317,6 +316,6 @@ def forget(root: Path, args: dict[str, Any]) -> dict[str, Any]:
     job = _job(root, args)
     if job is not None and job.acquire():
         job.write("done")
-        shutil.rmtree(job.directory, ignore_errors=True)
+        recover.remove(job)
         job.release()
     return {}
