@@ -17,10 +17,10 @@ from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import BusyError, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
-from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import Process
 from ckpt.model import Container, DumpOptions, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, faults, recover
+from ckpt.ops import capture, faults, recover, statistics
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
 from ckpt.ops.result import Outcome, failure
@@ -167,6 +167,7 @@ class _Migration:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
         check.raise_on_error(container.name, findings, to=peer.hostname)
+        self.emit(Figures(self.typed, statistics.of_hosts(report)))
         self.relays = self.engine.probe().pages and bool(report.get("pages"))
         if self.options.precopy and not self.relays:
             raise FeatureMissing(
@@ -183,6 +184,7 @@ class _Migration:
         facts = {"destination": self.destination, "ssh_options": list(self.options.ssh_options), "keep_source": self.options.keep_source}
         facts["moved_volumes"] = [] if self.options.ignore_volumes else [volume.name for volume in container.volumes]
         self.job = Job.create(self.root, "migrate-source", engine=self.engine.name, container_id=container.id, name=container.name, **facts)
+        self.emit(Figures(self.typed, {"job": self.job.id}))
         self.guard = recover.start_guard(self.job)
         self.draft = Catalog(self.root).begin(container.name)
         there = peer.call("begin", {"engine": self.engine.name, "name": self.options.name or container.name, "container_id": container.id})
@@ -232,7 +234,9 @@ class _Migration:
         self.done("capture")
         manifest = capture.describe(stage, self.container, options, host=host, digests={})
         members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]
-        total_bytes = sum((stage / name).stat().st_size for name in members)
+        sizes = {name: (stage / name).stat().st_size for name in members}
+        total_bytes = sum(sizes.values())
+        self.emit(Figures(self.typed, statistics.of_members(sizes)))
         self.step("transfer")
         with peer.upload("stage") as upload:
             upload.send_stage(stage, members, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "transfer", done, total_bytes)))
@@ -371,6 +375,15 @@ def migrate(target: Target, destination: str, *, options: MigrateOptions, store_
         The outcome; its error is a MigrationRolledBack (the source runs), a NeedsContinue (frozen, --continue resolves), or what the
         check before anything was touched found.
     """
+    history = statistics.Migration(str(target), destination, statistics.mode_of(options), store_root, emit)
+    try:
+        return history.close(_migrate(target, destination, options, store_root, history))
+    except BaseException as error:
+        history.broken_off(error)
+        raise
+
+
+def _migrate(target: Target, destination: str, options: MigrateOptions, store_root: Path, emit: statistics.Migration) -> Outcome:
     typed = str(target)
     try:
         for said in recover.sweep(store_root):
@@ -378,6 +391,7 @@ def migrate(target: Target, destination: str, *, options: MigrateOptions, store_
         ssh.Destination.parse(destination)
         engine, container = resolve(target)
         container = engine.describe(container)
+        emit.begin(container)
         move = _Migration(typed, engine, container, destination, options, store_root, emit)
         try:
             return move.run()
