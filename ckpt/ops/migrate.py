@@ -18,6 +18,7 @@ from ckpt.archive import manifest as manifest_file
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import BusyError, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
 from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import Container, DumpOptions, Manifest, PrecopyLimits, Target
 from ckpt.ops import capture, faults, recover, statistics
@@ -274,6 +275,8 @@ class _Migration:
                 faults.point("migrate-resume")
                 answer = peer.call("resume", timeout_s=60)
                 self.stats["container_id"] = str(answer.get("container_id", ""))
+                if answer.get("warning"):
+                    self.emit(Notice(self.typed, f"{self.peer_name}: {answer['warning']}", warning=True))
             except CkptError as error:
                 if isinstance(error, TransferFailed):
                     self.ask(error)
@@ -344,6 +347,7 @@ class _Migration:
         with recover.uninterrupted():
             if self.held is not None:
                 self.held.resume()
+                announce.now(self.container.pid or 0)  # the other host may have drawn its address to itself already
                 self.emit(Thawed(self.typed, time.monotonic() - self.frozen_at_s))
             if self.job is not None:
                 kept = recover.keep_logs(self.job, name, None)

@@ -16,6 +16,7 @@ from ckpt.archive import manifest as manifest_file
 from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldRestore
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
+from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import ContainerImage, Manifest, RestoreOptions
 from ckpt.ops import faults, proof, recover
@@ -42,6 +43,7 @@ class Arrival:
         self.held: HeldRestore | None = None
         self.digests: dict[str, str] = {}
         self.over = False
+        self.pid: int | None = None
 
     def undo(self) -> None:
         """Remove everything that arrived. Never called after `commit`. Idempotent."""
@@ -257,7 +259,8 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         arrival.job.write("commit")
         faults.point("destination-committed")
         try:
-            container = arrival.held.resume()
+            with announce.during(arrival.held.init_pid) as told:
+                container = arrival.held.resume()
         except CkptError:
             arrival.job.write("failed")
             arrival.undo()
@@ -265,12 +268,15 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         arrival.job.write("running", live_container_id=container.id)
     faults.point("destination-running")
     arrival.drop_draft()
-    return {"container_id": container.id, "pid": container.pid}
+    arrival.pid = container.pid
+    return {"container_id": container.id, "pid": container.pid, "warning": told.problem}
 
 
 def finish(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """The source is gone: nothing is left to ask, so the journal goes."""
     arrival = _arrival(session)
+    if arrival.pid is not None:
+        announce.now(arrival.pid)  # the source answered for its addresses until now
     arrival.over = True
     arrival.drop_draft()
     arrival.job.write("done")
