@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ckpt.criu import lazy
 from ckpt.engines import _hold
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
-from ckpt.host import traffic
+from ckpt.host import netns, traffic
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
 from ckpt.model import Container, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -178,6 +178,9 @@ class PodmanRestore:
         rootfs_ready(root)
         if self.options.name and Path(self.manifest.runtime or "").name == "runc":
             self._own_cgroup(spec)
+        networks = [space.get("path") for space in spec["linux"]["namespaces"] if space.get("type") == "network"]
+        if networks and networks[0]:
+            netns.settle(networks[0], self.manifest.addresses)  # what goes wrong CRIU meets again, and says it
         if self.options.lazy:
             lazy.wait_listening(directory, int(self.job.facts["keeper_pid"]))
         (directory / "prepared").touch()

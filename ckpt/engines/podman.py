@@ -268,6 +268,24 @@ class Podman:
         """The networks here."""
         return podman("network", "ls", "--format", "{{.Name}}").text.split()
 
+    def network_details(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Of those of these networks that are here: driver, subnets, the interface of this host below it, and whether other hosts share it."""
+        result = podman("network", "inspect", *names, check=False)
+        try:
+            found = json.loads(result.text or "[]")
+        except ValueError:
+            return {}
+        return {
+            str(network["name"]): {
+                "driver": str(network.get("driver", "")),
+                "subnets": [str(subnet.get("subnet", "")) for subnet in network.get("subnets") or []],
+                "interface": str(network.get("network_interface", "")),
+                # podman-network-create(1): with mode unmanaged the bridge is the administrator's.
+                "shared": network.get("driver") in ("macvlan", "ipvlan") or (network.get("options") or {}).get("mode") == "unmanaged",
+            }
+            for network in found
+        }
+
     def remove_volumes(self, names: Sequence[str]) -> None:
         """Remove the named volumes that no container uses any more; one that is in use stays."""
         for name in names:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ckpt.criu import tree
 from ckpt.engines.base import Engine, HeldDump
 from ckpt.errors import CkptError, FeatureMissing, NeedsContinue
-from ckpt.events import BytesMoved, Emit
+from ckpt.events import BytesMoved, Emit, Figures
 from ckpt.host import procmem
 from ckpt.model import Container, DumpOptions, PrecopyLimits
 from ckpt.ops import faults
@@ -94,7 +94,7 @@ class MemoryMove:
             raise FeatureMissing(f"memory cannot be brought after the restore on {there}", where=where, hint=hint)
         large = procmem.resident_bytes(tree.pids(self._container.pid or 0)) >= LAZY_FROM_BYTES
         self.lazily = self._postcopy or (able and self._streams and (large if self._wanted is None else self._wanted))
-        self.stats["mode"] = "postcopy" if self._postcopy else "precopy" if self._limits else "stop"
+        self._emit(Figures(self._typed, {"lazy": self.lazily}))
 
     def send_ahead(self, peer: Peer, job: Job) -> None:
         """The rounds of --precopy, while the workload runs."""

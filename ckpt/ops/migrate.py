@@ -17,10 +17,11 @@ from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
-from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import Container, DumpOptions, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, faults, recover
+from ckpt.ops import capture, faults, recover, statistics
 from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
@@ -125,7 +126,7 @@ class _Migration:
                 self.begin(peer)
                 try:
                     self.bring_container_image(peer, report)
-                    self.memory.send_ahead(peer, self.job)
+                    self.memory.send_ahead(peer, cast(Job, self.job))
                     manifest = self.dump_and_send(peer, dump_options)
                     self.step("restore")
                     self.memory.begin_to_follow(peer)
@@ -178,6 +179,7 @@ class _Migration:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
         check.raise_on_error(container.name, findings, to=peer.hostname)
+        self.emit(Figures(self.typed, statistics.of_hosts(report)))
         self.memory.choose(report, peer.hostname)
         self.done("check", f"nothing stands in the way of {peer.hostname}")
         return wanted, peer, report
@@ -188,6 +190,7 @@ class _Migration:
         facts = {"destination": self.destination, "ssh_options": list(self.options.ssh_options), "keep_source": self.options.keep_source}
         facts["moved_volumes"] = [] if self.options.ignore_volumes else [volume.name for volume in container.volumes]
         self.job = Job.create(self.root, "migrate-source", engine=self.engine.name, container_id=container.id, name=container.name, **facts)
+        self.emit(Figures(self.typed, {"job": self.job.id}))
         self.guard = recover.start_guard(self.job)
         self.draft = Catalog(self.root).begin(container.name)
         there = peer.call("begin", {"engine": self.engine.name, "name": self.options.name or container.name, "container_id": container.id})
@@ -223,7 +226,9 @@ class _Migration:
         self.done("capture")
         manifest = capture.describe(stage, self.container, options, host=host, digests={})
         members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]
-        total_bytes = sum((stage / name).stat().st_size for name in members)
+        sizes = {name: (stage / name).stat().st_size for name in members}
+        total_bytes = sum(sizes.values())
+        self.emit(Figures(self.typed, statistics.of_members(sizes)))
         self.step("transfer")
         with peer.upload("stage") as upload:
             upload.send_stage(stage, members, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "transfer", done, total_bytes)))
@@ -243,6 +248,8 @@ class _Migration:
                 faults.point("migrate-resume")
                 answer = peer.call("resume", timeout_s=60)
                 self.stats["container_id"] = str(answer.get("container_id", ""))
+                if answer.get("warning"):
+                    self.emit(Notice(self.typed, f"{self.peer_name}: {answer['warning']}", warning=True))
             except CkptError as error:
                 if isinstance(error, TransferFailed):
                     self.ask(error)
@@ -315,6 +322,7 @@ class _Migration:
         with recover.uninterrupted():
             if self.held is not None:
                 self.held.resume()
+                announce.now(self.container.pid or 0)  # the other host may have drawn its address to itself already
                 self.emit(Thawed(self.typed, time.monotonic() - self.frozen_at_s))
             if self.job is not None:
                 kept = recover.keep_logs(self.job, name, None)
@@ -346,6 +354,15 @@ def migrate(target: Target, destination: str, *, options: MigrateOptions, store_
         The outcome; its error is a MigrationRolledBack (the source runs), a NeedsContinue (frozen, --continue resolves), or what the
         check before anything was touched found.
     """
+    history = statistics.Migration(str(target), destination, statistics.mode_of(options), store_root, emit)
+    try:
+        return history.close(_migrate(target, destination, options, store_root, history))
+    except BaseException as error:
+        history.broken_off(error)
+        raise
+
+
+def _migrate(target: Target, destination: str, options: MigrateOptions, store_root: Path, emit: statistics.Migration) -> Outcome:
     typed = str(target)
     try:
         for said in recover.sweep(store_root):
@@ -353,6 +370,7 @@ def migrate(target: Target, destination: str, *, options: MigrateOptions, store_
         ssh.Destination.parse(destination)
         engine, container = resolve(target)
         container = engine.describe(container)
+        emit.begin(container)
         move = _Migration(typed, engine, container, destination, options, store_root, emit)
         try:
             return move.run()

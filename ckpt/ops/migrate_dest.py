@@ -7,7 +7,6 @@ process or the host is lost; from then on the restored workload is the live one,
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -18,6 +17,7 @@ from ckpt.criu import lazy as memory
 from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldRestore
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
+from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import ContainerImage, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, proof, recover
@@ -47,6 +47,7 @@ class Arrival:
         self.digests: dict[str, str] = {}
         self.keeper: lazy.Keeper | None = None
         self.over = False
+        self.pid: int | None = None
 
     def undo(self) -> None:
         """Remove everything that arrived. Never called after `commit`. Idempotent."""
@@ -308,7 +309,8 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         arrival.job.write("commit")
         faults.point("destination-committed")
         try:
-            container = arrival.held.resume()
+            with announce.during(arrival.held.init_pid) as told:
+                container = arrival.held.resume()
         except CkptError:
             arrival.job.write("failed")
             arrival.undo()
@@ -318,12 +320,15 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
             arrival.keeper.serve()
     faults.point("destination-running")
     arrival.drop_draft()
-    return {"container_id": container.id, "pid": container.pid}
+    arrival.pid = container.pid
+    return {"container_id": container.id, "pid": container.pid, "warning": told.problem}
 
 
 def finish(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """The source is gone: nothing is left to ask, so the journal goes."""
     arrival = _arrival(session)
+    if arrival.pid is not None:
+        announce.now(arrival.pid)  # the source answered for its addresses until now
     arrival.over = True
     arrival.drop_draft()
     if arrival.keeper is not None:
@@ -383,6 +388,6 @@ def forget(root: Path, args: dict[str, Any]) -> dict[str, Any]:
             job.write("serving")  # its keeper removes it
         else:
             job.write("done")
-            shutil.rmtree(job.directory, ignore_errors=True)
+            recover.remove(job)
         job.release()
     return {}

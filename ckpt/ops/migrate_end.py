@@ -15,6 +15,7 @@ from ckpt.ops import faults, recover
 from ckpt.ops.result import Outcome, failure
 from ckpt.peer import client
 from ckpt.peer.client import Peer
+from ckpt.store import history
 from ckpt.store.job import DEFAULT_ROOT, Job
 
 
@@ -158,7 +159,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
             tell_destination(job)
             job.write("done")
             recover.remove(job)
-            return Outcome(name, True, container=container)
+            return Outcome(name, True, container=container, record=history.load(store_root, job_id))
         finally:
             job.release()
     except CkptError as error:

@@ -17,7 +17,7 @@ from ckpt.criu.digests import DigestTable
 from ckpt.criu.livemem import LiveMemory, Run
 from ckpt.criu.pagestream import PAGE_BYTES, Kind, record
 from ckpt.errors import CkptError, TransferFailed
-from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
+from ckpt.events import BytesMoved, Emit, Notice, RoundDone, StepDone, StepStarted
 from ckpt.model import Container, PrecopyLimits
 from ckpt.ops import faults, knobs
 from ckpt.ops.pages import MEMBER, VERB
@@ -132,6 +132,7 @@ def copy_ahead(peer: Peer, typed: str, container: Container, limits: PrecopyLimi
     emit(StepStarted(typed, "precopy"))
 
     def told(done: Round) -> None:
+        emit(RoundDone(typed, done.number, done.scanned_bytes, done.sent_bytes, done.seconds))
         sent = f"{done.sent_bytes / (1 << 20):.1f} MiB in {done.seconds:.1f} s"
         emit(Notice(typed, f"round {done.number + 1}: {sent}, a downtime of about {done.downtime_s:.1f} s to expect"))
 

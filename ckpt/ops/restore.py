@@ -231,7 +231,7 @@ class _Attempt:
                 self.job.release()  # the guard goes on trying
                 return StateUnknown(f"the restore of {self.source.label} failed, and so did its undoing: {worse.message}", log=worse.log)
             log = recover.keep_logs(self.job, self.source.label)
-            self.job.write("rolled-back")
+            self.job.write("rolled-back", error=str(error)[: recover.ERROR_CAP])
             recover.close(self.job, self.guard)
         where = f"nothing is running; {self.source.remains}"
         if isinstance(error, (NoSpace, BusyError, RestoreFailed)):
