@@ -31,13 +31,14 @@ from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports import ssh
 
 if TYPE_CHECKING:
+    from ckpt.ops.ahead import FilesAhead
     from ckpt.ops.precopy import Precopy
 
 RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
 STEPS: Final = (
-    *("check", "begin", "container-image", "precopy", "dump", "pages", "capture", "transfer", "restore"),
+    *("check", "begin", "container-image", "files", "precopy", "dump", "pages", "capture", "transfer", "restore"),
     *("commit", "resume", "end", "remove"),
 )
 """The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
@@ -68,11 +69,12 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
         "check": f"look at {target} here and at {destination}; nothing is touched",
         "begin": "open a journal on both hosts",
         "container-image": "bring the container image along, by id, if it is missing there",
+        "files": "send its root file system and volumes while it runs, then again what changed",
         "precopy": "send its memory while it runs, then again what changed" if options.precopy else "(not asked for)",
         "dump": "freeze the workload and dump it, held",
         "pages": "send its memory while it is dumped; none of it is written here",
-        "capture": "read its root file system and volumes, still frozen",
-        "transfer": "send it, digests compared",
+        "capture": "send what changed in them since, still frozen",
+        "transfer": "send the rest of the checkpoint, digests compared",
         "restore": "restore it there, held",
         "commit": "journal the point of no return",
         "resume": "let it run there",
@@ -101,6 +103,7 @@ class _Migration:
         self.peer_name = ""
         self.relays = False
         self.ahead: Precopy | None = None
+        self.files: FilesAhead | None = None
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -121,6 +124,7 @@ class _Migration:
                 self.begin(peer)
                 try:
                     self.bring_container_image(peer, report)
+                    self.files_ahead(peer)
                     self.copy_ahead(peer)
                     manifest = self.dump_and_send(peer, dump_options)
                     self.step("restore")
@@ -202,6 +206,15 @@ class _Migration:
         self.stats["container_image_bytes"] = upload.done_bytes
         self.done("container-image", f"{image.name} sent")
 
+    def files_ahead(self, peer: Peer) -> None:
+        """Send root file system and volumes while the workload runs."""
+        from ckpt.ops.ahead import FilesAhead
+
+        self.step("files")
+        self.files = FilesAhead(peer, self.container, ignore_volumes=self.options.ignore_volumes, typed=self.typed, emit=self.emit)
+        self.files.ahead()
+        self.done("files", f"{self.files.ahead_bytes / (1 << 20):.1f} MiB")
+
     def copy_ahead(self, peer: Peer) -> None:
         """Send the memory while the workload runs, in rounds."""
         faults.point("migrate-precopy")
@@ -210,6 +223,8 @@ class _Migration:
         from ckpt.ops import precopy
 
         self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.emit)
+        if self.files is not None:
+            self.files.ahead()  # what was written while the memory went over
         self.stats["rounds"] = len(self.ahead.rounds)
         self.stats["precopy_bytes"] = self.ahead.sent_bytes
 
@@ -228,7 +243,10 @@ class _Migration:
         self.emit(Frozen(self.typed, began_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
         self.step("capture")
-        capture.frozen_parts(stage, self.container, options, label=self.typed, emit=self.emit)
+        if self.files is not None:
+            self.files.finish(stage)
+            self.stats["files_ahead_bytes"], self.stats["files_paused_bytes"] = self.files.ahead_bytes, self.files.paused_bytes
+            self.stats["files_rounds"] = self.files.rounds
         self.done("capture")
         manifest = capture.describe(stage, self.container, options, host=host, digests={})
         members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]
