@@ -121,6 +121,8 @@ class PodmanRestore:
         """Create the named volumes that are missing, and fill them; one that exists is filled only by a restore in place."""
         podman = which("podman") or "podman"
         for name, _ in self.manifest.volumes:
+            if name in self.job.facts.get("created_volumes", []):
+                continue  # made and filled before (a migration does that while the workload still runs)
             existed = run([podman, "volume", "exists", name], check=False).ok
             if existed and self.options.existing_volumes == "refuse":
                 raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or restore with --ignore-volumes to use it as it is")

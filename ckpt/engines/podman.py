@@ -286,6 +286,18 @@ class Podman:
             for network in found
         }
 
+    def make_volume(self, job: Job, name: str) -> Path:
+        made = list(job.facts.get("created_volumes", []))
+        if podman("volume", "exists", name, check=False).ok:
+            raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or use --ignore-volumes to use it as it is")
+        job.write("volume", created_volumes=[*made, name])
+        try:
+            podman("volume", "create", name)
+        except CommandFailed as error:
+            job.write("volume", created_volumes=made)  # somebody was faster: it is not ours
+            raise BusyError(f"volume {name} cannot be made: {error.reason}") from error
+        return Path(podman("volume", "inspect", "--format", "{{.Mountpoint}}", name).text.strip())
+
     def remove_volumes(self, names: Sequence[str]) -> None:
         """Remove the named volumes that no container uses any more; one that is in use stays."""
         for name in names:
@@ -299,6 +311,7 @@ class Podman:
             undo_restore(job)
         elif "init_pid" in facts:
             undo_dump(job, facts["init_pid"])
+        self.remove_volumes(facts.get("created_volumes", []))
         if facts.get("loaded_image"):
             self.remove_container_image(str(facts["loaded_image"]))
 

@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
@@ -32,11 +32,14 @@ from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports import ssh
 
+if TYPE_CHECKING:
+    from ckpt.ops.ahead import FilesAhead
+
 RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
 STEPS: Final = (
-    *("check", "begin", "container-image", "precopy", "dump", "pages", "capture", "transfer", "restore"),
+    *("check", "begin", "container-image", "files", "precopy", "dump", "pages", "capture", "transfer", "restore"),
     *("commit", "resume", "follow", "end", "remove"),
 )
 """The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
@@ -71,11 +74,12 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
         "check": f"look at {target} here and at {destination}; nothing is touched",
         "begin": "open a journal on both hosts",
         "container-image": "bring the container image along, by id, if it is missing there",
+        "files": "send its root file system and volumes while it runs, then again what changed",
         "precopy": "send its memory while it runs, then again what changed" if options.precopy else "(not asked for)",
         "dump": "freeze the workload and dump it, held",
         "pages": "leave its memory here for now" if options.postcopy else "send its memory while it is frozen; none of it is written here",
-        "capture": "read its root file system and volumes, still frozen",
-        "transfer": "send it, digests compared",
+        "capture": "send what changed in them since, still frozen",
+        "transfer": "send the rest of the checkpoint, digests compared",
         "restore": "restore it there, held",
         "commit": "journal the point of no return",
         "resume": "let it run there",
@@ -106,6 +110,7 @@ class _Migration:
         self.memory = MemoryMove(
             typed, engine, container, emit, step=self.step, done=self.done, precopy=options.precopy, postcopy=options.postcopy, lazy=options.lazy
         )
+        self.files: FilesAhead | None = None
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -126,7 +131,10 @@ class _Migration:
                 self.begin(peer)
                 try:
                     self.bring_container_image(peer, report)
+                    self.files_ahead(peer)
                     self.memory.send_ahead(peer, cast(Job, self.job))
+                    if self.files is not None and self.options.precopy:
+                        self.files.ahead()  # what was written while the memory went over
                     manifest = self.dump_and_send(peer, dump_options)
                     self.step("restore")
                     self.memory.begin_to_follow(peer)
@@ -210,6 +218,15 @@ class _Migration:
         self.stats["container_image_bytes"] = upload.done_bytes
         self.done("container-image", f"{image.name} sent")
 
+    def files_ahead(self, peer: Peer) -> None:
+        """Send root file system and volumes while the workload runs."""
+        from ckpt.ops.ahead import FilesAhead
+
+        self.step("files")
+        self.files = FilesAhead(peer, self.container, ignore_volumes=self.options.ignore_volumes, typed=self.typed, emit=self.emit)
+        self.files.ahead()
+        self.done("files", f"{self.files.ahead_bytes / (1 << 20):.1f} MiB")
+
     def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
         """Freeze, dump, read what belongs to it, send everything; the dump stays held."""
         assert self.job is not None and self.draft is not None
@@ -222,7 +239,10 @@ class _Migration:
         self.emit(Frozen(self.typed, began_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
         self.step("capture")
-        capture.frozen_parts(stage, self.container, options, label=self.typed, emit=self.emit)
+        if self.files is not None:
+            self.files.finish(stage)
+            self.stats["files_ahead_bytes"], self.stats["files_paused_bytes"] = self.files.ahead_bytes, self.files.paused_bytes
+            self.stats["files_rounds"] = self.files.rounds
         self.done("capture")
         manifest = capture.describe(stage, self.container, options, host=host, digests={})
         members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]

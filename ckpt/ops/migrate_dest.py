@@ -7,20 +7,19 @@ process or the host is lost; from then on the restored workload is the live one,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from ckpt.archive import layout, rootfs
+from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
-from ckpt.engines.base import CarriesContainerImages, Engine, HeldRestore
+from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, Engine, HeldRestore
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
 from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import ContainerImage, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, proof, recover
+from ckpt.ops import ahead_dest, faults, lazy, proof, recover
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
 from ckpt.store.catalog import Catalog, Draft
@@ -46,6 +45,7 @@ class Arrival:
         self.held: HeldRestore | None = None
         self.digests: dict[str, str] = {}
         self.keeper: lazy.Keeper | None = None
+        self.trees = ahead_dest.Trees(engine, self.job)
         self.over = False
         self.pid: int | None = None
 
@@ -54,11 +54,14 @@ class Arrival:
         if self.over:
             return
         self.over = True
+        self.trees.close()
         if self.held is not None:
             self.held.abort()
         if self.keeper is not None:
             self.keeper.abort()
         self.drop_draft()
+        if volumes := self.job.facts.get("created_volumes"):
+            cast(CarriesVolumes, self.engine).remove_volumes(volumes)
         image_id = self.job.facts.get("loaded_image")
         if image_id:
             cast(CarriesContainerImages, self.engine).remove_container_image(str(image_id))
@@ -81,6 +84,7 @@ class Arrival:
             self.undo()
             return
         self.over = True
+        self.trees.close()
         self.drop_draft()
         self.job.release()
 
@@ -108,6 +112,7 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         "begin": begin,
         "container-image": receive_container_image,
         "pages": receive_pages,
+        "tree": receive_tree,
         "stage": receive_stage,
         "memory": lambda session, args: receive_memory(session, args, root),
         "restore": restore,
@@ -171,6 +176,14 @@ def receive_stage(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         arrival.digests[file.path] = file.sha256 if file.sha256.startswith("sha256:") else f"sha256:{file.sha256}"
     faults.point("destination-stage")
     return {"files": len(received)}
+
+
+def receive_tree(session: Session, args: dict[str, Any]) -> dict[str, Any]:
+    """Follow what changed in the root file system or in a volume (see ahead)."""
+    arrival = _arrival(session)
+    assert arrival.draft is not None
+    arrival.trees.receive(session, arrival.draft.stage, args)
+    return {}
 
 
 def _number(args: dict[str, Any], key: str) -> int | None:
@@ -273,31 +286,15 @@ def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> No
     """Restore, held, and make sure that it is the tree that was dumped."""
     assert arrival.draft is not None
     stage = arrival.draft.stage
-    arrival.held = arrival.engine.restore(stage, manifest, options, arrival.job, rootfs_ready=fill_rootfs(stage), volume_ready=fill_volume(stage))
+    arrival.trees.check(manifest, ignore_volumes=options.ignore_volumes)
+    arrival.trees.close()
+    arrival.held = arrival.engine.restore(
+        stage, manifest, options, arrival.job, rootfs_ready=ahead_dest.fill_rootfs(stage), volume_ready=lambda name, directory: None
+    )
     proof.check(arrival.held, manifest)
     if arrival.keeper is not None:
         arrival.job.write("held", **lazy.identity(arrival.held.init_pid, manifest.name))
         arrival.keeper.check()
-
-
-def fill_rootfs(stage: Path) -> Callable[[Path], None]:
-    """Applies the stage's rootfs diff to a mounted root."""
-
-    def fill(root: Path) -> None:
-        rootfs.apply(stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES, root)
-
-    return fill
-
-
-def fill_volume(stage: Path) -> Callable[[str, Path], None]:
-    """Fills a named volume from the stage."""
-
-    def fill(name: str, directory: Path) -> None:
-        tar = stage / "volumes" / f"{name}.tar"
-        if tar.exists():
-            rootfs.apply_tree(tar, directory, empty=True)
-
-    return fill
 
 
 def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
