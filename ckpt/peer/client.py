@@ -15,6 +15,7 @@ from ckpt import config
 from ckpt.errors import CannotConnect, CkptError, TransferFailed
 from ckpt.events import Emit, ignore
 from ckpt.host.run import Process
+from ckpt.model import Carriage
 from ckpt.peer import files, messages
 from ckpt.peer.frames import Buffer, Frame, Kind
 from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
@@ -45,7 +46,7 @@ class Peer:
         name: what people call the other side, for messages.
         explain: makes the error for a broken link.
         on_event: gets the other side's events; called in the reader thread, so it must be quick.
-        compress: zstd level 1 on file content, where it pays.
+        carriage: how file content is carried: limit of the rate, compression.
     """
 
     def __init__(
@@ -56,14 +57,22 @@ class Peer:
         name: str = "the other side",
         explain: Callable[[CkptError], CkptError] = lambda cause: cause,
         on_event: Emit = ignore,
-        compress: bool = False,
+        carriage: Carriage | None = None,
         link_timeout_s: float = LINK_TIMEOUT_S,
         beat_s: float = BEAT_S,
     ) -> None:
         self.name = name
         self.on_event = on_event
-        self.compress = compress
-        self.link = Link(inp, out, on_frame=self._on_frame, on_end=self._on_end, explain=explain, link_timeout_s=link_timeout_s, beat_s=beat_s)
+        self.link = Link(
+            inp,
+            out,
+            on_frame=self._on_frame,
+            on_end=self._on_end,
+            explain=explain,
+            link_timeout_s=link_timeout_s,
+            beat_s=beat_s,
+            carriage=carriage,
+        )
         self._pending: dict[int, _Pending] = {}
         self._changed = threading.Condition()
         self._channel = 0
@@ -84,6 +93,10 @@ class Peer:
         """Bytes that went to the link so far (after compression, with framing)."""
         return self.link.sent_bytes
 
+    def statistics(self) -> dict[str, float | int | str]:
+        """What was sent so far: in all, by kind before and after compression, and what compression left of it."""
+        return self.link.statistics()
+
     def call(self, verb: str, args: dict[str, Any] | None = None, *, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         """Run a verb on the other side and return its answer.
 
@@ -94,13 +107,16 @@ class Peer:
         channel, pending = self._begin(verb, args)
         return self._result(verb, channel, pending, timeout_s)
 
-    def upload(self, verb: str = "stage", args: dict[str, Any] | None = None, *, timeout_s: float = UPLOAD_TIMEOUT_S) -> Upload:
+    def upload(
+        self, verb: str = "stage", args: dict[str, Any] | None = None, *, timeout_s: float = UPLOAD_TIMEOUT_S, kind: str | None = None
+    ) -> Upload:
         """A call whose handler receives files: `with peer.upload("stage", {...}) as up: up.send_stage(...)`, then `up.result`.
 
         Args:
             timeout_s: for the handler to be ready, and again from the last file to its answer; not for the files between.
+            kind: what its content counts as in `statistics` (None: the verb).
         """
-        return Upload(self, verb, args, timeout_s)
+        return Upload(self, verb, args, timeout_s, kind or verb)
 
     def send_stage(
         self,
@@ -197,8 +213,9 @@ class Peer:
 class Upload:
     """An open upload; see Peer.upload. The other side's refusal (no space, unexpected path) is raised by the next send."""
 
-    def __init__(self, peer: Peer, verb: str, args: dict[str, Any] | None, timeout_s: float) -> None:
+    def __init__(self, peer: Peer, verb: str, args: dict[str, Any] | None, timeout_s: float, kind: str) -> None:
         self._peer = peer
+        self._kind = kind
         self._verb = verb
         self._args = args
         self._timeout_s = timeout_s
@@ -288,7 +305,7 @@ class _Channel:
 
     def data(self, offset: int, data: Buffer, lease: bytearray) -> None:
         self._upload._refused()
-        self._upload._peer.link.send_data(self._upload._channel, offset, data, compress=self._upload._peer.compress, lease=lease)
+        self._upload._peer.link.send_data(self._upload._channel, offset, data, lease=lease, label=self._upload._kind)
 
 
 class _Ssh:
@@ -342,7 +359,7 @@ def connect(
     ssh_options: Sequence[str] = (),
     timeout_s: float = 20.0,
     link_timeout_s: float | None = None,
-    compress: bool = False,
+    carriage: Carriage | None = None,
     on_event: Emit = ignore,
     command: Sequence[str] = ("ckpt", "peer"),
 ) -> Iterator[Peer]:
@@ -352,6 +369,7 @@ def connect(
         ssh_options: the user's `-o` options, as `Key=Value`.
         timeout_s: for the login and the hello; a person at a terminal gets two minutes for a password.
         link_timeout_s: how long nothing may be heard before the link counts as dead; None: as configured.
+        carriage: how file content is carried.
         command: what to run there.
 
     Raises:
@@ -367,7 +385,7 @@ def connect(
     process.stdin.close()
     below = _Ssh(str(parsed), process)
     link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
-    peer = Peer(inp, out, name=str(parsed), explain=below.explain, on_event=on_event, compress=compress, link_timeout_s=link_timeout_s)
+    peer = Peer(inp, out, name=str(parsed), explain=below.explain, on_event=on_event, carriage=carriage, link_timeout_s=link_timeout_s)
     well = False
     try:
         _shake(peer, below, parsed, max(timeout_s, 120.0) if ssh.interactive() else timeout_s, command[0])
