@@ -19,7 +19,7 @@ from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import BusyError, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import Process
-from ckpt.model import Container, DumpOptions, Manifest, PrecopyLimits, Target
+from ckpt.model import Carriage, Container, DumpOptions, Manifest, PrecopyLimits, Target
 from ckpt.ops import capture, faults, recover
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
@@ -59,6 +59,8 @@ class MigrateOptions:
     publish: tuple[str, ...] = ()
     precopy: PrecopyLimits | None = None
     """Copy memory while the workload runs, first."""
+    carriage: Carriage = Carriage()
+    """Limit of the rate, compression."""
     timeout_s: float = RESTORE_LIMIT_S
 
 
@@ -154,7 +156,7 @@ class _Migration:
         wanted = check.decide(self.engine, container, wanted)
         check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
         try:
-            peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options))
+            peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options, carriage=self.options.carriage))
             self.peer_name = peer.hostname
             asked = self.options
             request = check.destination_request(container, name=asked.name, publish=asked.publish, ignore_volumes=asked.ignore_volumes)
@@ -236,7 +238,7 @@ class _Migration:
         self.step("transfer")
         with peer.upload("stage") as upload:
             upload.send_stage(stage, members, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "transfer", done, total_bytes)))
-        self.stats["sent_bytes"] = peer.sent_bytes
+        self.stats.update(peer.statistics())
         self.done("transfer", f"{total_bytes / (1 << 20):.1f} MiB")
         return replace(manifest, id=self.draft.id, digests={name: f"sha256:{digest}" for name, digest in upload.digests.items()})
 

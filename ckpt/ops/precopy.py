@@ -101,7 +101,7 @@ class Precopy:
     def _round(self, number: int) -> Round:
         faults.point(f"migrate-round-{number}")
         began_s = time.monotonic()
-        with self._peer.upload(VERB, {"images": number, "parent": self.images}) as upload:
+        with self._peer.upload(VERB, {"images": number, "parent": self.images}, kind="precopy") as upload:
             upload.send_stream(MEMBER, RoundStream(self._memory.scan(self.table)), on_bytes=self._on_bytes, digest=False)
         seen = self._memory.statistics
         if not seen.complete:

@@ -14,7 +14,8 @@ from ckpt.model import Carriage
 from ckpt.peer import messages
 from ckpt.peer.compression import Packer
 from ckpt.peer.frames import ZSTD, Buffer, BufferPool, Frame, FrameReader, FrameWriter, Kind, have_zstd, message, prepare
-from ckpt.peer.queues import CONTENT, Closed, Outbox, Outgoing, TokenBucket
+from ckpt.peer.queues import CONTENT, Closed, Outbox, Outgoing
+from ckpt.peer.rate import TokenBucket
 
 BEAT_S: Final = 1.0
 LINK_TIMEOUT_S: Final = 15.0

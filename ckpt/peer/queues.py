@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from ckpt.errors import TransferFailed
-from ckpt.peer.frames import CHUNK_BYTES, Frame, Kind
+from ckpt.peer.frames import Frame, Kind
+from ckpt.peer.rate import TokenBucket
 
 T = TypeVar("T")
 
@@ -129,43 +129,6 @@ class Inbox:
             self._changed.notify_all()
 
 
-class TokenBucket:
-    """How much may go out: `rate` bytes a second, and what was not used in the last tenth of a second.
-
-    One piece may always go once the balance is not negative; what it takes beyond that is waited for afterwards, so the mean is exact.
-    """
-
-    BURST_S: Final = 0.1
-
-    def __init__(self, rate_bytes_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate = rate_bytes_s
-        self._clock = clock
-        self._balance = 0.0
-        self._at_s = clock()
-
-    @property
-    def piece_bytes(self) -> int:
-        """How large the pieces should be, so that none blocks the way for long."""
-        return int(min(CHUNK_BYTES, max(16 << 10, self._rate / 20)))
-
-    @property
-    def queue_bytes(self) -> int:
-        """How much should be ready to go: half a second's worth."""
-        return int(min(QUEUE_BYTES, max(64 << 10, self._rate / 2)))
-
-    def wait_s(self) -> float:
-        """How long to wait until the next piece may go; 0: now."""
-        now_s = self._clock()
-        self._balance = min(self._balance + (now_s - self._at_s) * self._rate, self._rate * self.BURST_S)
-        self._at_s = now_s
-        wait_s = -self._balance / self._rate
-        return wait_s if wait_s > 1e-6 else 0.0
-
-    def take(self, size_bytes: int) -> None:
-        """A piece goes."""
-        self._balance -= size_bytes
-
-
 @dataclass(frozen=True, slots=True)
 class Outgoing:
     """A frame on its way out.
@@ -197,7 +160,7 @@ class Outbox:
 
     def __init__(self, bucket: TokenBucket | None = None) -> None:
         self.bucket = bucket
-        self._limit_bytes = bucket.queue_bytes if bucket else QUEUE_BYTES
+        self._limit_bytes = min(bucket.queue_bytes, QUEUE_BYTES) if bucket else QUEUE_BYTES
         self._control: deque[Outgoing] = deque()
         self._content: deque[Outgoing] = deque()
         self._bytes = 0

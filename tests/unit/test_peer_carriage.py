@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -19,7 +20,8 @@ from ckpt.model import Carriage, Compression
 from ckpt.peer import messages
 from ckpt.peer.compression import Auto
 from ckpt.peer.frames import CHUNK_BYTES, Frame, Kind
-from ckpt.peer.queues import Closed, Inbox, Outbox, Outgoing, TokenBucket
+from ckpt.peer.queues import Closed, Inbox, Outbox, Outgoing
+from ckpt.peer.rate import LimitedWriter, TokenBucket
 from ckpt.peer.server import Session
 from tests.unit.test_peer_link import LIMIT_S, PACK, PLAIN, Relay, receiver, serving, sha256
 
@@ -93,7 +95,7 @@ def test_an_interrupted_sender_does_not_wait_for_what_is_queued(tmp_path: Path) 
     with serving({"stage": receiver(into), "ask": lambda session, args: {}}, carriage=limited(64 << 10)) as s:
         with open("/dev/urandom", "rb", buffering=0) as noise, pytest.raises(KeyboardInterrupt):
             with s.peer.upload() as up:
-                timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
+                timer = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
                 timer.start()
                 began_s = time.monotonic()
                 up.send_stream("f", noise)  # 16 s for its first piece
@@ -119,6 +121,15 @@ def test_bucket_by_a_clock_of_our_own() -> None:
     bucket.take(100)
     bucket.take(300)
     assert bucket.wait_s() == pytest.approx(0.3)
+
+
+def test_a_stream_of_a_rate() -> None:
+    out = io.BytesIO()
+    data = os.urandom(MIB)
+    began_s = time.monotonic()
+    assert LimitedWriter(out, 2 * MIB).write(data) == MIB
+    assert 0.4 < time.monotonic() - began_s < 0.8
+    assert out.getvalue() == data
 
 
 # ---------------------------------------------------------------- the queues
