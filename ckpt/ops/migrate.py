@@ -20,7 +20,7 @@ from ckpt.errors import BusyError, CkptError, FeatureMissing, MigrationRolledBac
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import Process
 from ckpt.model import Carriage, Container, DumpOptions, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, faults, recover
+from ckpt.ops import capture, faults, look, recover
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
 from ckpt.ops.result import Outcome, failure
@@ -102,6 +102,7 @@ class _Migration:
         self.committed = False
         self.peer_name = ""
         self.relays = False
+        self.memory_bytes: int | None = None
         self.ahead: Precopy | None = None
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
@@ -164,7 +165,9 @@ class _Migration:
         except CkptError as error:
             error.where = error.where or f"{container.name} is running, untouched"
             raise
-        findings = check.destination_findings(container, report, name=self.options.name)
+        kinds = look.open_kinds(container)
+        self.memory_bytes = kinds.dump_bytes if kinds else None
+        findings = check.destination_findings(container, report, name=self.options.name, kinds=kinds)
         for finding in findings:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
@@ -211,7 +214,7 @@ class _Migration:
             return
         from ckpt.ops import precopy
 
-        self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.emit)
+        self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.emit, memory_bytes=self.memory_bytes)
         self.stats["rounds"] = len(self.ahead.rounds)
         self.stats["precopy_bytes"] = self.ahead.sent_bytes
 
@@ -251,7 +254,7 @@ class _Migration:
         def on_bytes(done: int) -> None:
             if not relay.sent_bytes:
                 self.step("pages")
-            self.emit(BytesMoved(self.typed, "pages", done))
+            self.emit(BytesMoved(self.typed, "pages", done, None if self.ahead else self.memory_bytes))
 
         known, images = (self.ahead.table, self.ahead.images) if self.ahead else (None, None)
         with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s, known=known, images=images) as relay:
@@ -349,12 +352,11 @@ class _Migration:
                     error.log = recover.kept_log(error.log, kept)
                 self.job.write("rolled-back")
             self.close()
+        where = f"{name} is running here, nothing is left on {self.destination}" if self.job is not None else f"{name} is running, untouched"
         if isinstance(error, CkptError):
-            error.where = (
-                f"{name} is running here, nothing is left on {self.destination}"
-                if self.job is not None
-                else error.where or f"{name} is running, untouched"
-            )
+            error.where = where if self.job is not None else error.where or where
+        elif isinstance(error, KeyboardInterrupt):
+            self.emit(Notice(self.typed, f"stopped; {where}"))
 
     def close(self) -> None:
         if self.draft is not None:
