@@ -258,6 +258,7 @@ class _Migration:
 
         known, images = (self.ahead.table, self.ahead.images) if self.ahead else (None, None)
         with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s, known=known, images=images) as relay:
+            self.job.on_failure = relay.break_off
             self.held = self.engine.dump(self.container, self.draft.stage, replace(options, page_server_port=relay.port), self.job)
             relay.finish()
         self.stats["pages_bytes"] = relay.sent_bytes

@@ -27,8 +27,11 @@ _STUCK: Final = 0.5
 """The link is the bottleneck when its writers wait for it for this part of the time ..."""
 _FREE: Final = 0.2
 """... and is not when they wait less than this."""
+_STUCK_WINDOWS: Final = 2
+"""So long it must be the bottleneck before compression is tried. The first window also filled all buffers on the way: its rate says nothing."""
+_STUCK_WINDOWS_BUSY: Final = 6
 _IDLE: Final = 0.2
-"""Compression is only tried when so much of the processors' time is idle."""
+"""With less than this part of the processors' time idle it is likely to be in vain, and tried later."""
 _GAIN: Final = 1.1
 _FIRST_PAUSE_S: Final = 2.0
 _LONGEST_PAUSE_S: Final = 30.0
@@ -182,13 +185,16 @@ class Auto:
         self._samples.clear()
 
     def _judge(self, now_s: float, rate: float, stuck: float, packing: float, idle: float) -> None:
+        _log.debug(
+            "%.1f MiB/s, level %s, waits for the link %.2f, for compressors %.2f, idle %.2f", rate / (1 << 20), self._level, stuck, packing, idle
+        )
         if self._trial:
             self._end_trial(now_s, rate)
         elif self._level is None:
-            # The first window also filled all buffers on the way: its rate says nothing.
             self._stuck_windows = self._stuck_windows + 1 if stuck >= _STUCK else 0
             worth = bool(self._samples) and sum(self._samples) / len(self._samples) <= _WORTH
-            if self._stuck_windows >= 2 and worth and idle >= _IDLE and now_s >= self._next_try_s:
+            needed = _STUCK_WINDOWS if idle >= _IDLE else _STUCK_WINDOWS_BUSY
+            if self._stuck_windows >= needed and worth and now_s >= self._next_try_s:
                 self._baseline = rate
                 self._switch(AUTO_LEVEL, trial=True)
         elif stuck < _FREE and (packing > _STUCK or now_s >= self._next_try_s):

@@ -44,7 +44,7 @@ def test_the_rate_is_reached_and_not_passed(tmp_path: Path, rate: int) -> None:
         began_s = time.monotonic()
         s.peer.send_stage(tmp_path, ["f"])
         took_s = time.monotonic() - began_s
-    assert 1.3 < took_s < 1.9, f"{rate * 1.5 / took_s / MIB:.1f} MiB/s"
+    assert 1.3 < took_s < 2.5, f"{rate * 1.5 / took_s / MIB:.1f} MiB/s"
     assert sha256(into / "f") == sha256(tmp_path / "f")
 
 
@@ -268,24 +268,19 @@ def throttle(rate: float) -> Callable[[int, bytes], bytes]:
     return touch
 
 
-@pytest.mark.parametrize("rate", [20 * MIB, None], ids=["slow", "fast"])
-def test_measured_over_a_link(tmp_path: Path, rate: int | None) -> None:
+def test_measured_over_a_link(tmp_path: Path) -> None:
     half = os.urandom(32 << 10) + bytes(32 << 10)
-    (tmp_path / "f").write_bytes(half * (60 * MIB // len(half)))
+    (tmp_path / "f").write_bytes(half * (40 * MIB // len(half)))
     (tmp_path / "into").mkdir()
-    relay = Relay(throttle(rate)) if rate else Relay()
-    with serving({"stage": receiver(tmp_path / "into")}, to_server=relay, carriage=Carriage()) as s:
-        if s.peer.link._packer and s.peer.link._packer.auto:
-            s.peer.link._packer.auto._idle = lambda: 0.9  # other tests may have the processors
+    with serving({"stage": receiver(tmp_path / "into")}, to_server=Relay(throttle(12 * MIB)), carriage=Carriage()) as s:
+        assert s.peer.link._packer and s.peer.link._packer.auto
+        s.peer.link._packer.auto._idle = lambda: 0.9  # other tests may have the processors
         s.peer.send_stage(tmp_path, ["f"])
         stats = s.peer.statistics()
     assert sha256(tmp_path / "into/f") == sha256(tmp_path / "f")
-    assert stats["stage_raw_bytes"] == 60 * MIB
-    if rate:
-        assert str(stats["compress"]).startswith("auto: zstd:1 for"), stats
-        assert float(stats["compress_ratio"]) < 0.85, stats
-    else:
-        assert stats["compress"] == "auto: none" and float(stats["compress_ratio"]) < 1.01
+    assert stats["stage_raw_bytes"] == 40 * MIB
+    assert str(stats["compress"]).startswith("auto: zstd:1 for"), stats
+    assert float(stats["compress_ratio"]) < 0.85, stats
 
 
 def test_statistics_by_kind(tmp_path: Path) -> None:
