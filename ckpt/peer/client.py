@@ -19,7 +19,7 @@ from ckpt.model import Carriage
 from ckpt.peer import files, messages
 from ckpt.peer.frames import Buffer, Frame, Kind
 from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
-from ckpt.transports import ssh
+from ckpt.transports import ssh, ssh_cipher
 
 CALL_TIMEOUT_S: Final = 60.0
 UPLOAD_TIMEOUT_S: Final = 300.0
@@ -378,7 +378,7 @@ def connect(
         PeerVersion: ckpt there speaks another protocol.
     """
     parsed = ssh.Destination.parse(destination)
-    process = ssh.open(parsed, command, ssh_options)
+    process = ssh.open(parsed, command, (*ssh_options, *ssh_cipher.preference(parsed, ssh_options)))
     assert process.stdin is not None and process.stdout is not None
     inp, out = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
     process.stdout.close()
