@@ -31,6 +31,7 @@ from typing import Any, Final
 from xxhash import xxh3_64_intdigest
 
 from ckpt.errors import TransferFailed
+from ckpt.peer.wires import Wire
 
 MAGIC: Final = b"\x89CKP"
 MAX_PAYLOAD_BYTES: Final = 4 << 20
@@ -174,22 +175,22 @@ def prepare(fd: int) -> None:
 
 
 class FrameReader:
-    """Reads frames from a descriptor. One thread at a time.
+    """Reads frames from a wire. One thread at a time.
 
     Args:
         silence_s: how long nothing at all may be heard; heartbeats of the other side keep a link from being silent.
         stopped: asked now and then while waiting; True ends the wait with TransferFailed.
     """
 
-    def __init__(self, fd: int, *, silence_s: float, stopped: Callable[[], bool] = lambda: False, pool: BufferPool | None = None) -> None:
-        self._fd = fd
+    def __init__(self, wire: Wire, *, silence_s: float, stopped: Callable[[], bool] = lambda: False, pool: BufferPool | None = None) -> None:
+        self._wire = wire
         self._pool = pool or BufferPool()
         self._silence_s = silence_s
         self._stopped = stopped
         self._sequence = 0
         self._head = bytearray(HEADER_BYTES)
         self._poll = select.poll()
-        self._poll.register(fd, select.POLLIN)
+        self._poll.register(wire.fileno(), select.POLLIN)
         self.preamble = b""
         """What came before the hello (text from a shell's start-up files)."""
 
@@ -199,7 +200,7 @@ class FrameReader:
         heard_s = time.monotonic()
         while done < len(view):
             try:
-                count = os.readv(self._fd, [view[done:]])
+                count = self._wire.read(view[done:])
             except BlockingIOError:
                 now_s = time.monotonic()
                 if self._stopped():
@@ -288,14 +289,14 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Writes frames to a descriptor. One thread at a time. A link that takes nothing is noticed by its reader, which then stops it."""
+    """Writes frames to a wire. One thread at a time. A link that takes nothing is noticed by its reader, which then stops it."""
 
-    def __init__(self, fd: int, *, stopped: Callable[[], bool] = lambda: False) -> None:
-        self._fd = fd
+    def __init__(self, wire: Wire, *, stopped: Callable[[], bool] = lambda: False) -> None:
+        self._wire = wire
         self._stopped = stopped
         self._sequence = 0
         self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
+        self._poll.register(wire.fileno(), select.POLLOUT)
         self.sent_bytes = 0
 
     def write(self, frame: Frame) -> tuple[int, float]:
@@ -313,7 +314,7 @@ class FrameWriter:
         while done < total:
             parts = [head[done:], body] if done < len(head) else [body[done - len(head) :]]
             try:
-                done += os.writev(self._fd, parts)
+                done += self._wire.write(parts)
             except BlockingIOError:
                 if self._stopped():
                     raise TransferFailed("the link was closed") from None

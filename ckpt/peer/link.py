@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from ckpt.errors import CannotConnect, CkptError, FeatureMissing, TransferFailed
@@ -14,8 +14,9 @@ from ckpt.model import Carriage
 from ckpt.peer import messages
 from ckpt.peer.compression import Packer
 from ckpt.peer.frames import ZSTD, Buffer, BufferPool, Frame, FrameReader, FrameWriter, Kind, have_zstd, message, prepare
-from ckpt.peer.queues import CONTENT, Closed, Outbox, Outgoing
+from ckpt.peer.queues import CONTENT, Closed, Outbox, Outgoing, Waited
 from ckpt.peer.rate import TokenBucket
+from ckpt.peer.wires import FdWire, Wire
 
 BEAT_S: Final = 1.0
 LINK_TIMEOUT_S: Final = 15.0
@@ -54,7 +55,7 @@ class Link:
     ) -> None:
         for fd in {inp, out}:
             prepare(fd)
-        self._fds = {inp, out}
+        self._wires: list[Wire] = [FdWire(fd) for fd in dict.fromkeys((inp, out))]
         self._on_frame = on_frame
         self._on_end = on_end
         self._explain = explain
@@ -64,8 +65,10 @@ class Link:
         self._shaken = False
         self._write_error: CkptError | None = None
         self.pool = BufferPool()
-        self._reader = FrameReader(inp, silence_s=link_timeout_s, stopped=self._stop.is_set, pool=self.pool)
-        self._writer = FrameWriter(out, stopped=self._stop.is_set)
+        self._reader = FrameReader(self._wires[0], silence_s=link_timeout_s, stopped=self._stop.is_set, pool=self.pool)
+        self._writer = FrameWriter(self._wires[-1], stopped=self._stop.is_set)
+        self._link_timeout_s = link_timeout_s
+        self._streams: list[FrameWriter] = []
         self.carriage = carriage or Carriage()
         self._outbox = Outbox(TokenBucket(self.carriage.bwlimit_bytes_s) if self.carriage.bwlimit_bytes_s else None)
         self._packer: Packer | None = None
@@ -86,7 +89,7 @@ class Link:
     @property
     def sent_bytes(self) -> int:
         """Bytes written so far, headers and all."""
-        return self._writer.sent_bytes
+        return self._writer.sent_bytes + sum(stream.sent_bytes for stream in self._streams)
 
     def statistics(self) -> dict[str, float | int | str]:
         """`sent_bytes` in all; `KIND_raw_bytes` and `KIND_wire_bytes` of each kind of content; `compress` and what it leaves (`compress_ratio`)."""
@@ -116,7 +119,7 @@ class Link:
             TransferFailed: what came was damaged.
         """
         self.send_json(Kind.HELLO, 0, messages.hello())
-        self._start(self._write_loop, "ckpt-link-writer")
+        self._start(partial(self._write_loop, self._writer), "ckpt-link-writer")
         try:
             frame = self._reader.hello(timeout_s)
         except TimeoutError:
@@ -193,26 +196,54 @@ class Link:
         """The error to raise for a link that has ended."""
         return messages.again(self.error) if self.error else TransferFailed("the link was closed")
 
-    def _write_loop(self) -> None:
-        self._write_all(self._writer, Frame(Kind.BEAT))
+    def send_over(self, wires: Sequence[Wire]) -> None:
+        """From now on uploads take these ways, whichever is free; taken over."""
+        writers = [FrameWriter(wire, stopped=self._stop.is_set) for wire in wires]
+        self._wires += wires
+        self._streams += writers
+        for number, writer in enumerate(writers):
+            self._start(partial(self._write_loop, writer, stream=True), f"ckpt-stream-{number}")
 
-    def _write_all(self, writer: FrameWriter, beat: Frame) -> None:
-        held_s = packing_s = 0.0
+    def receive_from(self, wire: Wire) -> None:
+        """Content comes by this way, too; taken over. It has to be heard of as often as the link itself, and the link ends when it breaks."""
+        self._wires.append(wire)
+        reader = FrameReader(wire, silence_s=self._link_timeout_s, stopped=self._stop.is_set, pool=self.pool)
+        self._start(partial(self._read_stream, reader), "ckpt-stream-reader")
+
+    def _read_stream(self, reader: FrameReader) -> None:
+        try:
+            while (frame := reader.read()) is not None:
+                if frame.kind is Kind.BYE:
+                    return
+                if frame.kind in CONTENT:
+                    self._on_frame(frame)
+                elif frame.kind is not Kind.BEAT:
+                    raise TransferFailed(f"a stream brought an unexpected {frame.kind.name} message")
+            raise TransferFailed("a stream was cut")
+        except CkptError as error:
+            self._broken(error)
+        except Exception as error:
+            self._broken(TransferFailed(f"cannot receive: {type(error).__name__}: {error}"))
+
+    def _write_loop(self, writer: FrameWriter, *, stream: bool = False) -> None:
+        waited = Waited()
         try:
             while True:
                 try:
-                    item = self._outbox.get(self._beat_s)
+                    item = self._outbox.get(self._beat_s, control=not stream, content=stream or not self._streams, waited=waited)
                 except Closed:
+                    if stream:
+                        writer.write(Frame(Kind.BYE))
                     return
                 if item is None:
-                    writer.write(beat)
+                    writer.write(Frame(Kind.BEAT))
                     continue
                 frame = item.ready()
                 sent_bytes, stuck_s = writer.write(frame)
                 self.pool.give(frame.lease)
                 if frame.kind is Kind.DATA:
-                    self._count(item, frame, sent_bytes, stuck_s + self._outbox.held_s - held_s, self._outbox.packing_s - packing_s)
-                    held_s, packing_s = self._outbox.held_s, self._outbox.packing_s
+                    self._count(item, frame, sent_bytes, stuck_s + waited.limited_s, waited.packing_s)
+                    waited = Waited()
         except CkptError as error:
             self._unsent(error)
         except Exception as error:
@@ -224,7 +255,8 @@ class Link:
             traffic.raw_bytes += item.size_bytes
             traffic.wire_bytes += sent_bytes
         if self._packer is not None and self._packer.auto is not None:
-            self._packer.auto.note(item.epoch, item.size_bytes, stuck_s, packing_s, packed=bool(frame.flags & ZSTD))
+            writers = len(self._streams) or 1
+            self._packer.auto.note(item.epoch, item.size_bytes, stuck_s / writers, packing_s / writers, packed=bool(frame.flags & ZSTD))
 
     def _unsent(self, cause: CkptError) -> None:
         # Before the hello the reader finds the end by itself, and ssh's exit status tells more than a broken pipe does.
@@ -277,6 +309,6 @@ class Link:
         if self._packer is not None:
             self._packer.close()
         if not any(thread.is_alive() for thread in self._threads):
-            for fd in self._fds:
-                os.close(fd)
-        self._fds = set()
+            for wire in self._wires:
+                wire.close()
+        self._wires = []

@@ -155,8 +155,16 @@ class Outgoing:
         return isinstance(self.frame, Future) and not self.frame.done()
 
 
+@dataclass(slots=True)
+class Waited:
+    """How long content waited for the limit of the rate, and for a compressor."""
+
+    limited_s: float = 0.0
+    packing_s: float = 0.0
+
+
 class Outbox:
-    """What goes out. `held_s` is how long content waited for the limit of the rate alone, `packing_s` how long for a compressor."""
+    """What goes out."""
 
     def __init__(self, bucket: TokenBucket | None = None) -> None:
         self.bucket = bucket
@@ -167,8 +175,6 @@ class Outbox:
         self._last: Outgoing | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self.held_s = 0.0
-        self.packing_s = 0.0
 
     def put(self, item: Outgoing) -> bool:
         """Append a control frame; False (and dropped) when the outbox is closed."""
@@ -202,38 +208,39 @@ class Outbox:
             self._bytes = sum(max(item.size_bytes, _LEAST_BYTES) for item in kept)
             self._changed.notify_all()
 
-    def get(self, timeout_s: float, *, control: bool = True, content: bool = True) -> Outgoing | None:
-        """The next frame that may go, control frames first; None when there was none in time. Raises Closed."""
+    def get(self, timeout_s: float, *, control: bool = True, content: bool = True, waited: Waited | None = None) -> Outgoing | None:
+        """The next frame that may go, control frames first; None when there was none in time. Raises Closed.
+
+        Args:
+            control, content: which lanes to look at. What `close` was given as the last frame comes with the control frames.
+            waited: gets the time added that content had to wait.
+        """
+        waited = waited or Waited()
         end_s = time.monotonic() + timeout_s
         with self._changed:
             while True:
                 now_s = time.monotonic()
-                wait_s = end_s - now_s
-                waits_for: str | None = None
+                wait_s, packing, limited = end_s - now_s, False, False
                 if control and self._control:
                     return self._control.popleft()
                 if content and self._content:
-                    held_s = self.bucket.wait_s() if self.bucket else 0.0
-                    if self._content[0].unfinished:
-                        waits_for = "packing"
-                    elif held_s > 0:
-                        waits_for, wait_s = "limit", min(wait_s, held_s)
-                    else:
+                    limit_s = self.bucket.wait_s() if self.bucket else 0.0
+                    packing = self._content[0].unfinished
+                    limited = not packing and limit_s > 0
+                    if not packing and not limited:
                         return self._taken()
+                    wait_s = min(wait_s, limit_s) if limited else wait_s
                 elif self._closed and not (control and self._content):
-                    if not control:
+                    last, self._last = (self._last, None) if control else (None, self._last)
+                    if last is None:
                         raise Closed
-                    if self._last is None:
-                        raise Closed
-                    last, self._last = self._last, None
                     return last
                 if end_s <= now_s:
                     return None
                 self._changed.wait(wait_s)
-                if waits_for == "limit":
-                    self.held_s += time.monotonic() - now_s
-                elif waits_for == "packing":
-                    self.packing_s += time.monotonic() - now_s
+                took_s = time.monotonic() - now_s
+                waited.packing_s += took_s if packing else 0.0
+                waited.limited_s += took_s if limited else 0.0
 
     def close(self, *, drop: bool = False, last: Frame | None = None) -> None:
         """Take nothing more; what is queued still goes unless `drop`, and `last` after it."""
