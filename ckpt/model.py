@@ -141,6 +141,23 @@ class DumpOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Compression:
+    """Whether to compress on the way. `auto`: where it carries more than it costs; `zstd`: at `level`, but for what is incompressible."""
+
+    mode: Literal["auto", "zstd", "none"] = "auto"
+    level: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Carriage:
+    """How files and memory are carried to another host."""
+
+    bwlimit_bytes_s: int | None = None
+    """At most so many bytes of content a second, as they are on the link; None: as fast as it goes."""
+    compress: Compression = Compression()
+
+
+@dataclass(frozen=True, slots=True)
 class PrecopyLimits:
     """When to stop copying memory ahead of the dump: at an estimated downtime, after so many rounds, or when a round gains nothing."""
 

@@ -71,6 +71,8 @@ class MemoryMove:
         self._ahead: Precopy | None = None
         self._follow: Follow | None = None
         self._streams = False
+        self.size_bytes: int | None = None
+        """About as much memory as there is, where it is known."""
         self.lazily = False
         """The destination lets it run before its memory is in place."""
         self.stats: dict[str, float | int | str] = {}
@@ -103,7 +105,7 @@ class MemoryMove:
             return
         from ckpt.ops import precopy
 
-        self._ahead = precopy.copy_ahead(peer, self._typed, self._container, self._limits, job, self._emit)
+        self._ahead = precopy.copy_ahead(peer, self._typed, self._container, self._limits, job, self._emit, memory_bytes=self.size_bytes)
         self.stats["rounds"] = len(self._ahead.rounds)
         self.stats["memory_tracker"] = self._ahead.tracker
         self.stats["precopy_read_bytes"] = sum(done.scanned_bytes for done in self._ahead.rounds)
@@ -143,10 +145,11 @@ class MemoryMove:
         def on_bytes(done: int) -> None:
             if not relay.sent_bytes:
                 self._step("pages")
-            self._emit(BytesMoved(self._typed, "pages", done))
+            self._emit(BytesMoved(self._typed, "pages", done, None if self._ahead else self.size_bytes))
 
         known, images = (self._ahead.table, self._ahead.images) if self._ahead else (None, None)
         with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s, known=known, images=images) as relay:
+            job.on_failure = relay.break_off
             held = self._engine.dump(self._container, stage, replace(options, page_server_port=relay.port), job)
             self._unless_it_fails(held, relay.finish)
         self.stats["pages_bytes"] = relay.sent_bytes
@@ -168,7 +171,7 @@ class MemoryMove:
         from ckpt.ops.postcopy import Follow
 
         def on_bytes(done: int) -> None:
-            self._emit(BytesMoved(self._typed, "follow", done))
+            self._emit(BytesMoved(self._typed, "follow", done, self.size_bytes))
 
         assert self._container.pid is not None
         self._follow = Follow(peer, self._container.pid, {}, on_bytes)

@@ -20,8 +20,8 @@ from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue
 from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import Process
-from ckpt.model import Container, DumpOptions, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, faults, recover, statistics
+from ckpt.model import Carriage, Container, DumpOptions, Manifest, PrecopyLimits, Target
+from ckpt.ops import capture, faults, look, recover, statistics
 from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
@@ -65,6 +65,8 @@ class MigrateOptions:
     """Switch over before the memory is there."""
     lazy: bool | None = None
     """Let it run there before its memory is in place."""
+    carriage: Carriage = Carriage()
+    """Limit of the rate, compression."""
     timeout_s: float = RESTORE_LIMIT_S
 
 
@@ -174,7 +176,7 @@ class _Migration:
         wanted = check.decide(self.engine, container, wanted)
         check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
         try:
-            peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options))
+            peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options, carriage=self.options.carriage))
             self.peer_name = peer.hostname
             asked = self.options
             request = check.destination_request(container, name=asked.name, publish=asked.publish, ignore_volumes=asked.ignore_volumes)
@@ -182,7 +184,9 @@ class _Migration:
         except CkptError as error:
             error.where = error.where or f"{container.name} is running, untouched"
             raise
-        findings = check.destination_findings(container, report, name=self.options.name)
+        kinds = look.open_kinds(container)
+        self.memory.size_bytes = kinds.dump_bytes if kinds else None
+        findings = check.destination_findings(container, report, name=self.options.name, kinds=kinds)
         for finding in findings:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
@@ -252,7 +256,7 @@ class _Migration:
         self.step("transfer")
         with peer.upload("stage") as upload:
             upload.send_stage(stage, members, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "transfer", done, total_bytes)))
-        self.stats["sent_bytes"] = peer.sent_bytes
+        self.stats.update(peer.statistics())
         self.done("transfer", f"{total_bytes / (1 << 20):.1f} MiB")
         return replace(manifest, id=self.draft.id, digests={name: f"sha256:{digest}" for name, digest in upload.digests.items()})
 
@@ -295,7 +299,7 @@ class _Migration:
         told = tell_destination(self.job, peer)
         if told:
             self.job.write("done")
-        self.stats["sent_bytes"] = peer.sent_bytes
+        self.stats.update(peer.statistics())
         self.stats["total_s"] = time.monotonic() - self.began_s
         if told:
             self.close()
@@ -350,12 +354,11 @@ class _Migration:
                     error.log = recover.kept_log(error.log, kept)
                 self.job.write("rolled-back")
             self.close()
+        where = f"{name} is running here, nothing is left on {self.destination}" if self.job is not None else f"{name} is running, untouched"
         if isinstance(error, CkptError):
-            error.where = (
-                f"{name} is running here, nothing is left on {self.destination}"
-                if self.job is not None
-                else error.where or f"{name} is running, untouched"
-            )
+            error.where = where if self.job is not None else error.where or where
+        elif isinstance(error, KeyboardInterrupt):
+            self.emit(Notice(self.typed, f"stopped; {where}"))
 
     def close(self) -> None:
         if self.draft is not None:

@@ -79,6 +79,13 @@ class Precopy:
         """Memory sent in all rounds."""
         return sum(one.sent_bytes for one in self.rounds)
 
+    @property
+    def dirty_bytes_s(self) -> float | None:
+        """How fast the workload writes: what the last round found changed, over the time of the round before; None before there are two."""
+        if len(self.rounds) < 2 or not self.rounds[-2].seconds:
+            return None
+        return self.rounds[-1].sent_bytes / self.rounds[-2].seconds
+
     def run(self, told: Callable[[Round], None]) -> None:
         """All rounds.
 
@@ -114,7 +121,7 @@ class Precopy:
     def _round(self, number: int) -> Round:
         faults.point(f"migrate-round-{number}")
         began_s = time.monotonic()
-        with self._peer.upload(VERB, {"images": number, "parent": self.images}) as upload:
+        with self._peer.upload(VERB, {"images": number, "parent": self.images}, kind="precopy") as upload:
             upload.send_stream(MEMBER, RoundStream(self._memory.scan(self.table)), on_bytes=self._on_bytes, digest=False)
         seen = self._memory.statistics
         if not seen.complete:
@@ -126,8 +133,10 @@ class Precopy:
         return done
 
 
-def copy_ahead(peer: Peer, typed: str, container: Container, limits: PrecopyLimits, job: Job, emit: Emit) -> Precopy:
-    """All rounds of a container's memory, told to people as `typed`. Raises what `Precopy.run` does."""
+def copy_ahead(
+    peer: Peer, typed: str, container: Container, limits: PrecopyLimits, job: Job, emit: Emit, *, memory_bytes: int | None = None
+) -> Precopy:
+    """All rounds of a container's memory, about `memory_bytes` of it, told to people as `typed`. Raises what `Precopy.run` does."""
     began_s = time.monotonic()
     emit(StepStarted(typed, "precopy"))
 
@@ -137,7 +146,8 @@ def copy_ahead(peer: Peer, typed: str, container: Container, limits: PrecopyLimi
         emit(Notice(typed, f"round {done.number + 1}: {sent}, a downtime of about {done.downtime_s:.1f} s to expect"))
 
     def on_bytes(done: int) -> None:
-        emit(BytesMoved(typed, "precopy", done))
+        number = len(ahead.rounds) + 1
+        emit(BytesMoved(typed, "precopy", done, memory_bytes if number == 1 else None, number, ahead.dirty_bytes_s))
 
     assert container.pid is not None
     ahead = Precopy(peer, container.pid, limits, on_bytes, job)
