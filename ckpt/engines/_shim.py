@@ -92,6 +92,7 @@ def note(job: str, name: str, text: str) -> None:
 def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: "dict[str, Any]") -> int:
     rest = [word for word in rest if word != "--leave-running"]
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
+    rest = [*plan.get("flags", {}).get(os.path.basename(real), []), *rest]
     os.makedirs(plan["images"], mode=0o700, exist_ok=True)
     log_path = os.path.join(job, "runtime.log")
     supervisor = os.fork()

@@ -10,7 +10,6 @@ migrations only the uncommitted are touched, because the other end has a say in 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -29,6 +28,8 @@ from ckpt.errors import CkptError
 from ckpt.host import traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
+from ckpt.ops import knobs
+from ckpt.store import history
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -38,6 +39,8 @@ NEWBORN_S: Final = 60.0
 """A job directory without a journal is left alone for this long: its owner may just be making it."""
 FINISH_LIMIT_S: Final = 60.0
 POLL_S: Final = 0.02
+ERROR_CAP: Final = 500
+"""Characters of an error that a journal keeps; a full disk has room for few."""
 KEPT_MIGRATIONS_S: Final = 14 * 86400.0
 """A finished migration's journal is kept this long: the other host may still ask how it ended."""
 
@@ -78,6 +81,11 @@ def committed(job: Job) -> bool:
     return reached
 
 
+def source_settled(job: Job) -> bool:
+    """Whether the source of a migration that came here knows how it ended: nobody will ask any more."""
+    return any(entry.get("state") == "serving" for entry in job.entries())
+
+
 def settle(job: Job) -> str:
     """Bring a dead owner's job to its end; the caller has its lock. Idempotent.
 
@@ -95,7 +103,7 @@ def settle(job: Job) -> str:
     if not kind or job.state in FINAL:
         remove(job)
         return "gone"
-    if job.state == "lost":
+    if job.state == "lost" and (kind != "migrate-destination" or source_settled(job) or _is_old(job)):
         remove(job)
         return "lost"
     if job.state == "serving":
@@ -118,6 +126,7 @@ def settle(job: Job) -> str:
         job.write("done", by="guard")
         remove(job)
         return "finished"
+    knobs.restore(job)
     registry.by_name(str(facts.get("engine", ""))).rollback(job)
     lazy.end(job.directory)
     job.write("rolled-back", by="guard")
@@ -202,7 +211,10 @@ def _served(job: Job) -> str:
 
 
 def remove(job: Job) -> None:
-    """Remove a job's directory, its journal last, so that a crash in between is found and finished."""
+    """Remove a job's directory, its journal last, so that a crash in between is found and finished. The history keeps a record of it."""
+    record = history.of_journal(job)
+    if record is not None:
+        history.keep(store_root(job), record)
     for path in list(job.directory.iterdir()) if job.directory.is_dir() else []:
         if path.name in ("journal.jsonl", "lock"):
             continue
@@ -322,11 +334,3 @@ def _is_old(job: Job) -> bool:
     entries = job.entries()
     return not entries or time.time() - float(entries[-1].get("t", 0.0)) > KEPT_MIGRATIONS_S
 
-
-def free_of(job: Job) -> bool:
-    """Whether no living process owns the job (for `ckpt jobs`)."""
-    if not job.directory.is_dir() or not os.path.exists(job.directory / "lock"):
-        return True
-    free = job.acquire()
-    job.release()
-    return free

@@ -14,7 +14,6 @@ from typing import Literal
 
 from ckpt.archive import layout
 from ckpt.criu import lazy as memory
-from ckpt.criu import tree
 from ckpt.engines import registry
 from ckpt.engines.base import HeldRestore
 from ckpt.engines.registry import NamedEngine
@@ -190,12 +189,10 @@ class _Attempt:
             self.stats["lazy"] = True
             faults.point("lazy-started")
         self.held = self.engine.restore(stage, manifest, chosen, self.job, rootfs_ready=rootfs_ready, volume_ready=volume_ready)
-        self.job.write("held", **_identity(self.held.init_pid))
+        self.job.write("held", **(lazy.identity(self.held.init_pid, manifest.name) if self.keeper is not None else {}))
         faults.point("restored")
         proof.check(self.held, manifest)
         if self.keeper is not None:
-            if not tree.stat(self.held.init_pid):
-                raise RestoreFailed(f"{manifest.name}: its first process is not known, so nobody could end it if its memory did not arrive")
             self.keeper.check()
         self.stats["restore_s"] = round(time.monotonic() - began, 6)
         self.emit(StepDone(self.source.label, "restore", _count(manifest, options), time.monotonic() - began))
@@ -234,7 +231,7 @@ class _Attempt:
                 self.job.release()  # the guard goes on trying
                 return StateUnknown(f"the restore of {self.source.label} failed, and so did its undoing: {worse.message}", log=worse.log)
             log = recover.keep_logs(self.job, self.source.label)
-            self.job.write("rolled-back")
+            self.job.write("rolled-back", error=str(error)[: recover.ERROR_CAP])
             recover.close(self.job, self.guard)
         where = f"nothing is running; {self.source.remains}"
         if isinstance(error, (NoSpace, BusyError, RestoreFailed)):
@@ -347,12 +344,6 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return work()
     except CkptError as error:
         return failure(label, error)
-
-
-def _identity(pid: int) -> dict[str, int]:
-    """The first process of a restored tree, for the journal: should its memory not arrive, it is ended."""
-    found = tree.stat(pid) if pid else None
-    return {"restored_pid": pid, "restored_ticks": found.start_ticks} if found else {}
 
 
 def _not_pages(name: str) -> bool:
