@@ -146,6 +146,8 @@ class PrecopyLimits:
     max_rounds: int = 8
     on_exceed: Literal["continue", "abort"] = "continue"
     """What to do when more than `max_downtime_s` is to be expected in the end."""
+    auto_converge: bool = False
+    """Slow the workload, step by step, when it writes faster than the link carries."""
 
 
 @dataclass(frozen=True, slots=True)

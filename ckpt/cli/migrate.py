@@ -18,6 +18,9 @@ from ckpt.model import PrecopyLimits, Target
 if TYPE_CHECKING:
     from ckpt.ops.migrate import MigrateOptions
 
+AUTO_CONVERGE_ROUNDS = 16
+"""Each step of slowing takes at least one."""
+
 
 @verb(
     "migrate",
@@ -41,8 +44,9 @@ if TYPE_CHECKING:
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports on the destination.")
 @click.option("--precopy", is_flag=True, help="Send the memory while it runs, in rounds, and freeze it only for what is left.")
 @click.option("--max-downtime", "max_downtime_s", type=Duration(), metavar="TIME", help="With --precopy: stop when so much is left (default 300ms).")
-@click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8).")
+@click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8, or 16 if slowed).")
 @click.option("--on-exceed", type=click.Choice(["continue", "abort"]), help="With --precopy: what to do when more is to be expected in the end.")
+@click.option("--auto-converge", is_flag=True, help="With --precopy: slow it by its cgroup when it writes faster than the link carries.")
 @ssh_option
 @timeout_option
 def command(
@@ -57,6 +61,7 @@ def command(
     max_downtime_s: float | None,
     max_rounds: int | None,
     on_exceed: Literal["continue", "abort"] | None,
+    auto_converge: bool,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh.
@@ -66,7 +71,8 @@ def command(
     never none. When something fails before the switch, the source runs on.
 
     The memory goes straight from the frozen container to the other host. With --precopy most of it goes while the container runs:
-    the downtime then depends on what it writes, not on how large it is.
+    the downtime then depends on what it writes, not on how large it is. With --auto-converge a container that writes faster than the
+    link carries is slowed, step by step, while it is copied; its own limit is set back before it is frozen.
     """
     if job_id is not None:
         if target or destination or dry_run:
@@ -81,10 +87,12 @@ def command(
     session.need_root()
     from ckpt.ops import migrate as use_case
 
-    limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed}
+    limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed, "auto_converge": auto_converge or None}
     limits = {key: value for key, value in limits.items() if value is not None}
     if limits and not precopy:
-        raise UsageError("--max-downtime, --max-rounds and --on-exceed need --precopy")
+        raise UsageError("--max-downtime, --max-rounds, --on-exceed and --auto-converge need --precopy")
+    if auto_converge and max_rounds is None:
+        limits["max_rounds"] = AUTO_CONVERGE_ROUNDS
     ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]
     options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), precopy=ahead, **given)
     if timeout_s is not None:

@@ -153,6 +153,10 @@ class _Migration:
         )
         wanted = check.decide(self.engine, container, wanted)
         check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
+        if self.options.precopy is not None:
+            from ckpt.ops import precopy
+
+            precopy.throttle(container, self.options.precopy)
         try:
             peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options))
             self.peer_name = peer.hostname
@@ -213,6 +217,7 @@ class _Migration:
         self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.job, self.emit)
         self.stats["rounds"] = len(self.ahead.rounds)
         self.stats["memory_tracker"] = self.ahead.tracker
+        self.stats["slowed"] = max(done.slowed for done in self.ahead.rounds)
         self.stats["precopy_read_bytes"] = sum(done.scanned_bytes for done in self.ahead.rounds)
         self.stats["precopy_bytes"] = self.ahead.sent_bytes
 
