@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,14 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class BytesMoved:
-    """Progress of a transfer: bytes so far and, when known, in all."""
+    """Progress of a transfer: bytes so far and, when known, in all; of a round (from 1) of pre-copy also how fast the workload writes."""
 
     target: str
     step: str
     done_bytes: int
     total_bytes: int | None = None
+    round: int | None = None
+    dirty_bytes_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,26 @@ class Notice:
     warning: bool = False
 
 
-Event = StepStarted | StepDone | StepFailed | BytesMoved | Frozen | Thawed | Notice
+@dataclass(frozen=True, slots=True)
+class RoundDone:
+    """A round of pre-copy: what was read of the memory, what of it had changed and was sent, in which time."""
+
+    target: str
+    number: int
+    scanned_bytes: int
+    sent_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the job's record keeps, by name, units in the names: its id (`job`), versions, bytes by kind."""
+
+    target: str
+    values: dict[str, Any]
+
+
+Event = StepStarted | StepDone | StepFailed | BytesMoved | Frozen | Thawed | Notice | RoundDone | Figures
 Emit = Callable[[Event], None]
 
 

@@ -17,7 +17,7 @@ from ckpt.criu.digests import DigestTable
 from ckpt.criu.livemem import LiveMemory, Run
 from ckpt.criu.pagestream import PAGE_BYTES, Kind, record
 from ckpt.errors import CkptError, TransferFailed
-from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
+from ckpt.events import BytesMoved, Emit, Notice, RoundDone, StepDone, StepStarted
 from ckpt.model import Container, PrecopyLimits
 from ckpt.ops import faults, knobs
 from ckpt.ops.converge import Throttle
@@ -86,6 +86,13 @@ class Precopy:
         """Memory sent in all rounds."""
         return sum(one.sent_bytes for one in self.rounds)
 
+    @property
+    def dirty_bytes_s(self) -> float | None:
+        """How fast the workload writes: what the last round found changed, over the time of the round before; None before there are two."""
+        if len(self.rounds) < 2 or not self.rounds[-2].seconds:
+            return None
+        return self.rounds[-1].sent_bytes / self.rounds[-2].seconds
+
     def run(self, told: Callable[[Round], None]) -> None:
         """All rounds.
 
@@ -109,6 +116,10 @@ class Precopy:
                 hint="a larger --max-downtime, a faster link, or --on-exceed continue",
             )
 
+    def send_last(self) -> Round:
+        """One more round, of the frozen memory: after it the destination holds exactly that. Raises as `run` does."""
+        return self._round(len(self.rounds))
+
     def _stop(self) -> bool:
         if not self.rounds:
             return False
@@ -123,7 +134,7 @@ class Precopy:
     def _round(self, number: int) -> Round:
         faults.point(f"migrate-round-{number}")
         began_s = time.monotonic()
-        with self._peer.upload(VERB, {"images": number, "parent": self.images}) as upload:
+        with self._peer.upload(VERB, {"images": number, "parent": self.images}, kind="precopy") as upload:
             upload.send_stream(MEMBER, RoundStream(self._memory.scan(self.table)), on_bytes=self._on_bytes, digest=False)
         seen = self._memory.statistics
         if not seen.complete:
@@ -147,18 +158,22 @@ def throttle(container: Container, limits: PrecopyLimits) -> Throttle | None:
     return Throttle(lambda: tree.pids(root_pid), container.name) if limits.auto_converge else None
 
 
-def copy_ahead(peer: Peer, typed: str, container: Container, limits: PrecopyLimits, job: Job, emit: Emit) -> Precopy:
-    """All rounds of a container's memory, told to people as `typed`. Raises what `Precopy.run` does."""
+def copy_ahead(
+    peer: Peer, typed: str, container: Container, limits: PrecopyLimits, job: Job, emit: Emit, *, memory_bytes: int | None = None
+) -> Precopy:
+    """All rounds of a container's memory, about `memory_bytes` of it, told to people as `typed`. Raises what `Precopy.run` does."""
     began_s = time.monotonic()
     emit(StepStarted(typed, "precopy"))
 
     def told(done: Round) -> None:
+        emit(RoundDone(typed, done.number, done.scanned_bytes, done.sent_bytes, done.seconds))
         sent = f"{done.sent_bytes / (1 << 20):.1f} MiB in {done.seconds:.1f} s"
         slowed = f", slowed by {done.slowed * 100:.0f} %" if done.slowed else ""
         emit(Notice(typed, f"round {done.number + 1}: {sent}, a downtime of about {done.downtime_s:.1f} s to expect{slowed}"))
 
     def on_bytes(done: int) -> None:
-        emit(BytesMoved(typed, "precopy", done))
+        number = len(ahead.rounds) + 1
+        emit(BytesMoved(typed, "precopy", done, memory_bytes if number == 1 else None, number, ahead.dirty_bytes_s))
 
     assert container.pid is not None
     ahead = Precopy(peer, container.pid, limits, on_bytes, job, throttle(container, limits))

@@ -132,9 +132,9 @@ def test_the_living_and_the_newborn_are_left_alone(tmp_path: Path, engine: Engin
     os.utime(stillborn, (1, 1))
     assert recover.sweep(tmp_path) == []
     assert living.directory.exists() and newborn.exists() and not stillborn.exists()
-    assert not recover.free_of(Job(living.directory))
+    assert Job(living.directory).owned
     living.release()
-    assert recover.free_of(Job(living.directory))
+    assert not Job(living.directory).owned
 
 
 def test_sweep_takes_dead_drafts(tmp_path: Path, engine: Engine) -> None:

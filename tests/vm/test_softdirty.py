@@ -68,12 +68,13 @@ def test_rounds_read_only_what_was_written(vm: Vm, runtime: str) -> None:
 def test_a_container_goes_over(vm: Vm) -> None:
     pid = start_hog(vm, "crun", "web")
     before = ticks(vm, pid)[-1]
-    flags = "--precopy --max-rounds 3 --max-downtime 1ms --format json"
+    flags = "--precopy --max-rounds 3 --max-downtime 1ms --lazy --format json"
     said = vm.run(f"ckpt migrate {flags} --name moved web root@there 2>/tmp/said || {{ cat /tmp/said; false; }}", timeout_s=250)
     stats = json.loads(said)["results"][0]["stats"]
     assert stats["memory_tracker"] == "soft-dirty" and stats["rounds"] == 3
     # The first round reads all of it, the others what was written since: never all of it again.
     assert (MIB << 20) <= stats["precopy_bytes"] <= stats["precopy_read_bytes"] < 2 * (MIB << 20), stats
+    assert stats["pages_bytes"] <= stats["pages_read_bytes"] < MOST, stats  # while it is frozen
     pid = pid_of(vm, "moved")
     at = ticks(vm, pid)[-1]
     assert at >= before
