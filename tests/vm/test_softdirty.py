@@ -1,4 +1,4 @@
-"""The memory tracker that needs a kernel with soft-dirty marks: Debian's has them, many test machines' have not."""
+"""Pre-copy on a kernel with soft-dirty marks and with cgroup2 in full: Debian's, which many test machines' kernels are not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DIRTY_MB_S = "0.2"
 MOST = (MIB << 20) // 2
 
 
-def start_hog(vm: Vm, runtime: str, name: str) -> int:
+def start_hog(vm: Vm, runtime: str, name: str, *options: str) -> int:
     """A container that rewrites random pages and checks all of them, without end; the pid of its first process."""
     hog = ["memhog", str(MIB), DIRTY_MB_S, "/data/ticks"]
-    vm.run(["podman", "--runtime", runtime, "run", "-d", "--name", name, "--network", "none", "localhost/busybox", *hog])
+    vm.run(["podman", "--runtime", runtime, "run", "-d", "--name", name, "--network", "none", *options, "localhost/busybox", *hog])
     pid = pid_of(vm, name)
     wait_for(vm, pid, 3)
     return pid
@@ -66,16 +66,20 @@ def test_rounds_read_only_what_was_written(vm: Vm, runtime: str) -> None:
 
 
 def test_a_container_goes_over(vm: Vm) -> None:
-    pid = start_hog(vm, "crun", "web")
+    """With soft-dirty rounds, slowed when they gain nothing any more, and with its own limit of processor time on the other side."""
+    pid = start_hog(vm, "crun", "web", "--cpus", "1.5")
+    limit = cpu_limit(vm, pid)
+    assert limit == "150000 100000"
     before = ticks(vm, pid)[-1]
-    flags = "--precopy --max-rounds 3 --max-downtime 1ms --lazy --format json"
+    flags = "--precopy --max-rounds 8 --max-downtime 1ms --auto-converge --lazy --format json"
     said = vm.run(f"ckpt migrate {flags} --name moved web root@there 2>/tmp/said || {{ cat /tmp/said; false; }}", timeout_s=250)
     stats = json.loads(said)["results"][0]["stats"]
-    assert stats["memory_tracker"] == "soft-dirty" and stats["rounds"] == 3
+    assert stats["memory_tracker"] == "soft-dirty" and stats["rounds"] == 8 and stats["slowed"] > 0, stats
     # The first round reads all of it, the others what was written since: never all of it again.
     assert (MIB << 20) <= stats["precopy_bytes"] <= stats["precopy_read_bytes"] < 2 * (MIB << 20), stats
     assert stats["pages_bytes"] <= stats["pages_read_bytes"] < MOST, stats  # while it is frozen
     pid = pid_of(vm, "moved")
+    assert cpu_limit(vm, pid) == limit
     at = ticks(vm, pid)[-1]
     assert at >= before
     # memhog looks at all its memory within 100 ticks and ends when a page is not as it wrote it.
@@ -83,3 +87,9 @@ def test_a_container_goes_over(vm: Vm) -> None:
     numbers = ticks(vm, pid)
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     vm.run(["podman", "rm", "-f", "-t", "0", "moved"])
+
+
+def cpu_limit(vm: Vm, pid: int) -> str:
+    """Of the container's scope, within which crun has a cgroup for it."""
+    path = vm.run(["cat", f"/proc/{pid}/cgroup"]).strip().removeprefix("0::").removesuffix("/container")
+    return vm.run(["cat", f"/sys/fs/cgroup{path}/cpu.max"]).strip()
