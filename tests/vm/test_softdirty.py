@@ -57,7 +57,7 @@ def test_rounds_read_only_what_was_written(vm: Vm, runtime: str) -> None:
         assert first["read"] == first["sent"] >= MIB << 20
         for one in (*others, seen["last"]):
             assert one["reason"] == "" and one["sent"] <= one["read"] < MOST, seen
-            assert one["settled"] > 2 * MOST, seen
+            assert one["settled"] > MOST, seen
         assert all(0 < one["stopped_s"] < 1 for one in seen["rounds"]), seen
         assert seen["wrong"] == [] and seen["pages"] * 4096 >= MIB << 20, seen
         wait_for(vm, pid, ticks(vm, pid)[-1] + 3)  # it goes on
