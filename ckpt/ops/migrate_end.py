@@ -105,6 +105,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                     emit(Notice(name, f"{name} runs on {facts['destination']}; the frozen source was ended"))
                 else:
                     held.resume()
+                    recover.announce_home(engine, container)
                     job.write("failed")
                     emit(Notice(name, f"{facts['destination']} has no copy; {name} goes on here"))
             tell_destination(job)

@@ -32,6 +32,9 @@ class Engine:
     def rollback(self, job: Job) -> None:
         pass
 
+    def describe(self, container: Container) -> Container:
+        return container
+
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
