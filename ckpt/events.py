@@ -37,12 +37,14 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class BytesMoved:
-    """Progress of a transfer: bytes so far and, when known, in all."""
+    """Progress of a transfer: bytes so far and, when known, in all; of a round (from 1) of pre-copy also how fast the workload writes."""
 
     target: str
     step: str
     done_bytes: int
     total_bytes: int | None = None
+    round: int | None = None
+    dirty_bytes_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,25 @@ class DumpOptions:
     timeout_s: float = 200.0
     page_server_port: int | None = None
     """CRIU sends the memory pages to a page server at this port of the loopback; its CRIU images are then without them."""
+    memory_stays: bool = False
+    """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """Whether to compress on the way. `auto`: where it carries more than it costs; `zstd`: at `level`, but for what is incompressible."""
+
+    mode: Literal["auto", "zstd", "none"] = "auto"
+    level: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Carriage:
+    """How files and memory are carried to another host."""
+
+    bwlimit_bytes_s: int | None = None
+    """At most so many bytes of content a second, as they are on the link; None: as fast as it goes."""
+    compress: Compression = Compression()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,16 @@ from ckpt.cli.render.reporter import Lines, Reporter
 from ckpt.cli.render.rows import OUTCOME_FIELDS, Row, outcome_row
 from ckpt.errors import Bug, CkptError, DoneWithWarnings, NeedsContinue, PermissionDenied, StateUnknown, UsageError
 from ckpt.events import Event
-from ckpt.model import DumpOptions
+from ckpt.model import Compression, DumpOptions
 
 if TYPE_CHECKING:
     from ckpt.ops.result import Outcome
 
     _FloatType = click.ParamType[float]
+    _IntType = click.ParamType[int]
+    _CompressionType = click.ParamType[Compression]
 else:
-    _FloatType = click.ParamType  # generic since click 8.4 only
+    _FloatType = _IntType = _CompressionType = click.ParamType  # generic since click 8.4 only
 
 F = TypeVar("F", bound=Callable[..., Any])
 _GRAVE = (StateUnknown, NeedsContinue, Bug)
@@ -201,6 +203,8 @@ timeout_option = click.option(
     metavar="SECONDS",
     help="Longest time for a dump or restore (default 200).",
 )
+
+
 class Duration(_FloatType):
     """A time: `300ms`, `1.5s`, `2m`; a bare number is seconds. Gives seconds."""
 
@@ -213,6 +217,49 @@ class Duration(_FloatType):
         if found is None:
             self.fail(f"{value!r} is no time: write 300ms, 1.5s or 2m", param, ctx)
         return float(found[1]) * {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0}[found[2]]
+
+
+class Rate(_IntType):
+    """Bytes a second, spelled as rsync does: `50M` and `50MiB` (of 1024), `50MB` (of 1000); a bare number is bytes, 0 is no limit. Gives
+    bytes a second.
+    """
+
+    name = "rate"
+    LEAST = 16 << 10
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip()
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(B?|iB)(?:/s)?", text, re.ASCII | re.IGNORECASE)
+        if found is None or (found[3].lower() == "ib" and not found[2]):
+            self.fail(f"{value!r} is no rate: write 50M (MiB a second), 800K or 100MB", param, ctx)
+        base = 1000 if found[3].lower() == "b" else 1024
+        rate: float = float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")
+        if 0 < rate < self.LEAST or rate > 1 << 60:
+            self.fail(f"{value!r} is {'less than 16K' if rate < self.LEAST else 'too much'} a second: write 50M (MiB a second)", param, ctx)
+        return int(rate)
+
+
+class CompressionChoice(_CompressionType):
+    """`auto`, `none`, `zstd` or `zstd:LEVEL` (1 to 19)."""
+
+    name = "compression"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Compression:
+        if isinstance(value, Compression):
+            return value
+        mode, colon, level = str(value).partition(":")
+        if mode in ("auto", "none") and not colon:
+            return Compression(mode)  # type: ignore[arg-type]
+        if mode == "zstd" and (not colon or (re.fullmatch(r"[1-9]|1\d", level, re.ASCII))):
+            return Compression("zstd", int(level or 1))
+        self.fail(f"{value!r} is not one of auto, none, zstd, zstd:1 to zstd:19", param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(word) for word in ("auto", "none", "zstd") if word.startswith(incomplete)]
 
 
 ssh_option = click.option("--ssh-option", "ssh_options", multiple=True, metavar="OPTION", help="An option for ssh -o (Port=2222). Can be repeated.")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ckpt.cli import completion
-from ckpt.cli.common import Duration, Session, ssh_option, timeout_option, verb
+from ckpt.cli.common import CompressionChoice, Duration, Rate, Session, ssh_option, timeout_option, verb
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
 from ckpt.errors import UsageError
-from ckpt.model import PrecopyLimits, Target
+from ckpt.model import Carriage, Compression, PrecopyLimits, Target
 
 if TYPE_CHECKING:
     from ckpt.ops.migrate import MigrateOptions
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     examples=(
         ("ckpt migrate web root@b", "move web to host b"),
         ("ckpt migrate --precopy web root@b", "the same with little downtime, for much memory"),
+        ("ckpt migrate --precopy --bwlimit 50M web root@b", "leave the link to others, too"),
         ("ckpt migrate --dry-run web root@b", "say what would be done"),
         ("ckpt migrate --continue 20261121T120311-1a2b3c4d", "finish one that was cut after its point of no return"),
     ),
@@ -43,6 +44,16 @@ if TYPE_CHECKING:
 @click.option("--max-downtime", "max_downtime_s", type=Duration(), metavar="TIME", help="With --precopy: stop when so much is left (default 300ms).")
 @click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8).")
 @click.option("--on-exceed", type=click.Choice(["continue", "abort"]), help="With --precopy: what to do when more is to be expected in the end.")
+@click.option("--postcopy", is_flag=True, help="Switch over at once, the memory follows. If the link breaks meanwhile the container may be lost.")
+@click.option("--lazy/--no-lazy", default=None, help="Let it run there before its memory is in place (default: when it is large and both hosts can).")
+@click.option("--bwlimit", "bwlimit_bytes_s", type=Rate(), metavar="RATE", help="Send at most so much a second: 50M, 100MB (default: no limit).")
+@click.option(
+    "--compress",
+    type=CompressionChoice(),
+    default=Compression(),
+    metavar="auto|zstd[:N]|none",
+    help="Compress on the way (default auto: where it carries more, measured while it runs).",
+)
 @ssh_option
 @timeout_option
 def command(
@@ -57,6 +68,8 @@ def command(
     max_downtime_s: float | None,
     max_rounds: int | None,
     on_exceed: Literal["continue", "abort"] | None,
+    bwlimit_bytes_s: int | None,
+    compress: Compression,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh.
@@ -67,6 +80,9 @@ def command(
 
     The memory goes straight from the frozen container to the other host. With --precopy most of it goes while the container runs:
     the downtime then depends on what it writes, not on how large it is.
+
+    RATE is in bytes a second, with K, M or G (of 1024) or KB, MB, GB (of 1000); it holds for all content, also while the container is
+    frozen. Compression helps where the link is slow: auto compares, while it runs, what is carried with and without.
     """
     if job_id is not None:
         if target or destination or dry_run:
@@ -83,10 +99,15 @@ def command(
 
     limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed}
     limits = {key: value for key, value in limits.items() if value is not None}
+    if precopy and given["postcopy"]:
+        raise UsageError("--precopy and --postcopy exclude each other")
+    if given["postcopy"] and given["lazy"] is False:
+        raise UsageError("--postcopy brings the memory later: it does not go with --no-lazy")
     if limits and not precopy:
         raise UsageError("--max-downtime, --max-rounds and --on-exceed need --precopy")
     ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]
-    options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), precopy=ahead, **given)
+    carriage = Carriage(bwlimit_bytes_s or None, compress)
+    options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), precopy=ahead, carriage=carriage, **given)
     if timeout_s is not None:
         from dataclasses import replace
 

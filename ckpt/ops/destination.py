@@ -59,6 +59,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         "criu": {"working": criu.working, "reason": criu.reason, "hint": criu.hint, "lazy_pages": criu.lazy_pages, "missing": list(criu.missing)},
         "engine": {"usable": False, "reason": "not asked for"},
         "pages": _takes_pages(),
+        "lazy": False,
         "container_image": None,
         "names": [],
         "ports_busy": _ports_busy(request),
@@ -77,6 +78,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         return report
     capabilities = engine.probe()
     report["engine"] = asdict(capabilities)
+    report["lazy"] = capabilities.lazy and bool(criu.lazy_pages)
     if not capabilities.usable:
         return report
     image = str(request.get("container_image") or "")

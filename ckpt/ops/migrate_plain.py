@@ -11,7 +11,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final, TypedDict, cast
 
 from ckpt.archive import manifest as manifest_file
 from ckpt.archive import writer
@@ -19,11 +19,12 @@ from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import CannotConnect, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, RestoreFailed, TransferFailed
 from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed
-from ckpt.model import Container, DumpOptions
+from ckpt.model import Carriage, Container, DumpOptions
 from ckpt.ops import capture, check, faults, recover
 from ckpt.ops.migrate import ASK_LIMIT_S, MigrateOptions
 from ckpt.ops.migrate_end import end_source
 from ckpt.ops.result import Outcome, failure
+from ckpt.peer.rate import LimitedWriter
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 from ckpt.transports import ssh
@@ -34,6 +35,11 @@ LACKS: Final = (
     "on the destination, and the journal there"
 )
 STEP_LIMIT_S: Final = 600.0
+
+
+class _Packing(TypedDict):
+    compress: writer.Compression
+    level: int | None
 
 
 def migrate(typed: str, engine: Engine, container: Container, destination: str, *, options: MigrateOptions, store_root: Path, emit: Emit) -> Outcome:
@@ -81,8 +87,15 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
     held: HeldDump | None = None
     began_s = frozen_s = time.monotonic()
     remote_file = file_there(job)
+    moved_bytes = 0
+
+    def on_bytes(more_bytes: int) -> None:
+        nonlocal moved_bytes
+        moved_bytes += more_bytes
+        emit(BytesMoved(typed, "transfer", moved_bytes))
+
     try:
-        _bring_container_image(there, engine, container, typed, emit)
+        _bring_container_image(there, engine, container, typed, options.carriage, emit)
         emit(StepStarted(typed, "dump"))
         frozen_s = time.monotonic()
         held = engine.dump(container, draft.stage, wanted, job)
@@ -94,7 +107,7 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         emit(StepStarted(typed, "transfer"))
         sent_bytes = there.send(
             ["sh", "-c", f"umask 077; cat > {remote_file}"],
-            lambda out: writer.write(draft.stage, out, on_bytes=lambda done: emit(BytesMoved(typed, "transfer", done))),
+            lambda out: writer.write(draft.stage, _limited(out, options.carriage), **_packing(options.carriage), on_bytes=on_bytes),
         )
         emit(StepDone(typed, "transfer", f"{sent_bytes / (1 << 20):.1f} MiB"))
         emit(StepStarted(typed, "restore"))
@@ -144,16 +157,26 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
     return Outcome(typed, True, container=container, stats=stats)
 
 
-def _bring_container_image(there: Remote, engine: Engine, container: Container, typed: str, emit: Emit) -> None:
+def _bring_container_image(there: Remote, engine: Engine, container: Container, typed: str, carriage: Carriage, emit: Emit) -> None:
     image = container.container_image
     if image is None or there.run(["podman", "image", "exists", image.id], check=False).ok:
         return
     emit(StepStarted(typed, "container-image", image.name))
     with cast(CarriesContainerImages, engine).save_container_image(image) as stream:
-        there.send(["podman", "image", "load", "--quiet"], lambda out: _copy(stream, out))
+        there.send(["podman", "image", "load", "--quiet"], lambda out: _copy(stream, _limited(out, carriage)))
     if not there.run(["podman", "image", "exists", image.name], check=False).ok:
         there.run(["podman", "image", "tag", image.id, image.name])
     emit(StepDone(typed, "container-image", f"{image.name} sent"))
+
+
+def _limited(out: BinaryIO, carriage: Carriage) -> BinaryIO:
+    return cast(BinaryIO, LimitedWriter(out, carriage.bwlimit_bytes_s)) if carriage.bwlimit_bytes_s else out
+
+
+def _packing(carriage: Carriage) -> _Packing:
+    """How the archive is packed: always, unless it was forbidden; there is nothing to measure beforehand."""
+    wanted = carriage.compress
+    return {"compress": "none", "level": None} if wanted.mode == "none" else {"compress": "zstd", "level": wanted.level}
 
 
 def _copy(source: BinaryIO, out: BinaryIO) -> int:

@@ -69,6 +69,10 @@ class PageRelay:
         if isinstance(error, CkptError) and self._error is not None and self._error is not self._source.error:
             raise self._error from error
 
+    def break_off(self) -> None:
+        """The dump is not wanted any more: CRIU loses its page server and gives up, instead of sending what nobody waits for."""
+        self._tap.close()
+
     def finish(self) -> None:
         """Wait until everything that CRIU gave is there. Raises what broke."""
         self._thread.join()

@@ -28,6 +28,7 @@ from ckpt.errors import CkptError
 from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
+from ckpt.ops import knobs
 from ckpt.store import history
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -45,7 +46,7 @@ KEPT_MIGRATIONS_S: Final = 14 * 86400.0
 
 _GUARD: Final = (
     "import sys; p = sys.argv[1]; sys.path.count(p) or sys.path.insert(0, p); "
-    "from ckpt.ops.recover import guard_main; sys.exit(guard_main(sys.argv[2]))"
+    "from ckpt.ops.guard import guard_main; sys.exit(guard_main(sys.argv[2]))"
 )
 
 
@@ -64,28 +65,6 @@ def start_guard(job: Job) -> Process | None:
         return None
 
 
-def guard_main(directory: str) -> int:
-    """The body of a guard: wait until the owner is gone, then settle what it left. Returns an exit status."""
-    # Ctrl-C goes to the owner; the guard outlives whatever ends its terminal.
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    job = Job(Path(directory))
-    try:
-        job.acquire(wait=True)
-    except OSError:
-        job.release()
-        return 0  # the owner ended well and took the directory with it
-    try:
-        settle(job)
-        Catalog(store_root(job)).sweep()
-    except CkptError as error:
-        sys.stderr.write(f"{error.message}\n")  # into guard.log; the directory stays for the next sweep
-        return 1
-    finally:
-        job.release()
-    return 0
-
-
 def store_root(job: Job) -> Path:
     """The root of the store that a job belongs to (ROOT/jobs/JOB)."""
     return job.directory.parent.parent
@@ -100,6 +79,11 @@ def committed(job: Job) -> bool:
         elif entry.get("state") in ("rolled-back", "failed"):
             reached = False
     return reached
+
+
+def source_settled(job: Job) -> bool:
+    """Whether the source of a migration that came here knows how it ended: nobody will ask any more."""
+    return any(entry.get("state") == "serving" for entry in job.entries())
 
 
 def settle(job: Job) -> str:
@@ -119,7 +103,7 @@ def settle(job: Job) -> str:
     if not kind or job.state in FINAL:
         remove(job)
         return "gone"
-    if job.state == "lost":
+    if job.state == "lost" and (kind != "migrate-destination" or source_settled(job) or _is_old(job)):
         remove(job)
         return "lost"
     if job.state == "serving":
@@ -142,6 +126,7 @@ def settle(job: Job) -> str:
         job.write("done", by="guard")
         remove(job)
         return "finished"
+    knobs.restore(job)
     engine = registry.by_name(str(facts.get("engine", "")))
     engine.rollback(job)
     lazy.end(job.directory)

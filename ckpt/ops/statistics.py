@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def mode_of(options: MigrateOptions) -> str:
     """How the memory goes over, in one word."""
-    return "pre-copy" if options.precopy else "stop-and-copy"
+    return "post-copy" if options.postcopy else "pre-copy" if options.precopy else "stop-and-copy"
 
 
 def of_hosts(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Migration:
         dump_s = self._steps.get("dump")
         if self._frozen_at_s is not None and self._dumped_at_s is not None:
             dump_s = round(self._dumped_at_s - self._frozen_at_s, 6)
-        names = {"precopy": "memory_ahead", "pages": "memory", "transfer": "checkpoint"}
+        names = {"precopy": "memory_ahead", "pages": "memory", "transfer": "checkpoint", "follow": "memory_after"}
         sent = {names.get(step, step.replace("-", "_")): count for step, count in self._moved.items()}
         if self._rounds:
             sent["memory_ahead"] = sum(one["sent_bytes"] for one in self._rounds)

@@ -15,10 +15,11 @@ from ckpt import config
 from ckpt.errors import CannotConnect, CkptError, TransferFailed
 from ckpt.events import Emit, ignore
 from ckpt.host.run import Process
+from ckpt.model import Carriage
 from ckpt.peer import files, messages
 from ckpt.peer.frames import Buffer, Frame, Kind
 from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
-from ckpt.transports import ssh
+from ckpt.transports import ssh, ssh_cipher
 
 CALL_TIMEOUT_S: Final = 60.0
 UPLOAD_TIMEOUT_S: Final = 300.0
@@ -35,6 +36,7 @@ class _Pending:
         self.done = False
         self.result: dict[str, Any] = {}
         self.error: CkptError | None = None
+        self.on_told: Callable[[dict[str, Any]], None] | None = None
 
 
 class Peer:
@@ -45,7 +47,7 @@ class Peer:
         name: what people call the other side, for messages.
         explain: makes the error for a broken link.
         on_event: gets the other side's events; called in the reader thread, so it must be quick.
-        compress: zstd level 1 on file content, where it pays.
+        carriage: how file content is carried: limit of the rate, compression.
     """
 
     def __init__(
@@ -56,14 +58,22 @@ class Peer:
         name: str = "the other side",
         explain: Callable[[CkptError], CkptError] = lambda cause: cause,
         on_event: Emit = ignore,
-        compress: bool = False,
+        carriage: Carriage | None = None,
         link_timeout_s: float = LINK_TIMEOUT_S,
         beat_s: float = BEAT_S,
     ) -> None:
         self.name = name
         self.on_event = on_event
-        self.compress = compress
-        self.link = Link(inp, out, on_frame=self._on_frame, on_end=self._on_end, explain=explain, link_timeout_s=link_timeout_s, beat_s=beat_s)
+        self.link = Link(
+            inp,
+            out,
+            on_frame=self._on_frame,
+            on_end=self._on_end,
+            explain=explain,
+            link_timeout_s=link_timeout_s,
+            beat_s=beat_s,
+            carriage=carriage,
+        )
         self._pending: dict[int, _Pending] = {}
         self._changed = threading.Condition()
         self._channel = 0
@@ -84,6 +94,10 @@ class Peer:
         """Bytes that went to the link so far (after compression, with framing)."""
         return self.link.sent_bytes
 
+    def statistics(self) -> dict[str, float | int | str]:
+        """What was sent so far: in all, by kind before and after compression, and what compression left of it."""
+        return self.link.statistics()
+
     def call(self, verb: str, args: dict[str, Any] | None = None, *, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         """Run a verb on the other side and return its answer.
 
@@ -94,13 +108,23 @@ class Peer:
         channel, pending = self._begin(verb, args)
         return self._result(verb, channel, pending, timeout_s)
 
-    def upload(self, verb: str = "stage", args: dict[str, Any] | None = None, *, timeout_s: float = UPLOAD_TIMEOUT_S) -> Upload:
+    def upload(
+        self,
+        verb: str = "stage",
+        args: dict[str, Any] | None = None,
+        *,
+        timeout_s: float = UPLOAD_TIMEOUT_S,
+        on_told: Callable[[dict[str, Any]], None] | None = None,
+        kind: str | None = None,
+    ) -> Upload:
         """A call whose handler receives files: `with peer.upload("stage", {...}) as up: up.send_stage(...)`, then `up.result`.
 
         Args:
             timeout_s: for the handler to be ready, and again from the last file to its answer; not for the files between.
+            on_told: gets what the handler tells meanwhile (Session.tell); called in the reader thread, so it must be quick.
+            kind: what its content counts as in `statistics` (None: the verb).
         """
-        return Upload(self, verb, args, timeout_s)
+        return Upload(self, verb, args, timeout_s, kind or verb, on_told)
 
     def send_stage(
         self,
@@ -134,8 +158,9 @@ class Peer:
         """End the link; without `goodbye` the other side takes it as lost. Never raises."""
         self.link.close(goodbye=goodbye)
 
-    def _begin(self, verb: str, args: dict[str, Any] | None) -> tuple[int, _Pending]:
+    def _begin(self, verb: str, args: dict[str, Any] | None, on_told: Callable[[dict[str, Any]], None] | None = None) -> tuple[int, _Pending]:
         pending = _Pending()
+        pending.on_told = on_told
         with self._changed:
             if self._ended:
                 raise self.link.failure()
@@ -166,6 +191,13 @@ class Peer:
         return pending.result
 
     def _on_frame(self, frame: Frame) -> None:
+        if frame.kind is Kind.EVENT and frame.channel:
+            with self._changed:
+                asking = self._pending.get(frame.channel)
+            if asking is None or asking.on_told is None:
+                raise TransferFailed(f"{self.name} sent an unexpected {frame.kind.name} message")
+            asking.on_told(frame.json())
+            return
         if frame.kind is Kind.EVENT:
             event = messages.event_from_json(frame.json())
             if event is not None:
@@ -197,8 +229,18 @@ class Peer:
 class Upload:
     """An open upload; see Peer.upload. The other side's refusal (no space, unexpected path) is raised by the next send."""
 
-    def __init__(self, peer: Peer, verb: str, args: dict[str, Any] | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        verb: str,
+        args: dict[str, Any] | None,
+        timeout_s: float,
+        kind: str,
+        on_told: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self._peer = peer
+        self._kind = kind
+        self._on_told = on_told
         self._verb = verb
         self._args = args
         self._timeout_s = timeout_s
@@ -212,7 +254,7 @@ class Upload:
         """The handler's answer, after the block."""
 
     def __enter__(self) -> Self:
-        self._channel, self._pending = self._peer._begin(self._verb, self._args)
+        self._channel, self._pending = self._peer._begin(self._verb, self._args, self._on_told)
         if not self._peer._wait(lambda: self._pending.ready or self._pending.done, self._timeout_s):
             self._give_up("it was not ready in time", 0)
             raise self._peer.link.failure() if self._peer._ended else TransferFailed(f"{self._peer.name} was not ready within {self._timeout_s:g} s")
@@ -257,6 +299,16 @@ class Upload:
         """Send what a pipe brings as the file `path`. The caller checks afterwards that the pipe's writer ended well."""
         self.digests[path] = files.send_stream(_Channel(self), path, stream, on_bytes=self._counter(on_bytes), digest=digest)
 
+    @property
+    def carrier(self) -> files.Carrier:
+        """For a sender that makes its own pieces."""
+        return _Channel(self)
+
+    @property
+    def over(self) -> bool:
+        """The handler has answered already, or the link has ended: nothing more can be sent."""
+        return self._pending.done or self._peer._ended
+
     def _counter(self, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
         def count(more_bytes: int) -> None:
             self.done_bytes += more_bytes
@@ -288,7 +340,7 @@ class _Channel:
 
     def data(self, offset: int, data: Buffer, lease: bytearray) -> None:
         self._upload._refused()
-        self._upload._peer.link.send_data(self._upload._channel, offset, data, compress=self._upload._peer.compress, lease=lease)
+        self._upload._peer.link.send_data(self._upload._channel, offset, data, lease=lease, label=self._upload._kind)
 
 
 class _Ssh:
@@ -342,7 +394,7 @@ def connect(
     ssh_options: Sequence[str] = (),
     timeout_s: float = 20.0,
     link_timeout_s: float | None = None,
-    compress: bool = False,
+    carriage: Carriage | None = None,
     on_event: Emit = ignore,
     command: Sequence[str] = ("ckpt", "peer"),
 ) -> Iterator[Peer]:
@@ -352,6 +404,7 @@ def connect(
         ssh_options: the user's `-o` options, as `Key=Value`.
         timeout_s: for the login and the hello; a person at a terminal gets two minutes for a password.
         link_timeout_s: how long nothing may be heard before the link counts as dead; None: as configured.
+        carriage: how file content is carried.
         command: what to run there.
 
     Raises:
@@ -360,14 +413,14 @@ def connect(
         PeerVersion: ckpt there speaks another protocol.
     """
     parsed = ssh.Destination.parse(destination)
-    process = ssh.open(parsed, command, ssh_options)
+    process = ssh.open(parsed, command, (*ssh_options, *ssh_cipher.preference(parsed, ssh_options)))
     assert process.stdin is not None and process.stdout is not None
     inp, out = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
     process.stdout.close()
     process.stdin.close()
     below = _Ssh(str(parsed), process)
     link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
-    peer = Peer(inp, out, name=str(parsed), explain=below.explain, on_event=on_event, compress=compress, link_timeout_s=link_timeout_s)
+    peer = Peer(inp, out, name=str(parsed), explain=below.explain, on_event=on_event, carriage=carriage, link_timeout_s=link_timeout_s)
     well = False
     try:
         _shake(peer, below, parsed, max(timeout_s, 120.0) if ssh.interactive() else timeout_s, command[0])

@@ -2,13 +2,14 @@
 
 A frame is a header of 40 bytes, big endian, and a payload of at most 4 MiB:
 
-    magic 4s | type u8 | flags u8 | channel u16 | sequence u32 | length u32 | raw length u32 | offset u64 | reserved u32
+    magic 4s | type u8 | flags u8 | channel u16 | sequence u32 | length u32 | raw length u32 | offset u64 | order u32
     | payload check u32 | header crc32 u32
 
 The payload's check sum is its CRC-32; of DATA the lower half of its xxh3_64, which costs a tenth: a workload is frozen meanwhile.
 The header has its own check sum so that a damaged length is noticed at once and not waited for. Sequence numbers count from 0 in each
-direction. Payloads are JSON objects, but for DATA, whose `offset` is the place in the file (a jump is a hole) and which may be one zstd
-frame (flag bit 0). The layout of the header and of the hello never change; anything else may, with the protocol number in the hello.
+direction; `order` counts the frames of one upload (FILE, DATA, END, DONE). Payloads are JSON objects, but for DATA, whose `offset` is
+the place in the file (a jump is a hole) and which may be one zstd frame (flag bit 0). The layout of the header and of the hello never
+change; anything else may, with the protocol number in the hello.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any, Final
 from xxhash import xxh3_64_intdigest
 
 from ckpt.errors import TransferFailed
+from ckpt.peer.wires import Wire
 
 MAGIC: Final = b"\x89CKP"
 MAX_PAYLOAD_BYTES: Final = 4 << 20
@@ -85,7 +87,8 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame; `raw_bytes` is the length of the payload before compression, `lease` the pool's buffer that the payload lies in."""
+    """One frame; `raw_bytes` is the length of the payload before compression, `lease` the pool's buffer that the payload lies in, `order` its
+    place among the frames of its upload."""
 
     kind: Kind
     channel: int = 0
@@ -94,6 +97,7 @@ class Frame:
     flags: int = 0
     raw_bytes: int = 0
     lease: bytearray | None = None
+    order: int = 0
 
     def json(self) -> dict[str, Any]:
         """The payload as a JSON object. Raises TransferFailed when it is none."""
@@ -146,7 +150,7 @@ def encode_header(frame: Frame, sequence: int) -> bytes:
         length,
         frame.raw_bytes or length,
         frame.offset,
-        0,
+        frame.order & 0xFFFFFFFF,
         _check(frame.kind, frame.payload),
     )
     return body + _CRC.pack(zlib.crc32(body))
@@ -171,22 +175,22 @@ def prepare(fd: int) -> None:
 
 
 class FrameReader:
-    """Reads frames from a descriptor. One thread at a time.
+    """Reads frames from a wire. One thread at a time.
 
     Args:
         silence_s: how long nothing at all may be heard; heartbeats of the other side keep a link from being silent.
         stopped: asked now and then while waiting; True ends the wait with TransferFailed.
     """
 
-    def __init__(self, fd: int, *, silence_s: float, stopped: Callable[[], bool] = lambda: False, pool: BufferPool | None = None) -> None:
-        self._fd = fd
+    def __init__(self, wire: Wire, *, silence_s: float, stopped: Callable[[], bool] = lambda: False, pool: BufferPool | None = None) -> None:
+        self._wire = wire
         self._pool = pool or BufferPool()
         self._silence_s = silence_s
         self._stopped = stopped
         self._sequence = 0
         self._head = bytearray(HEADER_BYTES)
         self._poll = select.poll()
-        self._poll.register(fd, select.POLLIN)
+        self._poll.register(wire.fileno(), select.POLLIN)
         self.preamble = b""
         """What came before the hello (text from a shell's start-up files)."""
 
@@ -196,7 +200,7 @@ class FrameReader:
         heard_s = time.monotonic()
         while done < len(view):
             try:
-                count = os.readv(self._fd, [view[done:]])
+                count = self._wire.read(view[done:])
             except BlockingIOError:
                 now_s = time.monotonic()
                 if self._stopped():
@@ -262,7 +266,7 @@ class FrameReader:
 
     def _finish(self, deadline_s: float | None) -> Frame:
         body = memoryview(self._head)[: _BODY.size]
-        magic, kind, flags, channel, sequence, length, raw_bytes, offset, _reserved, check = _BODY.unpack(body)
+        magic, kind, flags, channel, sequence, length, raw_bytes, offset, order, check = _BODY.unpack(body)
         (header_check,) = _CRC.unpack_from(self._head, _BODY.size)
         if magic != MAGIC or zlib.crc32(body) != header_check:
             raise TransferFailed("damaged data arrived: the check sum of a frame's header is wrong")
@@ -281,22 +285,27 @@ class FrameReader:
             known = Kind(kind)
         except ValueError:
             raise TransferFailed(f"the other side sent a frame of unknown type {kind}") from None
-        return Frame(known, channel, payload, offset, flags, raw_bytes, lease)
+        return Frame(known, channel, payload, offset, flags, raw_bytes, lease, order)
 
 
 class FrameWriter:
-    """Writes frames to a descriptor. One thread at a time. A link that takes nothing is noticed by its reader, which then stops it."""
+    """Writes frames to a wire. One thread at a time. A link that takes nothing is noticed by its reader, which then stops it."""
 
-    def __init__(self, fd: int, *, stopped: Callable[[], bool] = lambda: False) -> None:
-        self._fd = fd
+    def __init__(self, wire: Wire, *, stopped: Callable[[], bool] = lambda: False) -> None:
+        self._wire = wire
         self._stopped = stopped
         self._sequence = 0
         self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
+        self._poll.register(wire.fileno(), select.POLLOUT)
         self.sent_bytes = 0
 
-    def write(self, frame: Frame) -> None:
-        """Write all of a frame. Raises TransferFailed when the other side is gone."""
+    def write(self, frame: Frame) -> tuple[int, float]:
+        """Write all of a frame. Raises TransferFailed when the other side is gone.
+
+        Returns:
+            How many bytes that were, and for how many seconds the descriptor took nothing.
+        """
+        stuck_s = 0.0
         head = memoryview(encode_header(frame, self._sequence))
         self._sequence += 1
         body = memoryview(frame.payload)
@@ -305,11 +314,14 @@ class FrameWriter:
         while done < total:
             parts = [head[done:], body] if done < len(head) else [body[done - len(head) :]]
             try:
-                done += os.writev(self._fd, parts)
+                done += self._wire.write(parts)
             except BlockingIOError:
                 if self._stopped():
                     raise TransferFailed("the link was closed") from None
+                began_s = time.monotonic()
                 self._poll.poll(_TICK_S * 1000)
+                stuck_s += time.monotonic() - began_s
             except OSError as error:
                 raise TransferFailed(f"the link broke: {error.strerror}") from error
         self.sent_bytes += total
+        return total, stuck_s

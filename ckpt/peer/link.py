@@ -2,95 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
 
-from ckpt.errors import CannotConnect, CkptError, TransferFailed
+from ckpt.errors import CannotConnect, CkptError, FeatureMissing, TransferFailed
+from ckpt.model import Carriage
 from ckpt.peer import messages
+from ckpt.peer.compression import Packer
 from ckpt.peer.frames import ZSTD, Buffer, BufferPool, Frame, FrameReader, FrameWriter, Kind, have_zstd, message, prepare
+from ckpt.peer.queues import CONTENT, Closed, Outbox, Outgoing, Waited
+from ckpt.peer.rate import TokenBucket
+from ckpt.peer.wires import FdWire, Wire
 
-T = TypeVar("T")
-
-QUEUE_BYTES: Final = 8 << 20
 BEAT_S: Final = 1.0
 LINK_TIMEOUT_S: Final = 15.0
-_SMALL_BYTES: Final = 64 << 10
-_SAMPLE_BYTES: Final = 16 << 10
-_WORTH: Final = 0.9
 
 
-class Closed(Exception):
-    """The queue was closed and is empty."""
+@dataclass(slots=True)
+class Traffic:
+    """Content of one kind that was sent: bytes of it, and what went over the link for them (compressed, with framing)."""
 
-
-class ByteQueue(Generic[T]):
-    """A queue bounded by the bytes that its items hold; one item always fits."""
-
-    def __init__(self, limit_bytes: int = QUEUE_BYTES) -> None:
-        self._limit_bytes = limit_bytes
-        self._items: deque[tuple[T, int]] = deque()
-        self._bytes = 0
-        self._closed = False
-        self._changed = threading.Condition()
-
-    def put(self, item: T, size_bytes: int = 0) -> bool:
-        """Wait for room and append; False (and dropped) when the queue is closed."""
-        with self._changed:
-            while self._bytes and self._bytes + size_bytes > self._limit_bytes and not self._closed:
-                self._changed.wait()
-            if self._closed:
-                return False
-            self._items.append((item, size_bytes))
-            self._bytes += size_bytes
-            self._changed.notify_all()
-            return True
-
-    def get(self, timeout_s: float | None = None) -> T | None:
-        """The next item, None when none came in time. Raises Closed."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._items or self._closed, timeout_s):
-                return None
-            if not self._items:
-                raise Closed
-            item, size_bytes = self._items.popleft()
-            self._bytes -= size_bytes
-            self._changed.notify_all()
-            return item
-
-    def close(self, *, drop: bool = False) -> None:
-        """Take nothing more; what is queued can still be got unless `drop`."""
-        with self._changed:
-            self._closed = True
-            if drop:
-                self._items.clear()
-                self._bytes = 0
-            self._changed.notify_all()
-
-
-_compressors = threading.local()
-
-
-def _compressed(frame: Frame) -> Frame:
-    """The frame with its payload compressed, or as it is when that does not pay."""
-    import zstandard
-
-    compressor = getattr(_compressors, "level1", None)
-    if compressor is None:
-        compressor = _compressors.level1 = zstandard.ZstdCompressor(level=1, write_content_size=True)
-    view = memoryview(frame.payload)
-    middle = len(view) // 2
-    sample = view[middle : middle + _SAMPLE_BYTES]
-    if len(view) > _SMALL_BYTES and len(compressor.compress(sample)) > _WORTH * len(sample):
-        return frame
-    packed: bytes = compressor.compress(view)
-    if len(packed) > _WORTH * len(view):
-        return frame
-    return Frame(frame.kind, frame.channel, packed, frame.offset, frame.flags | ZSTD, len(view), frame.lease)
+    raw_bytes: int = 0
+    wire_bytes: int = 0
 
 
 class Link:
@@ -101,6 +38,7 @@ class Link:
         on_frame: called in the reader thread for every frame but heartbeats; may block to slow the other side down.
         on_end: called once when the link ended: with None after the other side's goodbye, else with the cause.
         explain: makes the error for a cause; the client asks ssh what happened there.
+        carriage: how content is carried: limit of the rate, compression.
     """
 
     def __init__(
@@ -113,10 +51,11 @@ class Link:
         explain: Callable[[CkptError], CkptError] = lambda cause: cause,
         link_timeout_s: float = LINK_TIMEOUT_S,
         beat_s: float = BEAT_S,
+        carriage: Carriage | None = None,
     ) -> None:
         for fd in {inp, out}:
             prepare(fd)
-        self._fds = {inp, out}
+        self._wires: list[Wire] = [FdWire(fd) for fd in dict.fromkeys((inp, out))]
         self._on_frame = on_frame
         self._on_end = on_end
         self._explain = explain
@@ -126,10 +65,17 @@ class Link:
         self._shaken = False
         self._write_error: CkptError | None = None
         self.pool = BufferPool()
-        self._reader = FrameReader(inp, silence_s=link_timeout_s, stopped=self._stop.is_set, pool=self.pool)
-        self._writer = FrameWriter(out, stopped=self._stop.is_set)
-        self._outbox: ByteQueue[Frame | Future[Frame]] = ByteQueue()
-        self._pool: ThreadPoolExecutor | None = None
+        self._reader = FrameReader(self._wires[0], silence_s=link_timeout_s, stopped=self._stop.is_set, pool=self.pool)
+        self._writer = FrameWriter(self._wires[-1], stopped=self._stop.is_set)
+        self._link_timeout_s = link_timeout_s
+        self._streams: list[FrameWriter] = []
+        self.carriage = carriage or Carriage()
+        self._outbox = Outbox(TokenBucket(self.carriage.bwlimit_bytes_s) if self.carriage.bwlimit_bytes_s else None)
+        self._packer: Packer | None = None
+        self._orders: dict[int, int] = {}
+        self._counting = threading.Lock()
+        self.traffic: dict[str, Traffic] = {}
+        """What was sent, by the label of `send_data`."""
         self._threads: list[threading.Thread] = []
         self.error: CkptError | None = None
         self.remote: dict[str, Any] = {}
@@ -143,7 +89,26 @@ class Link:
     @property
     def sent_bytes(self) -> int:
         """Bytes written so far, headers and all."""
-        return self._writer.sent_bytes
+        return self._writer.sent_bytes + sum(stream.sent_bytes for stream in self._streams)
+
+    def statistics(self) -> dict[str, float | int | str]:
+        """`sent_bytes` in all; `KIND_raw_bytes` and `KIND_wire_bytes` of each kind of content; `compress` and what it leaves (`compress_ratio`)."""
+        with self._counting:
+            found: dict[str, float | int | str] = {"sent_bytes": self.sent_bytes, "compress": self._compression()}
+            for label, traffic in self.traffic.items():
+                found[f"{label.replace('-', '_')}_raw_bytes"] = traffic.raw_bytes
+                found[f"{label.replace('-', '_')}_wire_bytes"] = traffic.wire_bytes
+            raw_bytes = sum(traffic.raw_bytes for traffic in self.traffic.values())
+            if raw_bytes:
+                found["compress_ratio"] = round(sum(traffic.wire_bytes for traffic in self.traffic.values()) / raw_bytes, 3)
+        return found
+
+    def _compression(self) -> str:
+        """What is done at the moment, in the words of the option: `none`, `zstd:3`, `auto: none`, `auto: zstd:1`."""
+        if self._packer is None:
+            return "none"
+        auto = self._packer.auto
+        return f"zstd:{self.carriage.compress.level}" if auto is None else f"auto: {auto.said()}"
 
     def handshake(self, timeout_s: float) -> bool:
         """Say hello, hear hello, start the threads; False when the other side ended without a word.
@@ -153,8 +118,8 @@ class Link:
             PeerVersion: the other side speaks another protocol.
             TransferFailed: what came was damaged.
         """
-        self._outbox.put(message(Kind.HELLO, 0, messages.hello()))
-        self._start(self._write_loop, "ckpt-link-writer")
+        self.send_json(Kind.HELLO, 0, messages.hello())
+        self._start(partial(self._write_loop, self._writer), "ckpt-link-writer")
         try:
             frame = self._reader.hello(timeout_s)
         except TimeoutError:
@@ -163,6 +128,7 @@ class Link:
             return False
         self.remote = frame.json()
         messages.check_hello(self.remote)
+        self._choose_compression()
         self._shaken = True
         if self._write_error is not None:
             self._broken(self._write_error)
@@ -174,52 +140,123 @@ class Link:
         self._threads.append(thread)
         thread.start()
 
+    def _choose_compression(self) -> None:
+        wanted = self.carriage.compress
+        if wanted.mode == "none":
+            return
+        if have_zstd() and self.remote.get("zstd"):
+            self._packer = Packer(wanted)
+        elif wanted.mode == "zstd":
+            where = str(self.remote.get("host") or "the other host") if have_zstd() else "this host"
+            raise FeatureMissing(f"the Python on {where} cannot read and write zstd", hint="install its package zstandard, or --compress none")
+
     def send(self, frame: Frame) -> None:
-        """Queue a frame; waits while the queue is full. Raises the link's error when it has ended."""
-        self._put(frame, len(frame.payload))
+        """Queue a frame; those of an upload wait while the queue is full. Raises the link's error when it has ended."""
+        if frame.kind in CONTENT:
+            self._put(Outgoing(replace(frame, order=self._order(frame.channel)), frame.channel, len(frame.payload)))
+            return
+        if frame.kind is Kind.CALL:
+            self._orders[frame.channel] = 0
+        elif frame.kind is Kind.ABORT:
+            self._outbox.drop(frame.channel)
+        self._put(Outgoing(frame, frame.channel, len(frame.payload)), control=True)
 
     def send_json(self, kind: Kind, channel: int, value: dict[str, Any] | None = None) -> None:
         """Queue a control message."""
         self.send(message(kind, channel, value or {}))
 
-    def send_data(self, channel: int, offset: int, data: Buffer, *, compress: bool, lease: bytearray | None = None) -> None:
+    def send_data(self, channel: int, offset: int, data: Buffer, *, lease: bytearray | None = None, label: str = "data") -> None:
         """Queue a piece of a file; compression runs on all cores and keeps the order.
 
         Args:
             lease: the buffer of `pool` that `data` lies in; it goes back there once sent.
+            label: what it is counted as in `traffic`.
         """
-        frame = Frame(Kind.DATA, channel, data, offset, lease=lease)
-        if not (compress and self.remote.get("zstd") and have_zstd()):
-            self._put(frame, len(data))
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "ckpt-zstd")
-        self._put(self._pool.submit(_compressed, frame), len(data))
+        rest = memoryview(data)
+        bucket = self._outbox.bucket
+        piece_bytes = bucket.piece_bytes if bucket else len(rest)
+        while rest:
+            piece, rest = rest[:piece_bytes], rest[piece_bytes:]
+            frame = Frame(Kind.DATA, channel, piece, offset, lease=None if rest else lease, order=self._order(channel))
+            offset += len(piece)
+            made, epoch = self._packer.pack(frame) if self._packer else (frame, 0)
+            self._put(Outgoing(made, channel, len(piece), label, epoch))
 
-    def _put(self, item: Frame | Future[Frame], size_bytes: int) -> None:
-        if not self._outbox.put(item, size_bytes):
+    def _order(self, channel: int) -> int:
+        """The next number among the frames of a channel's upload. One upload is sent by one thread."""
+        order = self._orders.get(channel, 0)
+        self._orders[channel] = order + 1
+        return order
+
+    def _put(self, item: Outgoing, *, control: bool = False) -> None:
+        if not (self._outbox.put(item) if control else self._outbox.put_content(item)):
             raise self.failure()
 
     def failure(self) -> CkptError:
         """The error to raise for a link that has ended."""
         return messages.again(self.error) if self.error else TransferFailed("the link was closed")
 
-    def _write_loop(self) -> None:
+    def send_over(self, wires: Sequence[Wire]) -> None:
+        """From now on uploads take these ways, whichever is free; taken over."""
+        writers = [FrameWriter(wire, stopped=self._stop.is_set) for wire in wires]
+        self._wires += wires
+        self._streams += writers
+        for number, writer in enumerate(writers):
+            self._start(partial(self._write_loop, writer, stream=True), f"ckpt-stream-{number}")
+
+    def receive_from(self, wire: Wire) -> None:
+        """Content comes by this way, too; taken over. It has to be heard of as often as the link itself, and the link ends when it breaks."""
+        self._wires.append(wire)
+        reader = FrameReader(wire, silence_s=self._link_timeout_s, stopped=self._stop.is_set, pool=self.pool)
+        self._start(partial(self._read_stream, reader), "ckpt-stream-reader")
+
+    def _read_stream(self, reader: FrameReader) -> None:
+        try:
+            while (frame := reader.read()) is not None:
+                if frame.kind is Kind.BYE:
+                    return
+                if frame.kind in CONTENT:
+                    self._on_frame(frame)
+                elif frame.kind is not Kind.BEAT:
+                    raise TransferFailed(f"a stream brought an unexpected {frame.kind.name} message")
+            raise TransferFailed("a stream was cut")
+        except CkptError as error:
+            self._broken(error)
+        except Exception as error:
+            self._broken(TransferFailed(f"cannot receive: {type(error).__name__}: {error}"))
+
+    def _write_loop(self, writer: FrameWriter, *, stream: bool = False) -> None:
+        waited = Waited()
         try:
             while True:
                 try:
-                    item = self._outbox.get(self._beat_s)
+                    item = self._outbox.get(self._beat_s, control=not stream, content=stream or not self._streams, waited=waited)
                 except Closed:
+                    if stream:
+                        writer.write(Frame(Kind.BYE))
                     return
                 if item is None:
-                    item = Frame(Kind.BEAT)
-                frame = item.result() if isinstance(item, Future) else item
-                self._writer.write(frame)
+                    writer.write(Frame(Kind.BEAT))
+                    continue
+                frame = item.ready()
+                sent_bytes, stuck_s = writer.write(frame)
                 self.pool.give(frame.lease)
+                if frame.kind is Kind.DATA:
+                    self._count(item, frame, sent_bytes, stuck_s + waited.limited_s, waited.packing_s)
+                    waited = Waited()
         except CkptError as error:
             self._unsent(error)
         except Exception as error:
             self._unsent(TransferFailed(f"cannot send: {type(error).__name__}: {error}"))
+
+    def _count(self, item: Outgoing, frame: Frame, sent_bytes: int, stuck_s: float, packing_s: float) -> None:
+        with self._counting:
+            traffic = self.traffic.setdefault(item.label, Traffic())
+            traffic.raw_bytes += item.size_bytes
+            traffic.wire_bytes += sent_bytes
+        if self._packer is not None and self._packer.auto is not None:
+            writers = len(self._streams) or 1
+            self._packer.auto.note(item.epoch, item.size_bytes, stuck_s / writers, packing_s / writers, packed=bool(frame.flags & ZSTD))
 
     def _unsent(self, cause: CkptError) -> None:
         # Before the hello the reader finds the end by itself, and ssh's exit status tells more than a broken pipe does.
@@ -262,18 +299,16 @@ class Link:
         """End the link. With `goodbye` everything queued is sent first, then a BYE, and the other side's BYE is waited for."""
         deadline_s = time.monotonic() + timeout_s
         goodbye = goodbye and self.error is None
-        if goodbye:
-            self._outbox.put(Frame(Kind.BYE))
-        self._outbox.close(drop=not goodbye)
+        self._outbox.close(drop=not goodbye, last=Frame(Kind.BYE) if goodbye else None)
         if goodbye:
             for thread in self._threads:  # the writer comes first
                 thread.join(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
         for thread in self._threads:
             thread.join(2.0)
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._packer is not None:
+            self._packer.close()
         if not any(thread.is_alive() for thread in self._threads):
-            for fd in self._fds:
-                os.close(fd)
-        self._fds = set()
+            for wire in self._wires:
+                wire.close()
+        self._wires = []

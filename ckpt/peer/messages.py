@@ -12,7 +12,7 @@ from ckpt.errors import Bug, CkptError, NoSpace, PeerVersion, PermissionDenied
 from ckpt.events import Event
 from ckpt.peer.frames import have_zstd
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 _EVENTS: Final = {cls.__name__: cls for cls in get_args(Event)}
 
 

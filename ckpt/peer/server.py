@@ -21,7 +21,8 @@ from ckpt.events import Event
 from ckpt.peer import messages
 from ckpt.peer.files import Allow, ReceivedFile, Receiver
 from ckpt.peer.frames import Frame, Kind
-from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, ByteQueue, Closed, Link
+from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
+from ckpt.peer.queues import ByteQueue, Closed, Inbox
 
 HELLO_TIMEOUT_S: Final = 30.0
 _log = logging.getLogger("ckpt.peer")
@@ -39,7 +40,7 @@ class _Shared:
 class Session:
     """What a handler gets: its link with the source, for the time of one call."""
 
-    def __init__(self, link: Link, channel: int, inbox: ByteQueue[Frame], shared: _Shared) -> None:
+    def __init__(self, link: Link, channel: int, inbox: Inbox, shared: _Shared) -> None:
         self._link = link
         self._channel = channel
         self._inbox = inbox
@@ -71,6 +72,10 @@ class Session:
         except CkptError:
             pass
 
+    def tell(self, value: dict[str, Any]) -> None:
+        """Tell the source something within this call (Peer.upload's `on_told`). Raises TransferFailed when the link has ended."""
+        self._link.send_json(Kind.EVENT, self._channel, value)
+
     def receive_files(
         self,
         into: Path,
@@ -99,8 +104,6 @@ class Session:
                     frame = self._inbox.get()
                 except Closed:
                     raise self._link.failure() from None
-                if frame is None:
-                    continue
                 more = receiver.take(frame)
                 self._link.pool.give(frame.lease)
                 if not more:
@@ -120,7 +123,7 @@ class _Server:
         self._concurrent = frozenset(concurrent)
         self._shared = _Shared()
         self._calls: ByteQueue[tuple[int, dict[str, Any]]] = ByteQueue()
-        self._inboxes: dict[int, ByteQueue[Frame]] = {}
+        self._inboxes: dict[int, Inbox] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self.link = Link(inp, out, on_frame=self._on_frame, on_end=self._on_end, link_timeout_s=link_timeout_s, beat_s=beat_s)
@@ -160,7 +163,7 @@ class _Server:
             with self._lock:
                 if frame.channel in self._inboxes:
                     raise TransferFailed("the source used a channel twice")
-                self._inboxes[frame.channel] = ByteQueue()
+                self._inboxes[frame.channel] = Inbox()
             if value.get("verb") in self._concurrent:
                 thread = threading.Thread(target=self._handle, args=(frame.channel, value), name=f"ckpt-{value['verb']}", daemon=True)
                 with self._lock:
@@ -173,7 +176,7 @@ class _Server:
                 inbox = self._inboxes.get(frame.channel)
             # Without one the handler has ended, and what was under way is of no use any more.
             if inbox is not None:
-                inbox.put(frame, len(frame.payload))
+                inbox.put(frame)
         else:
             raise TransferFailed(f"the source sent an unexpected {frame.kind.name} message")
 

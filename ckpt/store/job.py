@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,6 +35,8 @@ class Job:
         self.directory = directory
         self._lock_fd: int | None = None
         self._verdict_fd: int | None = None
+        self.on_failure: Callable[[], None] | None = None
+        """Called when the verdict is "1", before the action-script hears of it: what a dump that is still under way waits for need not come."""
 
     @classmethod
     def create(cls, root: Path, kind: str, **facts: Any) -> Job:
@@ -165,4 +168,6 @@ class Job:
         """Answer the waiting action-script: "0" success (dump: source ends; restore: goes on), "1" failure."""
         if self._verdict_fd is None:
             raise RuntimeError("only the owner of a job decides")
+        if verdict == "1" and self.on_failure is not None:
+            self.on_failure()
         os.write(self._verdict_fd, verdict.encode() + b"\n")

@@ -38,9 +38,11 @@ import json, sys
 sys.path.insert(0, "{PACKAGES}")
 from pathlib import Path
 from ckpt.errors import CkptError
+from ckpt.model import Carriage, Compression
 from ckpt.peer.client import connect
 destination, step, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 answer = {{}}
+options["carriage"] = Carriage(compress=Compression("zstd" if options.pop("compress", False) else "none"))
 try:
     with connect(destination, command=options.pop("command", ["peer-test"]), **options) as peer:
         if step == "hold":
@@ -67,7 +69,16 @@ def lab() -> Iterator[Lab]:
             package = Path(__file__).parents[2] / "ckpt"
             for host in (lab.a, lab.b):
                 for path in package.rglob("*.py"):
-                    if path.parts[len(package.parts)] in ("__init__.py", "config.py", "errors.py", "events.py", "peer", "transports", "host"):
+                    if path.parts[len(package.parts)] in (
+                        "__init__.py",
+                        "config.py",
+                        "errors.py",
+                        "events.py",
+                        "model.py",
+                        "peer",
+                        "transports",
+                        "host",
+                    ):
                         host.write_file(f"{PACKAGES}/ckpt/{path.relative_to(package)}", path.read_bytes())
             lab.b.write_file("/usr/local/bin/peer-test", SERVER, mode=0o755)
             lab.a.write_file("/root/client.py", CLIENT)

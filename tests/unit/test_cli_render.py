@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 
@@ -10,6 +11,7 @@ from ckpt.cli.render import units
 from ckpt.cli.render.live import LiveDisplay
 from ckpt.cli.render.plain import PlainDisplay
 from ckpt.cli.render.progress import Progress
+from ckpt.cli.render.reporter import Reporter
 from ckpt.cli.render.tables import migrated_line, short_host
 from ckpt.cli.render.template import Template
 from ckpt.errors import UsageError
@@ -90,14 +92,56 @@ def test_wrong_templates(text: str) -> None:
         Template(text, ("name",))
 
 
+def moved(done: int, total: int | None = None, number: int | None = None, dirty: float | None = None) -> BytesMoved:
+    return BytesMoved("web", "memory", done, total, number, dirty)
+
+
 def test_progress_tells_rate_and_rest() -> None:
     progress = Progress()
     assert progress.text() == ""
-    progress.moved(0.0, 0, 2 * GIB)
-    progress.moved(1.0, GIB, 2 * GIB)
+    progress.moved(0.0, moved(0, 2 * GIB))
+    progress.moved(1.0, moved(GIB, 2 * GIB))
     assert progress.text() == "1.0 of 2.0 GiB  1 GiB/s  1.0 s left"
-    progress.moved(2.0, 10, None)  # a new round begins from nothing
-    assert progress.rate is None
+    assert progress.figures() == {"rate_bytes_s": GIB, "left_s": 1.0}
+    progress.moved(2.0, moved(10))  # a new round begins from nothing
+    assert progress.rate is None and progress.text() == "10 B"
+
+
+def test_progress_of_a_round() -> None:
+    progress = Progress()
+    progress.moved(0.0, moved(0, 2 * GIB, 1))
+    progress.moved(2.0, moved(GIB, 2 * GIB, 1))
+    assert progress.text() == "1.0 of 2.0 GiB  512 MiB/s  round 1  2.0 s left"
+    progress.moved(3.0, moved(3 * GIB, 2 * GIB, 1))
+    assert progress.text() == "3 GiB  1 GiB/s  round 1", "it was an estimate"
+    progress.moved(4.0, moved(4 * GIB, None, 2, 18 * 2**20))
+    assert progress.text() == "4 GiB  round 2  dirty 18 MiB/s"
+    assert progress.figures() == {"rate_bytes_s": None, "left_s": None}
+
+
+def test_progress_keeps_little_of_much() -> None:
+    progress = Progress()
+    for at in range(5000):
+        progress.moved(at / 1000, moved(at << 20))
+    assert len(progress._seen) < 250
+    assert progress.rate == pytest.approx(1000 << 20, rel=0.02)
+
+
+def test_lines_for_machines_are_few(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("ckpt.cli.render.reporter.time.monotonic", lambda: now[0])
+    reporter = Reporter("migrate", "jsonl", ())
+    reporter.emit(StepStarted("web", "memory"))
+    for at in range(2001):
+        now[0] = at / 1000
+        reporter.emit(moved(at << 20, 4000 << 20, 1, 5.0))
+    reporter.emit(StepDone("web", "memory"))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["event"] for row in rows] == ["step_started", *["bytes_moved"] * 9, "step_done"]
+    assert rows[-2] == {
+        **{"schema": 1, "event": "bytes_moved", "target": "web", "step": "memory", "done_bytes": 2000 << 20, "total_bytes": 4000 << 20},
+        **{"round": 1, "dirty_bytes_s": 5.0, "rate_bytes_s": 1000 << 20, "left_s": 2.0},
+    }
 
 
 def test_a_log_gets_a_line_a_second_at_most() -> None:

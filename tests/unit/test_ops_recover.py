@@ -12,9 +12,10 @@ import pytest
 
 from ckpt.engines import registry
 from ckpt.errors import CkptError
+from ckpt.host.cgroup import Knob
 from ckpt.host.run import PIPE, spawn
 from ckpt.model import Container
-from ckpt.ops import faults, recover
+from ckpt.ops import faults, knobs, recover
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 
@@ -65,6 +66,21 @@ def test_an_unfinished_job_is_undone(tmp_path: Path, engine: Engine) -> None:
     assert not job.directory.exists()
     assert [p.read_text() for p in (tmp_path / "log").glob("*-web/dump.log")] == ["what it said"]
     assert recover.sweep(tmp_path) == []
+
+
+def test_what_was_changed_in_the_cgroup_is_set_back(tmp_path: Path, engine: Engine) -> None:
+    freeze, limit = tmp_path / "cgroup.freeze", tmp_path / "cpu.max"
+    freeze.write_text("1")
+    limit.write_text("max 100000")
+    job = dead(tmp_path, "migrate-source", "begun")
+    for knob in (Knob(freeze, "0"), Knob(limit, limit.read_text()), Knob(tmp_path / "gone", "0")):
+        knobs.journal(job, knob)
+    limit.write_text("50000 100000")
+    knobs.journal(job, Knob(limit, limit.read_text()))  # the first value counts
+    recover.sweep(tmp_path)
+    assert engine.rolled_back == [job.id]
+    assert freeze.read_text() == "0" and limit.read_text() == "max 100000"
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_committed_checkpoint_is_finished(tmp_path: Path, engine: Engine) -> None:

@@ -20,12 +20,14 @@ import pytest
 
 from ckpt import errors
 from ckpt.events import BytesMoved, Event, Notice
+from ckpt.model import Carriage, Compression
 from ckpt.peer import messages
 from ckpt.peer.client import Peer
 from ckpt.peer.frames import HEADER_BYTES, MAGIC, Kind
 from ckpt.peer.server import Handler, Session, serve
 
 BEAT_S = 0.05
+PLAIN, PACK = Compression("none"), Compression("zstd", 1)
 LIMIT_S = 0.6
 
 
@@ -76,6 +78,7 @@ def serving(
     to_server: Relay | None = None,
     to_client: Relay | None = None,
     compress: bool = False,
+    carriage: Carriage | None = None,
     concurrent: tuple[str, ...] = (),
     shake: bool = True,
 ) -> Iterator[Served]:
@@ -98,7 +101,15 @@ def serving(
         thread.start()
     events: list[Event] = []
     fd2 = client_end.detach()
-    peer = Peer(fd2, fd2, name="b", compress=compress, link_timeout_s=LIMIT_S, beat_s=BEAT_S, on_event=events.append)
+    peer = Peer(
+        fd2,
+        fd2,
+        name="b",
+        carriage=carriage or Carriage(compress=PACK if compress else PLAIN),
+        link_timeout_s=LIMIT_S,
+        beat_s=BEAT_S,
+        on_event=events.append,
+    )
     well = False
     try:
         if shake:
@@ -266,7 +277,7 @@ def test_hostile_paths_are_refused(tmp_path: Path, path: str) -> None:
         with pytest.raises(errors.TransferFailed):
             with s.peer.upload() as up:
                 up._control(Kind.FILE, {"path": path, "mode": 0o777, "size": 3})
-                s.peer.link.send_data(up._channel, 0, b"abc", compress=False)
+                s.peer.link.send_data(up._channel, 0, b"abc")
         assert not list(target.iterdir())
         with s.peer.upload() as up:
             pass  # the link goes on after a refusal
@@ -297,11 +308,11 @@ def test_lies_about_sizes_are_refused(tmp_path: Path) -> None:
             with pytest.raises(errors.TransferFailed):
                 with s.peer.upload() as up:
                     up._control(Kind.FILE, {"path": "f", "mode": 0o600, **fact})
-                    s.peer.link.send_data(up._channel, offset, b"abc", compress=False)
+                    s.peer.link.send_data(up._channel, offset, b"abc")
         with pytest.raises(errors.TransferFailed, match="digest"):
             with s.peer.upload() as up:
                 up._control(Kind.FILE, {"path": "f", "mode": 0o600, "size": 3})
-                s.peer.link.send_data(up._channel, 0, b"abc", compress=False)
+                s.peer.link.send_data(up._channel, 0, b"abc")
                 up._control(Kind.END, {"size": 3, "sha256": hashlib.sha256(b"abd").hexdigest()})
     assert not (tmp_path / "f").exists()
 
@@ -342,7 +353,8 @@ def stage(session, args):
         return {{"bytes": session.receive_files(Path({str(tmp_path)!r}), allow=lambda p: True, sinks={{"s": sink}})[0].size_bytes}}
 fa, fb = a.detach(), b.detach()
 t = threading.Thread(target=serve, args=(fb, fb, {{"stage": stage}})); t.start()
-peer = Peer(fa, fa, compress={compress})
+from ckpt.model import Carriage, Compression
+peer = Peer(fa, fa, carriage=Carriage(compress=Compression({"zstd" if compress else "none"!r})))
 assert peer.link.handshake(5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 p = subprocess.Popen(["head", "-c", str(200 << 20), "/dev/{"zero" if compress else "urandom"}"], stdout=subprocess.PIPE)
@@ -555,7 +567,7 @@ def test_too_much_text_before_the_hello() -> None:
 
 def test_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     real = messages.hello
-    once = iter([2, 1])
+    once = iter([messages.PROTOCOL + 1, messages.PROTOCOL])
     monkeypatch.setattr(messages, "hello", lambda: {**real(), "protocol": next(once)})
     with pytest.raises((errors.PeerVersion, errors.TransferFailed)) as caught:
         with serving({}, shake=False) as s:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ckpt.errors import CannotConnect, PeerVersion, TransferFailed, UsageError
+from ckpt.host.run import Result
 from ckpt.peer.client import connect
-from ckpt.transports import ssh
+from ckpt.transports import ssh, ssh_cipher
 from ckpt.transports.ssh import Destination, PeerMissing
 
 
@@ -103,6 +104,34 @@ def test_what_ssh_says(code: int | None, stderr: str, cls: type[Exception], said
     error = ssh.explain("root@b:22", code, stderr)
     assert type(error) is cls
     assert said in error.message and "b" in error.message
+
+
+def test_the_faster_cipher_comes_first_and_none_is_added() -> None:
+    chacha, small, large = "chacha20-poly1305@openssh.com", "aes128-gcm@openssh.com", "aes256-gcm@openssh.com"
+    said = "host b\nciphers {}\nmacs x\n"
+    assert ssh_cipher.reordered(said.format(f"{chacha},{small},{large},aes128-ctr")) == (f"Ciphers={small},{large},{chacha},aes128-ctr",)
+    assert ssh_cipher.reordered(said.format(f"{chacha},{large}")) == (f"Ciphers={large},{chacha}",)
+    for as_it_is in (f"{small},{chacha}", chacha, f"{chacha},aes128-ctr"):
+        assert ssh_cipher.reordered(said.format(as_it_is)) == ()
+    assert ssh_cipher.reordered("") == ()
+
+
+def test_a_chosen_cipher_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CKPT_SSH", raising=False)
+    monkeypatch.setattr(ssh_cipher, "cpu_flags", lambda: ("aes",))
+    asked: list[list[str]] = []
+
+    def answer(argv: list[str], **options: object) -> Result:
+        asked.append(argv)
+        return Result(tuple(argv), 0, b"ciphers chacha20-poly1305@openssh.com,aes128-gcm@openssh.com\n", b"")
+
+    monkeypatch.setattr(ssh_cipher, "run", answer)
+    assert ssh_cipher.preference(Destination("b"), ["Port=7"]) == ("Ciphers=aes128-gcm@openssh.com,chacha20-poly1305@openssh.com",)
+    assert asked[0][:2] == ["ssh", "-G"] and "Port=7" in asked[0] and asked[0][-1] == "b"
+    assert ssh_cipher.preference(Destination("b"), ["ciphers=aes256-ctr"]) == ()
+    monkeypatch.setattr(ssh_cipher, "cpu_flags", lambda: ())
+    assert ssh_cipher.preference(Destination("b"), []) == ()
+    assert len(asked) == 1
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:

@@ -56,7 +56,7 @@ class LiveDisplay:
             case BytesMoved():
                 key = (event.target, event.step)
                 moving = self._moving.setdefault(key, _Moving(event.target, event.step, ""))
-                moving.progress.moved(time.monotonic(), event.done_bytes, event.total_bytes)
+                moving.progress.moved(time.monotonic(), event)
             case StepDone():
                 self._moving.pop((event.target, event.step), None)
                 self._head(event.target)

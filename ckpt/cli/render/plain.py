@@ -35,7 +35,7 @@ class PlainDisplay:
             case BytesMoved():
                 now_s = self._clock()
                 progress = self._moving.setdefault((event.target, event.step), Progress())
-                progress.moved(now_s, event.done_bytes, event.total_bytes)
+                progress.moved(now_s, event)
                 if now_s >= self._next_s:
                     self._next_s = now_s + _EVERY_S
                     self.line(f"{event.target}: {event.step}: {progress.text()}")

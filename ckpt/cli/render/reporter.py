@@ -7,16 +7,19 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, TextIO
 
 from ckpt.cli.render.error import show_error, show_warning
 from ckpt.cli.render.plain import PlainDisplay
+from ckpt.cli.render.progress import Paced
 from ckpt.cli.render.rows import SCHEMA, Row, event_row, plain
 from ckpt.cli.render.template import Template
 from ckpt.errors import CkptError, UsageError
-from ckpt.events import Event
+from ckpt.events import BytesMoved, Event, StepDone, StepFailed, StepStarted
 
+_LINES_EVERY_S = 0.25
 Kind = Literal["table", "json", "jsonl", "template"]
 _KINDS: dict[str, Kind] = {"table": "table", "json": "json", "jsonl": "jsonl"}
 Lines = Callable[[Sequence[Row]], Iterable[str]]
@@ -55,6 +58,7 @@ class Reporter:
         self._lock = threading.RLock()
         self._display: Display | None = None
         self._stdout_open = True
+        self._paced = Paced(_LINES_EVERY_S)
         self._handler = _LogLines(self)
 
     def __enter__(self) -> Reporter:
@@ -70,9 +74,20 @@ class Reporter:
         with self._lock:
             if self.kind == "jsonl":
                 if self.results:
-                    self._out(_json(event_row(event)))
+                    self._line(event)
             elif not self.quiet:
                 self._progress().show(event)
+
+    def _line(self, event: Event) -> None:
+        """An event as a line of JSON; of a transfer's a few a second, with its rate and what is left."""
+        if isinstance(event, BytesMoved):
+            progress = self._paced.due(time.monotonic(), event)
+            if progress is not None:
+                self._out(_json({**event_row(event), **progress.figures()}))
+            return
+        if isinstance(event, StepStarted | StepDone | StepFailed):
+            self._paced.forget(event.target, event.step)
+        self._out(_json(event_row(event)))
 
     def log(self, text: str) -> None:
         """A line of the log, in between the progress."""
