@@ -141,6 +141,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                     # It ran there, so what is frozen here must never run again.
                     end_source(engine, container, held, job, keep=True)
                     tell_destination(job)
+                    job.write("lost", reason=answer.reason[: recover.ERROR_CAP])
                     job.write("done")
                     recover.remove(job)
                     raise RestoreFailed(
