@@ -234,6 +234,8 @@ def _addresses_there(container: Container, report: Mapping[str, Any], connection
         on = ", ".join(f"{name} ({known.get('driver')})" for name, known in details.items())
         return [*found, Finding("addresses", "ok", f"{_addresses(container)} on {on}, with {connections} open TCP connections")]
     hint = "its addresses must lead to the new host (macvlan, or a network that both hosts share), or the connections end"
+    if not container.addresses:
+        hint = "this host's address does not move with it: give it a network of its own (macvlan), or move the address at the same moment"
     text = f"{connections} open TCP connections move only together with {_addresses(container)}"
     return [*found, Finding("addresses", "warning", text, hint)]
 

@@ -191,7 +191,7 @@ class _Migration:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
         check.raise_on_error(container.name, findings, to=peer.hostname)
-        self.emit(Figures(self.typed, statistics.of_hosts(report)))
+        self.emit(Figures(self.typed, {**statistics.of_hosts(report), "memory_bytes": kinds.dump_bytes if kinds else None}))
         self.memory.choose(report, peer.hostname)
         self.done("check", f"nothing stands in the way of {peer.hostname}")
         return wanted, peer, report
