@@ -1,7 +1,7 @@
 # make test    lint, then all tests; those of the lab need root (two hosts as namespaces, nothing is installed on the machine's own)
 # make demo    a migration between two hosts, to watch
 # make lab     a shell on host a, with host b beside it (ssh b)
-# make bench   times and sizes, ckpt against podman alone
+# make bench   times and sizes, ckpt against podman alone (make bench BENCH_ARGS=--help)
 # make lint
 
 SHELL := /bin/bash
@@ -14,6 +14,7 @@ SHELL := /bin/bash
 # The Python with all dependencies, made on first use outside the checkout.
 PYTHON = python=$$(python3 .ci/venv)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 lint:
 	$(PYTHON)
@@ -42,6 +43,6 @@ lab:
 	"$$python" -m tests.lab.harness shell
 
 bench:
-	$(PYTHON)
+	python=$$(python3 .ci/venv bench)
 	"$$python" -m tests.lab.harness prepare
-	"$$python" -m tests.bench.migrate
+	"$$python" -m tests.bench $(BENCH_ARGS)

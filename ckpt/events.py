@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,26 @@ class Notice:
     warning: bool = False
 
 
-Event = StepStarted | StepDone | StepFailed | BytesMoved | Frozen | Thawed | Notice
+@dataclass(frozen=True, slots=True)
+class RoundDone:
+    """A round of pre-copy: what was read of the memory, what of it had changed and was sent, in which time."""
+
+    target: str
+    number: int
+    scanned_bytes: int
+    sent_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the job's record keeps, by name, units in the names: its id (`job`), versions, bytes by kind."""
+
+    target: str
+    values: dict[str, Any]
+
+
+Event = StepStarted | StepDone | StepFailed | BytesMoved | Frozen | Thawed | Notice | RoundDone | Figures
 Emit = Callable[[Event], None]
 
 

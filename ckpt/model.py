@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 State = Literal["created", "running", "paused", "exited", "unknown"]
 Severity = Literal["ok", "warning", "error"]
@@ -136,6 +136,8 @@ class DumpOptions:
     timeout_s: float = 200.0
     page_server_port: int | None = None
     """CRIU sends the memory pages to a page server at this port of the loopback; its CRIU images are then without them."""
+    memory_stays: bool = False
+    """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,3 +279,33 @@ class Checkpoint:
     def ref(self) -> str:
         """How people name it: NAME@GENERATION."""
         return f"{self.manifest.name}@{self.manifest.generation}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """One operation, under way or over, as `ckpt jobs` tells it and the store's history keeps it (schema 1)."""
+
+    id: str
+    kind: str
+    """What was asked for: migrate, receive (a migration, seen from its destination), checkpoint, restore."""
+    state: str
+    """Not over: running, waiting (for `--continue`), unconfirmed (it runs here, its source has not asked), serving (memory arrives),
+    interrupted, lost (a lazy restore whose memory did not come). Over: done, rolled-back, failed, refused (nothing was begun), lost."""
+    name: str = ""
+    engine: str = ""
+    container_id: str = ""
+    source: str = ""
+    destination: str = ""
+    mode: str = ""
+    started_s: float = 0.0
+    """Seconds since the epoch, as `ended_s`."""
+    ended_s: float | None = None
+    settled_by: str = ""
+    """Who brought it to its end when it was not the command itself: guard, sweep, keeper."""
+    reason: str = ""
+    next: str = ""
+    """The command line to give next."""
+    error: dict[str, Any] | None = None
+    """`CkptError.to_json()`."""
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """Figures by name, units in the names."""

@@ -190,7 +190,7 @@ def _extract(tar: Path | None, deleted: Path | None, root: Path, *, empty: bool,
         if type(error).__name__ == "TimeoutExpired":
             raise RestoreFailed(f"the files of the container were not in place within {timeout_s:g} s") from None
         raise
-    return _report(stdout, stderr, process.returncode)
+    return report(stdout, stderr, process.returncode)
 
 
 def _open_plain(path: Path) -> io.BufferedReader:
@@ -198,10 +198,11 @@ def _open_plain(path: Path) -> io.BufferedReader:
     return open(fd, "rb")
 
 
-def _report(stdout: bytes, stderr: bytes, code: int) -> list[str]:
+def report(stdout: bytes, stderr: bytes, code: int) -> list[str]:
+    """The warnings in a child's answer; raises what it means otherwise (see `apply`)."""
     try:
-        report = json.loads(stdout)
-        kind, text, warnings = report["kind"], _printable(report["text"]), [_printable(line) for line in report["warnings"]]
+        told = json.loads(stdout)
+        kind, text, warnings = told["kind"], _printable(told["text"]), [_printable(line) for line in told["warnings"]]
     except (ValueError, KeyError, TypeError):
         text = _printable(stderr.decode(errors="replace").strip().rpartition("\n")[2])
         raise RestoreFailed(f"the extraction of the container's files broke off: {text or f'exit status {code}'}") from None

@@ -21,9 +21,22 @@ from ckpt.archive._tar import apply, apply_tree
 from ckpt.errors import CkptError
 from ckpt.model import RootFs
 
-__all__ = ["apply", "apply_tree", "capture", "capture_files", "capture_tree"]
+__all__ = ["Survey", "apply", "apply_tree", "capture", "capture_files", "capture_tree", "survey", "survey_tree", "write_deleted"]
 
 _PREFIXES: Final = ("trusted.overlay.", "user.overlay.")
+_GONE: Final = (FileNotFoundError, NotADirectoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What travels of a tree: `names` below `root` (relative, parents before children, "." is the root itself), `deleted` of what is below it.
+
+    `deleted` are absolute paths inside the container, in the order of their names.
+    """
+
+    root: bytes
+    names: list[bytes]
+    deleted: list[str]
 
 
 @dataclass(slots=True)
@@ -36,6 +49,8 @@ class _Found:
     """Upper alone does not hold the data (metacopy, redirect_dir): it must be read through the merged directory."""
     linked: list[bytes] = field(default_factory=list)
     """Files that share their data with names in the lower layers which were not copied up (index=on)."""
+    live: bool = False
+    """The container runs: what goes meanwhile is no error."""
 
 
 def capture(rootfs: RootFs, out: Path | BinaryIO, deleted_files: Path | None = None, *, timeout_s: float = 3600.0) -> list[str]:
@@ -55,29 +70,58 @@ def capture(rootfs: RootFs, out: Path | BinaryIO, deleted_files: Path | None = N
     """
     if rootfs.upper_dir is None:
         return []
-    found = _Found()
+    try:
+        found = survey(rootfs)
+        _tar.create(found.root, found.names, out, timeout_s=timeout_s)
+    except OSError as error:
+        raise CkptError(f"cannot read the changes of the container's root file system: {error}") from error
+    if deleted_files is not None:
+        write_deleted(found.deleted, deleted_files)
+    return found.deleted
+
+
+def write_deleted(deleted: list[str], deleted_files: Path) -> None:
+    """Write `deleted.files`; nothing when nothing was deleted."""
+    if not deleted:
+        return
+    fd = os.open(deleted_files, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
+        # ASCII: a byte that is no UTF-8 travels as \udcXX.
+        json.dump(deleted, file)
+
+
+def survey(rootfs: RootFs, *, live: bool = False) -> Survey:
+    """What the container changed in its root file system, an overlay or a plain directory (of which it is everything).
+
+    Args:
+        live: the container runs: what goes while this looks is left out.
+
+    Raises:
+        CkptError: the overlay cannot be read as it is.
+        OSError: something cannot be read, or (not `live`) went meanwhile.
+    """
+    if rootfs.upper_dir is None:
+        assert rootfs.merged_dir is not None
+        return survey_tree(rootfs.merged_dir, live=live)
+    found = _Found(live=live)
     upper = os.fsencode(rootfs.upper_dir)
     lowers = [os.fsencode(path) for path in rootfs.lower_dirs]
     merged = os.fsencode(rootfs.merged_dir) if rootfs.merged_dir else None
-    try:
-        found.names.append(b".")
-        _walk(upper, b"", False, lowers, merged, found)
-        source = upper
-        if found.incomplete or found.linked:
-            if merged is None:
-                raise CkptError("the overlay uses metacopy, redirect_dir or index and is not mounted, its upper directory alone is not complete")
-            source = merged
-            _add_aliases(merged, found)
-        _tar.create(source, found.names, out, timeout_s=timeout_s)
-    except OSError as error:
-        raise CkptError(f"cannot read the changes of the container's root file system: {error}") from error
-    deleted = sorted("/" + os.fsdecode(path) for path in found.deleted)
-    if deleted_files is not None and deleted:
-        fd = os.open(deleted_files, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="ascii") as file:
-            # ASCII: a byte that is no UTF-8 travels as \udcXX.
-            json.dump(deleted, file)
-    return deleted
+    found.names.append(b".")
+    _walk(upper, b"", False, lowers, merged, found)
+    source = upper
+    if found.incomplete or found.linked:
+        if merged is None:
+            raise CkptError("the overlay uses metacopy, redirect_dir or index and is not mounted, its upper directory alone is not complete")
+        source = merged
+        _add_aliases(merged, found)
+    return Survey(source, found.names, sorted("/" + os.fsdecode(path) for path in found.deleted))
+
+
+def survey_tree(directory: Path, *, live: bool = False) -> Survey:
+    """Everything in a directory. Raises OSError."""
+    root = os.fsencode(directory)
+    return Survey(root, list(_tree(root, live=live)), [])
 
 
 def capture_tree(directory: Path, out: Path | BinaryIO, *, timeout_s: float = 3600.0) -> None:
@@ -104,16 +148,29 @@ def capture_files(paths: Iterable[str], out: Path | BinaryIO, *, timeout_s: floa
     _tar.create(b"/", (os.fsencode(path.lstrip("/")) for path in paths), out, timeout_s=timeout_s)
 
 
-def _tree(root: bytes, below: bytes = b".") -> Iterator[bytes]:
+def _tree(root: bytes, below: bytes = b".", *, live: bool = False) -> Iterator[bytes]:
     """`below` and everything in it, without sockets; parents before children."""
     yield below
-    with os.scandir(os.path.join(root, below)) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            path = _join(b"" if below == b"." else below, entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                yield from _tree(root, path)
-            elif entry.is_symlink() or not stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
-                yield path
+    for entry in _entries(os.path.join(root, below), live):
+        path = _join(b"" if below == b"." else below, entry.name)
+        if entry.is_dir(follow_symlinks=False):
+            yield from _tree(root, path, live=live)
+        elif entry.is_symlink() or not stat.S_ISSOCK(_kind(entry, live)):
+            yield path
+
+
+def _entries(directory: bytes, live: bool) -> list[os.DirEntry[bytes]]:
+    """Sorted by name. `live`: a directory that went is empty."""
+    with suppress(*(_GONE if live else ())), os.scandir(directory) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+    return []
+
+
+def _kind(entry: os.DirEntry[bytes], live: bool) -> int:
+    """The mode of an entry; `live`: 0 when it went."""
+    with suppress(*(_GONE if live else ())):
+        return entry.stat(follow_symlinks=False).st_mode
+    return 0
 
 
 def _walk(upper: bytes, at: bytes, hidden: bool, lowers: list[bytes], merged: bytes | None, found: _Found) -> None:
@@ -125,16 +182,16 @@ def _walk(upper: bytes, at: bytes, hidden: bool, lowers: list[bytes], merged: by
         # A renamed directory: its content comes from elsewhere in the lower layers, only the mount knows.
         found.incomplete = True
         if merged is not None:
-            content = list(_tree(merged, at))
+            content = list(_tree(merged, at, live=found.live))
             found.names += content[1:]
             present = set(content)
             found.deleted += [path for path in _lower_paths(lowers, at) if path not in present]
         return
-    with os.scandir(here) as scan:
-        entries = sorted(scan, key=lambda e: e.name)
     names = set()
-    for entry in entries:
+    for entry in _entries(here, found.live):
         path = _join(at, entry.name)
+        if not _kind(entry, found.live):
+            continue
         facts = entry.stat(follow_symlinks=False)
         kind = stat.S_IFMT(facts.st_mode)
         if _is_whiteout(entry.path, facts, opaque):
@@ -160,14 +217,23 @@ def _walk(upper: bytes, at: bytes, hidden: bool, lowers: list[bytes], merged: by
 
 def _add_aliases(merged: bytes, found: _Found) -> None:
     """With index=on a hard link of the container image stays one: its other names show the change without being in upper."""
-    inodes = {(facts.st_dev, facts.st_ino) for path in found.linked if (facts := os.lstat(os.path.join(merged, path)))}
+    inodes = {(facts.st_dev, facts.st_ino) for path in found.linked if (facts := _lstat(os.path.join(merged, path), found.live))}
     if not inodes:
         return
     known = set(found.names)
-    for path in _tree(merged):
-        facts = os.lstat(os.path.join(merged, path))
+    for path in _tree(merged, live=found.live):
+        facts = _lstat(os.path.join(merged, path), found.live)
+        if facts is None:
+            continue
         if facts.st_nlink > 1 and (facts.st_dev, facts.st_ino) in inodes and path not in known:
             found.names.append(path)
+
+
+def _lstat(path: bytes, live: bool) -> os.stat_result | None:
+    """`live`: None when it went."""
+    with suppress(*(_GONE if live else ())):
+        return os.lstat(path)
+    return None
 
 
 def _is_whiteout(path: bytes, facts: os.stat_result, opaque: bytes | None) -> bool:

@@ -160,6 +160,12 @@ def _checkpoint_refs(ctx: click.Context, incomplete: str) -> Iterable[str]:
         yield from (checkpoint.ref for checkpoint in known)
 
 
+def _job_ids(ctx: click.Context) -> Iterable[str]:
+    from ckpt.ops import jobs as use_case
+
+    yield from (record.id for record in use_case.jobs(store_root=_store(ctx)))
+
+
 def containers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of containers."""
     return _items(_in_time(lambda: _container_names(incomplete)), incomplete)
@@ -168,6 +174,13 @@ def containers(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 def checkpoints(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Checkpoints in the store."""
     return _items(_in_time(lambda: _checkpoint_refs(ctx, incomplete)), incomplete)
+
+
+def jobs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """`show`, then ids of jobs."""
+    if not ctx.params.get(param.name or ""):
+        return _items(["show"], incomplete)
+    return _items(_in_time(lambda: _job_ids(ctx)), incomplete)
 
 
 def both(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -13,9 +13,9 @@ def command(session: Session, job_dir: str) -> int:
     """Wait for the end of a job's owner and settle what it left."""
     session.need_root()
     session.reporter.results = False
-    from ckpt.ops import recover
+    from ckpt.ops import guard
 
-    return recover.guard_main(job_dir)
+    return guard.guard_main(job_dir)
 
 
 command.hidden = True

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 @click.option("--max-downtime", "max_downtime_s", type=Duration(), metavar="TIME", help="With --precopy: stop when so much is left (default 300ms).")
 @click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8).")
 @click.option("--on-exceed", type=click.Choice(["continue", "abort"]), help="With --precopy: what to do when more is to be expected in the end.")
+@click.option("--postcopy", is_flag=True, help="Switch over at once, the memory follows. If the link breaks meanwhile the container may be lost.")
+@click.option("--lazy/--no-lazy", default=None, help="Let it run there before its memory is in place (default: when it is large and both hosts can).")
 @click.option("--bwlimit", "bwlimit_bytes_s", type=Rate(), metavar="RATE", help="Send at most so much a second: 50M, 100MB (default: no limit).")
 @click.option(
     "--compress",
@@ -106,6 +108,10 @@ def command(
 
     limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed}
     limits = {key: value for key, value in limits.items() if value is not None}
+    if precopy and given["postcopy"]:
+        raise UsageError("--precopy and --postcopy exclude each other")
+    if given["postcopy"] and given["lazy"] is False:
+        raise UsageError("--postcopy brings the memory later: it does not go with --no-lazy")
     if limits and not precopy:
         raise UsageError("--max-downtime, --max-rounds and --on-exceed need --precopy")
     ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def command(session: Session, path: str | None) -> int:
     from ckpt.ops import migrate_dest
     from ckpt.peer import server
 
-    return server.main(migrate_dest.handlers(session.store_root))
+    return server.main(migrate_dest.handlers(session.store_root), concurrent=migrate_dest.CONCURRENT)
 
 
 command.hidden = True

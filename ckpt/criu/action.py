@@ -9,16 +9,23 @@ owners are dead. Then the journal decides: a job that reached `commit` goes on h
 (`ckpt migrate --continue`), any other is undone.
 """
 
-import json
 import os
 import sys
-from collections.abc import Iterable
 
-HOLD = {"post-dump", "post-restore"}
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# A frozen workload waits for this program: it imports nothing that it can do without. `json` alone takes as long as Python's start.
+
+HOLD = ("post-dump", "post-restore")
+"""Where it holds; `hold.prepare` has it called for nothing else."""
 
 
-def reached_commit(journal: Iterable[str]) -> bool:
+def reached_commit(journal: "Iterable[str]") -> bool:
     """True when the journal's lines say that the point of no return was passed and no later line decided otherwise."""
+    import json
+
     reached = False
     for line in journal:
         try:
@@ -73,8 +80,8 @@ def main() -> int:
     job = sys.argv[1]
     if not os.path.isdir(job):
         return 1
-    init_pid = os.environ.get("CRTOOLS_INIT_PID", "")
-    note(job, "held", json.dumps({"action": action, "init_pid": init_pid, "pid": os.getpid(), "criu_pid": os.getppid()}))
+    init_pid = "".join(filter(str.isdigit, os.environ.get("CRTOOLS_INIT_PID", "")))
+    note(job, "held", f'{{"action": "{action}", "init_pid": "{init_pid}", "pid": {os.getpid()}, "criu_pid": {os.getppid()}}}')
     return wait(job)
 
 

@@ -97,6 +97,16 @@ class DigestTable:
             return [Part(0, pages, False)] if pages else []
         return _parts(bytes(map(operator.ne, _each(known), _each(digests))))
 
+    def knows(self, image_id: int, vaddr: int, page_count: int) -> list[bool] | bool:
+        """For each page whether there is a digest of it; one bool when that goes for all of them."""
+        blocks = self._images.get(image_id)
+        if not blocks:
+            return False
+        known = b"".join([blocks[block][low:high] if block in blocks else bytes(high - low) for block, low, high in _pieces(vaddr, page_count)])
+        if _UNKNOWN not in known:
+            return True
+        return [digest != _UNKNOWN for (digest,) in _each(known)]
+
     def remember(self, image_id: int, vaddr: int, digests: bytes) -> None:
         """The other end now holds pages with these digests from `vaddr` on."""
         blocks = self._images.setdefault(image_id, {})

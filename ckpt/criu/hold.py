@@ -15,14 +15,18 @@ from typing import Final
 from ckpt.criu import action
 
 MARKER_BYTES: Final = 1024
+NOWHERE: Final = "nowhere"
+"""Where the page server of a lazy dump listens: no address. CRIU would serve the memory itself after the verdict, to anybody who comes
+(cr_lazy_mem_dump); this way that fails at once and CRIU lets go of the tree, which must be dead by then if it is to end (`engines._hold`)."""
 
 
-def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = False) -> Path:
+def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = False, memory_stays: bool = False) -> Path:
     """Write the launcher and the CRIU configuration file into the job's directory, forget what an earlier hold left.
 
     Args:
         page_server_port: a dump sends its memory pages there (see `pageserver.py`).
         lazy: a restore leaves memory to the lazy-pages daemon (see `lazy.py`).
+        memory_stays: a dump leaves private memory in the frozen tree (see `NOWHERE`).
 
     Returns:
         The configuration file (for `CRIU_CONFIG_FILE` or the RPC option `config_file`).
@@ -31,15 +35,19 @@ def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = 
     set_aside(job_dir, "held")
     launcher = job_dir / "hold"
     words = [sys.executable or "/usr/bin/python3", "-I", "-S", os.path.abspath(action.__file__), str(job_dir)]
-    _write(launcher, f"#!/bin/sh\nexec {shlex.join(words)}\n", 0o700)
+    # CRIU calls it at every step, most of them while the workload stands still: Python starts only where there is something to hold.
+    script = f'#!/bin/sh\ncase "$CRTOOLS_SCRIPT_ACTION" in\n{"|".join(action.HOLD)}) exec {shlex.join(words)} ;;\nesac\n'
+    _write(launcher, script, 0o700)
     config = job_dir / "criu.conf"
     lines = [f'action-script "{launcher}"']
     if page_server_port is not None:
         from ckpt.criu.pageserver import config_lines
 
         lines += config_lines(page_server_port)
-    if lazy:
+    if lazy or memory_stays:
         lines.append("lazy-pages")
+    if memory_stays:
+        lines.append(f"address {NOWHERE}")
     _write(config, "\n".join(lines) + "\n", 0o600)
     return config
 

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ckpt.criu import swrk, tree
+from ckpt.criu import loopback, swrk, tree
 from ckpt.errors import FeatureMissing, RestoreFailed
 from ckpt.host import procread, run, uffd
 
@@ -56,8 +56,12 @@ def work_dir(job_dir: Path) -> Path:
 class Daemon:
     """A running `criu lazy-pages`, child of this process."""
 
-    def __init__(self, images_dir: Path, work: Path, keep_fds: Sequence[int] = ()) -> None:
-        """Start it. `keep_fds` stay open in it: locks on what it reads live as long as it does.
+    def __init__(self, images_dir: Path, work: Path, keep_fds: Sequence[int] = (), *, page_server_port: int | None = None) -> None:
+        """Start it.
+
+        Args:
+            keep_fds: stay open in it: locks on what it reads live as long as it does.
+            page_server_port: of the loopback, where it asks for the memory (see pagefeed.py); None: the images have it.
 
         Raises:
             FeatureMissing: no CRIU.
@@ -67,6 +71,8 @@ class Daemon:
         self._log = work / LOG
         self._ready, theirs = os.pipe()
         argv: list[str | os.PathLike[str]] = [swrk.program(), "lazy-pages", "-D", images_dir, "-W", work, "-o", LOG, "--status-fd", str(theirs)]
+        if page_server_port is not None:
+            argv += ["--page-server", "--address", loopback.ADDRESS, "--port", str(page_server_port)]
         try:
             # Its first words, before there is a log, go where ours go.
             self._process = run.spawn(argv, cwd="/", stderr=None, pass_fds=(theirs, *keep_fds), new_session=True)

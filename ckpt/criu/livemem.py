@@ -1,8 +1,11 @@
-"""Pre-copy without the kernel's help: the pages of a running tree that changed since the last look, found by comparing their content.
+"""The pages of a running tree that changed since the last look, found by comparing their content; with the kernel's help in fewer of them.
 
 CRIU's own pre-dump needs the kernel's soft-dirty tracking, which arm64 and many x86 kernels lack. Here ckpt reads the memory of the running
 processes itself, round by round, and keeps a digest of every page it handed out (`DigestTable`). At the end CRIU dumps the frozen tree in full
 to ckpt's page server, and the same table tells which of those pages the other end already holds (`DigestTable.compare`).
+
+A `Tracker` (ckpt.criu.softdirty, where the kernel can) tells pages that cannot have changed since they were read: those are not read again.
+What is read is compared as ever, so that a page that was written with what it held before is not sent, nor all of a huge page for one byte.
 
 What must be consistent, and what need not be. A live round is a blur: the processes run, a page may be written while it is copied, regions come
 and go. None of that matters, because nothing of a live round is believed: whatever the other end holds counts only if its digest equals that of
@@ -21,12 +24,13 @@ shmem images and go whole with the final dump (the table can hold their digests,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from ckpt.criu.digests import DigestTable, Sweep, image_of_pid
 from ckpt.host.procmem import PAGE, Buffer, PageMap, Region, Span, innermost_pid, open_memory, private_regions
@@ -36,6 +40,9 @@ RUN_BYTES: Final = 1 << 20
 
 _LISTINGS: Final = 4
 """How often a scan looks for processes that appeared since it began: something that forks without end must not keep it."""
+
+_LISTED: Final = 1 << 14
+"""Pages that are listed at a time when most of them need not be read."""
 
 _PINNED: Final = 64
 """Processes that are pinned at a time: a descriptor each."""
@@ -72,6 +79,7 @@ class ScanStatistics:
 
     Attributes:
         scanned_bytes: all that was read; `changed_bytes`: that part of it which was handed out.
+        settled_bytes: not read, because the tracker knew that it had not changed.
         seconds: spent in the scan itself, without its caller's time and without `between`.
         processes: looked into. `vanished_pages`: gone between finding and reading them.
         complete: the scan went to its end.
@@ -79,10 +87,34 @@ class ScanStatistics:
 
     scanned_bytes: int = 0
     changed_bytes: int = 0
+    settled_bytes: int = 0
     seconds: float = 0.0
     processes: int = 0
     vanished_pages: int = 0
     complete: bool = False
+
+
+class TrackedMemory(Protocol):
+    """What a tracker knows of one process."""
+
+    def settled(self, span: Span) -> list[bool] | bool:
+        """For each page whether it is as it was when it was last read; one bool when that goes for all of them."""
+
+    def end(self) -> None:
+        """Every page that was not settled has been read."""
+
+
+class Tracker(Protocol):
+    """Tells which pages cannot have changed since they were last read."""
+
+    def begin(self, pids: Collection[int]) -> None:
+        """A scan of these processes begins. Raises PermissionDenied."""
+
+    def of(self, pid: int) -> TrackedMemory | None:
+        """What is known of a process (pinned, so that no other one has its pid); None: read all of it."""
+
+    def forget(self) -> None:
+        """What was read is not known any more."""
 
 
 _Steps = Generator[Run | Unchanged, None, None]
@@ -94,11 +126,14 @@ class LiveMemory:
     Args:
         pids: lists the processes, by pids of the reader's namespace; asked again in every scan, because processes come and go.
         ioctl: False keeps it from using PAGEMAP_SCAN (Linux 6.7).
+        tracker: what spares reading (ckpt.criu.softdirty.choose), for this object alone; None: everything is read.
     """
 
-    def __init__(self, pids: Callable[[], Iterable[int]], *, ioctl: bool = True) -> None:
+    def __init__(self, pids: Callable[[], Iterable[int]], *, ioctl: bool = True, tracker: Tracker | None = None) -> None:
         self._pids = pids
         self._ioctl = ioctl
+        self._tracker = tracker
+        self._table: DigestTable | None = None
         self._buffer = Buffer(max(1, RUN_BYTES // PAGE))
         self._images: set[int] = set()
         self.statistics = ScanStatistics()
@@ -136,6 +171,11 @@ class LiveMemory:
             fresh = [pid for pid in self._pids() if pid not in seen]
             if not fresh:
                 break
+            if self._tracker is not None and not seen:  # those that come later are read in full
+                if table is not self._table:  # what was read went into another one
+                    self._tracker.forget()
+                self._table = table
+                self._tracker.begin(fresh)
             seen.update(fresh)
             for at in range(0, len(fresh), _PINNED):
                 with contextlib.ExitStack() as stack:
@@ -156,13 +196,24 @@ class LiveMemory:
         image = process.image_id
         self._images.add(image)  # also when the scan does not get to its end
         sweep = Sweep(table, image)
+        tracked = self._tracker.of(process.pid) if self._tracker is not None else None
         same: Unchanged | None = None
         try:
-            for region, spans in process.batches(self._buffer.pages):
-                filled = self._buffer.fill(process.pid, spans, forced=-1 if region.readable else process.memory())
+            for region, wanted, settled in self._blocks(process, table, tracked):
+                filled = self._buffer.fill(process.pid, wanted, forced=-1 if region.readable else process.memory())
                 process.check()
                 read = 0
-                for span in filled:
+                for span, fresh in sorted([(span, True) for span in filled] + [(span, False) for span in settled]):
+                    if not fresh:
+                        sweep.met(span.vaddr, span.page_count)
+                        self.statistics.settled_bytes += span.page_count * PAGE
+                        if same is not None and same.vaddr + same.page_count * PAGE == span.vaddr:
+                            same = same._replace(page_count=same.page_count + span.page_count)
+                        else:
+                            if same is not None:
+                                yield same
+                            same = Unchanged(process.pid, image, span.vaddr, span.page_count)
+                        continue
                     pages = self._buffer.view[read : read + span.page_count * PAGE]
                     read += len(pages)
                     sweep.met(span.vaddr, span.page_count)
@@ -185,7 +236,7 @@ class LiveMemory:
                     if not known:
                         table.remember(image, span.vaddr, digests)
                 self.statistics.scanned_bytes += read
-                self.statistics.vanished_pages += sum(span.page_count for span in spans) - read // PAGE
+                self.statistics.vanished_pages += sum(span.page_count for span in wanted) - read // PAGE
                 if between is not None:
                     began = time.perf_counter()
                     try:
@@ -198,6 +249,59 @@ class LiveMemory:
         if same is not None:
             yield same
         sweep.end()
+        if tracked is not None:
+            tracked.end()
+
+    def _blocks(self, process: _Process, table: DigestTable, tracked: TrackedMemory | None) -> Iterator[tuple[Region, list[Span], list[Span]]]:
+        """All own pages, ascending, as blocks of spans to read (no more than fit the buffer) and spans that are not to be read."""
+        limit = self._buffer.pages
+        if tracked is None:
+            for region, spans in process.batches(limit):
+                yield region, spans, []
+            return
+        for region, spans in process.batches(_LISTED):
+            wanted: list[Span] = []
+            settled: list[Span] = []
+            room = limit
+            for span in spans:
+                for (vaddr, count), spared in _spared(span, tracked, table, process.image_id):
+                    if spared:
+                        settled.append(Span(vaddr, count))
+                        continue
+                    while count:
+                        taken = min(room, count)
+                        wanted.append(Span(vaddr, taken))
+                        vaddr, count, room = vaddr + taken * PAGE, count - taken, room - taken
+                        if not room:
+                            yield region, wanted, settled
+                            wanted, settled, room = [], [], limit
+            if wanted or settled:
+                yield region, wanted, settled
+
+
+def _spared(span: Span, tracked: TrackedMemory, table: DigestTable, image: int) -> Iterator[tuple[Span, bool]]:
+    """The span in parts that need not be read (they have not changed, and the table knows what they hold) and parts that must be."""
+    settled = tracked.settled(span)
+    if settled is False:
+        yield span, False
+        return
+    known = table.knows(image, span.vaddr, span.page_count)
+    if settled is True and known is True:
+        yield span, True
+        return
+    both = [
+        has and knows
+        for has, knows in zip(
+            settled if isinstance(settled, list) else [settled] * span.page_count,
+            known if isinstance(known, list) else [known] * span.page_count,
+            strict=True,
+        )
+    ]
+    at = 0
+    for spared, pages in itertools.groupby(both):
+        count = sum(1 for _ in pages)
+        yield Span(span.vaddr + at * PAGE, count), spared
+        at += count
 
 
 def _pin(stack: contextlib.ExitStack, pid: int) -> int | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat as modes
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+_POLL_S: Final = 0.003
 _PF_KTHREAD: Final = 0x00200000
 _TCP_QUIET: Final = frozenset({"06", "07", "0A"})
 """TIME_WAIT, CLOSE, LISTEN: no --tcp-established needed (include/net/tcp_states.h)."""
@@ -85,6 +89,21 @@ def pids(root: int) -> tuple[int, ...]:
             except OSError:
                 continue
     return tuple(found)
+
+
+def kill(root: int, limit_s: float) -> bool:
+    """Kill the tree of `root`, which is frozen, so that it does not grow; whether all of it is dead (or a zombie) within the time."""
+    members = [found for pid in pids(root) if (found := stat(pid))]
+    end = time.monotonic() + limit_s
+    for member in members:
+        if same(member.pid, member.start_ticks):
+            with suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGKILL)
+    while any(same(member.pid, member.start_ticks) for member in members):
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def status(pid: int) -> dict[str, str]:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from ckpt.criu import hold, log
+from ckpt.criu import hold, log, tree
 from ckpt.engines import _shim
-from ckpt.errors import CkptError
+from ckpt.errors import CkptError, StateUnknown
 from ckpt.host.run import Process, which
 from ckpt.store.job import Job
 
@@ -52,10 +52,12 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     real = which(runtime) or runtime
     path = directory / Path(runtime).name
     shim = quoted(_shim.__file__)
+    # Engines call their runtime many times; Python starts only for what the shim has a part in.
     text = (
         "#!/bin/sh\n"
         + (f"CKPT_SHIM_JOB={quoted(job.directory)}; export CKPT_SHIM_JOB\n" if job else "")
-        + f'[ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
+        + """case " $* " in *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
+        + f'[ "$mine" ] && [ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
         f'  exec {quoted(sys.executable)} -I -S {shim} {quoted(real)} "$@"\n'
         f'exec {quoted(real)} "$@"\n'
     )
@@ -66,19 +68,22 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     return path
 
 
-def arm(job: Job, verb: str, images: Path, work: Path, *, page_server_port: int | None = None, lazy: bool = False) -> None:
+def arm(
+    job: Job, verb: str, images: Path, work: Path, *, page_server_port: int | None = None, lazy: bool = False, memory_stays: bool = False
+) -> None:
     """Tell the shim what to do for this job: CRIU images in `images`, CRIU's logs and stats in `work`.
 
     Args:
         lazy: a restore leaves memory to CRIU's lazy-pages daemon. crun leaves it to CRIU's configuration file, runc must be told.
+        memory_stays: a dump leaves it in the frozen tree; the same holds for the runtimes.
     """
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     for marker in ("prepared", "abort"):
         (job.directory / marker).unlink(missing_ok=True)
     hold.set_aside(job.directory, "bundle", "runtime.exit")
-    config = hold.prepare(job.directory, page_server_port=page_server_port, lazy=lazy)
+    config = hold.prepare(job.directory, page_server_port=page_server_port, lazy=lazy, memory_stays=memory_stays)
     plan: dict[str, object] = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
-    plan["flags"] = {"runc": [LAZY_FLAG]} if lazy else {}
+    plan["flags"] = {"runc": [LAZY_FLAG]} if lazy or memory_stays else {}
     part = job.directory / "shim.json.part"
     part.write_text(json.dumps(plan))
     part.rename(job.directory / "shim.json")
@@ -122,6 +127,18 @@ def wait_gone(pid: int, timeout_s: float) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def end_before_verdict(job: Job, pid: int | None, name: str) -> None:
+    """Kill a held tree whose memory was not dumped (`DumpOptions.memory_stays`): CRIU fails after the verdict, and lets go of what lives.
+
+    Nothing is done for other dumps. CRIU holds the tree's connections in repair mode to its own end, so that nobody hears of this.
+
+    Raises:
+        StateUnknown: it is still there, frozen; there is no verdict yet.
+    """
+    if job.facts.get("memory_stays") and pid and not tree.kill(pid, UNDO_LIMIT_S):
+        raise StateUnknown(f"{name} did not end after its dump", where=f"{name}: frozen", hint=f"kill -9 {pid}")
 
 
 def keep_logs(work: Path, *files: Path) -> None:

@@ -57,6 +57,7 @@ class OciHeldDump:
 
     def end(self) -> None:
         name, pid = self.container.name, self.container.pid
+        _hold.end_before_verdict(self.job, pid, name)
         self.job.decide("0")
         code = _hold.runtime_exit(self.job, _hold.UNDO_LIMIT_S)
         gone = _hold.wait_gone(pid, _hold.UNDO_LIMIT_S) if pid else True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ckpt.criu import lazy
 from ckpt.engines import _hold
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
-from ckpt.host import traffic
+from ckpt.host import netns, traffic
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
 from ckpt.model import Container, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -85,6 +85,7 @@ class PodmanHeldDump:
             )
 
     def end(self) -> None:
+        _hold.end_before_verdict(self.job, self.container.pid, self.container.name)
         self.job.decide("0")
         code = _hold.runtime_exit(self.job, UNDO_LIMIT_S)
         gone = _hold.wait_gone(self.container.pid or 0, UNDO_LIMIT_S) if self.container.pid else True
@@ -120,6 +121,8 @@ class PodmanRestore:
         """Create the named volumes that are missing, and fill them; one that exists is filled only by a restore in place."""
         podman = which("podman") or "podman"
         for name, _ in self.manifest.volumes:
+            if name in self.job.facts.get("created_volumes", []):
+                continue  # made and filled before (a migration does that while the workload still runs)
             existed = run([podman, "volume", "exists", name], check=False).ok
             if existed and self.options.existing_volumes == "refuse":
                 raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or restore with --ignore-volumes to use it as it is")
@@ -177,6 +180,9 @@ class PodmanRestore:
         rootfs_ready(root)
         if self.options.name and Path(self.manifest.runtime or "").name == "runc":
             self._own_cgroup(spec)
+        networks = [space.get("path") for space in spec["linux"]["namespaces"] if space.get("type") == "network"]
+        if networks and networks[0]:
+            netns.settle(networks[0], self.manifest.addresses)  # what goes wrong CRIU meets again, and says it
         if self.options.lazy:
             lazy.wait_listening(directory, int(self.job.facts["keeper_pid"]))
         (directory / "prepared").touch()

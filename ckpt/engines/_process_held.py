@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from ckpt.criu import netlock, swrk, tree
 from ckpt.criu.log import Verb, disk_full, explain
-from ckpt.engines import _process_files
+from ckpt.engines import _hold, _process_files
 from ckpt.errors import CkptError, RestoreFailed, StateUnknown
 from ckpt.model import Container, DumpOptions
 from ckpt.store.job import Job
@@ -130,6 +130,7 @@ class HeldProcessDump:
         """The tree ends; its network locks stay, so that peers of its connections hear nothing until it is restored."""
         if self._options.leave_running:
             kill(self._pids)
+        _hold.end_before_verdict(self._operation.job, self._root, self._name)
         self._operation.settle("0")
         self._keep_stats()
         if self._operation.running or not wait(lambda: not any(tree.same(pid, ticks) for pid, ticks in self._pids.items())):
@@ -163,6 +164,8 @@ class AdoptedProcessDump:
 
     def end(self) -> None:
         """The tree ends. Raises StateUnknown when it is still there."""
+        if script_pid(self._job):
+            _hold.end_before_verdict(self._job, self._root, self._name)
         self._decide("0")
         if not wait(lambda: not any(tree.same(pid, ticks) for pid, ticks in self._pids.items())):
             raise StateUnknown(f"{self._name} is still there", where=f"process {self._root} may be frozen or running")

@@ -14,7 +14,10 @@ import json
 import os
 import sys
 import time
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any  # takes milliseconds to import, while a workload stands still
 
 POLL_S = 0.002
 
@@ -86,9 +89,10 @@ def note(job: str, name: str, text: str) -> None:
     os.rename(path + ".part", path)
 
 
-def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: dict[str, Any]) -> int:
+def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: "dict[str, Any]") -> int:
     rest = [word for word in rest if word != "--leave-running"]
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
+    rest = [*plan.get("flags", {}).get(os.path.basename(real), []), *rest]
     os.makedirs(plan["images"], mode=0o700, exist_ok=True)
     log_path = os.path.join(job, "runtime.log")
     supervisor = os.fork()
@@ -131,7 +135,7 @@ def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: dict
         return code or 1
 
 
-def restore(real: str, head: list[str], rest: list[str], job: str, plan: dict[str, Any]) -> int:
+def restore(real: str, head: list[str], rest: list[str], job: str, plan: "dict[str, Any]") -> int:
     bundle = option_value(rest, "--bundle") or option_value(rest, "-b") or os.getcwd()
     note(job, "bundle", json.dumps({"bundle": bundle, "pid": os.getpid(), "id": rest[-1] if rest else ""}))
     while not os.path.exists(os.path.join(job, "prepared")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -109,3 +109,20 @@ class CarriesContainerImages(Protocol):
 
     def remove_container_image(self, image_id: str) -> None:
         """Remove a container image that nothing uses; best effort."""
+
+
+class CarriesVolumes(Protocol):
+    """What an engine with named volumes offers besides: they are filled before the container comes."""
+
+    def make_volume(self, job: Job, name: str) -> Path:
+        """Make a named volume that is not there, journalled in `job` (`created_volumes`), so that it goes when the job is undone.
+
+        Returns:
+            Its directory, for its content.
+
+        Raises:
+            BusyError: there is one of this name.
+        """
+
+    def remove_volumes(self, names: Sequence[str]) -> None:
+        """Remove the named volumes that no container uses any more; one that is in use stays."""

@@ -160,7 +160,7 @@ class OciRuntime:
         stdio = bundles.outside_stdio(container.pid)
         cgroup = bundles.cgroup_of(container.pid) if self.name == "runc" else ""
         cgroup = cgroup if cgroup not in ("", "/") and "/.." not in cgroup else ""
-        _hold.arm(job, "checkpoint", stage / "checkpoint", work, page_server_port=options.page_server_port)
+        _hold.arm(job, "checkpoint", stage / "checkpoint", work, page_server_port=options.page_server_port, memory_stays=options.memory_stays)
         add_config(job, *(f"external {entry.key}" for entry in stdio))
         if cgroup:
             # crun does this itself; runc leaves the path of the original in the CRIU images, and restores copies into it.
@@ -172,7 +172,8 @@ class OciRuntime:
         ]
         shim: list[str | os.PathLike[str]] = [sys.executable, "-I", "-S", os.path.abspath(_shim.__file__), self.program()]
         process = spawn([*shim, "checkpoint", *flags, container.id], env={"CKPT_SHIM_JOB": os.fspath(job.directory)}, new_session=True)
-        job.write("dumping", container_id=container.id, container_name=container.name, init_pid=container.pid, engine_pid=process.pid)
+        whose = {"container_id": container.id, "container_name": container.name, "init_pid": container.pid}
+        job.write("dumping", **whose, engine_pid=process.pid, memory_stays=options.memory_stays)
         try:
             if not _hold.wait_for(job.held_path, process, options.timeout_s) or _hold.exited(process, options.timeout_s) != 0:
                 subject, silent = f"{container.name} cannot be checkpointed", "the dump did not get ready in time"

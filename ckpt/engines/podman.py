@@ -115,7 +115,7 @@ class Podman:
 
     def dump(self, container: Container, stage: Path, options: DumpOptions, job: Job) -> HeldDump:
         work = job.directory / "criu"
-        _hold.arm(job, "checkpoint", stage / "checkpoint", work, page_server_port=options.page_server_port)
+        _hold.arm(job, "checkpoint", stage / "checkpoint", work, page_server_port=options.page_server_port, memory_stays=options.memory_stays)
         stub = job.directory / "stub.tar"
         flags = [*(["--tcp-established"] if options.tcp_established else []), *(["--file-locks"] if options.file_locks else [])]
         argv: list[str | os.PathLike[str]] = [which("podman") or "podman", "container", "checkpoint", "--leave-running"]
@@ -123,9 +123,8 @@ class Podman:
         said_path = job.directory / "podman.log"
         with said_path.open("wb") as said:
             process = spawn(argv, stdout=said, stderr=said, env=conf_override(job, dump=True), new_session=True)
-        job.write(
-            "dumping", engine=self.name, container_id=container.id, container_name=container.name, init_pid=container.pid, engine_pid=process.pid
-        )
+        whose = {"engine": self.name, "container_id": container.id, "container_name": container.name, "init_pid": container.pid}
+        job.write("dumping", **whose, engine_pid=process.pid, memory_stays=options.memory_stays)
         held = PodmanHeldDump(container, job, work, frozen_at_s=time.monotonic())
         try:
             if not _hold.wait_for(job.held_path, process, min(options.timeout_s, HOLD_LIMIT_S)):
@@ -269,6 +268,36 @@ class Podman:
         """The networks here."""
         return podman("network", "ls", "--format", "{{.Name}}").text.split()
 
+    def network_details(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Of those of these networks that are here: driver, subnets, the interface of this host below it, and whether other hosts share it."""
+        result = podman("network", "inspect", *names, check=False)
+        try:
+            found = json.loads(result.text or "[]")
+        except ValueError:
+            return {}
+        return {
+            str(network["name"]): {
+                "driver": str(network.get("driver", "")),
+                "subnets": [str(subnet.get("subnet", "")) for subnet in network.get("subnets") or []],
+                "interface": str(network.get("network_interface", "")),
+                # podman-network-create(1): with mode unmanaged the bridge is the administrator's.
+                "shared": network.get("driver") in ("macvlan", "ipvlan") or (network.get("options") or {}).get("mode") == "unmanaged",
+            }
+            for network in found
+        }
+
+    def make_volume(self, job: Job, name: str) -> Path:
+        made = list(job.facts.get("created_volumes", []))
+        if podman("volume", "exists", name, check=False).ok:
+            raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or use --ignore-volumes to use it as it is")
+        job.write("volume", created_volumes=[*made, name])
+        try:
+            podman("volume", "create", name)
+        except CommandFailed as error:
+            job.write("volume", created_volumes=made)  # somebody was faster: it is not ours
+            raise BusyError(f"volume {name} cannot be made: {error.reason}") from error
+        return Path(podman("volume", "inspect", "--format", "{{.Mountpoint}}", name).text.strip())
+
     def remove_volumes(self, names: Sequence[str]) -> None:
         """Remove the named volumes that no container uses any more; one that is in use stays."""
         for name in names:
@@ -282,6 +311,7 @@ class Podman:
             undo_restore(job)
         elif "init_pid" in facts:
             undo_dump(job, facts["init_pid"])
+        self.remove_volumes(facts.get("created_volumes", []))
         if facts.get("loaded_image"):
             self.remove_container_image(str(facts["loaded_image"]))
 

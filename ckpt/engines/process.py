@@ -124,6 +124,8 @@ class ProcessEngine:
         # One that its owner stopped stays stopped.
         moving = {found.pid: found.start_ticks for found in before if found.state != "T"}
         plan(job, verb="dump", root=root, pids=ticks, moving=moving, images=str(checkpoint))
+        if options.memory_stays:
+            job.write("dumping", memory_stays=True)
         request = swrk.Request(
             checkpoint,
             job.directory,
@@ -131,7 +133,7 @@ class ProcessEngine:
             tcp_established=bool(options.tcp_established),
             file_locks=bool(options.file_locks),
             shell_job=bool(options.shell_job),
-            config_file=hold.prepare(job.directory, page_server_port=options.page_server_port),
+            config_file=hold.prepare(job.directory, page_server_port=options.page_server_port, memory_stays=options.memory_stays),
         )
         operation = Operation("dump", job, options.timeout_s)
 

@@ -40,8 +40,8 @@ _WALK_END: Final = 4
 _IS_FILE, _IS_PRESENT, _IS_SWAPPED, _IS_PFNZERO, _IS_GUARD = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 8
 
 # A word of /proc/PID/pagemap.
-_PM_PFN: Final = (1 << 55) - 1
-_PM_GUARD, _PM_FILE, _PM_SWAP, _PM_PRESENT = 1 << 58, 1 << 61, 1 << 62, 1 << 63
+PM_PFN: Final = (1 << 55) - 1
+PM_SOFT_DIRTY, _PM_GUARD, _PM_FILE, _PM_SWAP, PM_PRESENT = 1 << 55, 1 << 58, 1 << 61, 1 << 62, 1 << 63
 _WINDOW_PAGES: Final = 4096
 
 
@@ -149,7 +149,7 @@ def _own(words: memoryview, start: int, limit: int, zero: int) -> tuple[list[Spa
     spans: list[Span] = []
     first, total = -1, 0
     for at, word in enumerate(words):
-        own = word & (_PM_PRESENT | _PM_SWAP) and not word & (_PM_FILE | _PM_GUARD) and not (word & _PM_PRESENT and word & _PM_PFN == zero)
+        own = word & (PM_PRESENT | _PM_SWAP) and not word & (_PM_FILE | _PM_GUARD) and not (word & PM_PRESENT and word & PM_PFN == zero)
         if own and total < limit:
             total += 1
             first = at if first < 0 else first
@@ -195,7 +195,7 @@ def zero_page_frame() -> int:
         address = ctypes.addressof(inside)
         del inside
         word = struct.unpack("=Q", _slurp("/proc/self/pagemap", 8, address // PAGE * 8))[0]
-    return (word & _PM_PFN) or -1
+    return (word & PM_PFN) or -1
 
 
 def _slurp(path: str, size: int, offset: int) -> bytes:
@@ -303,6 +303,16 @@ def _readv() -> ctypes._NamedFuncPointer:
     function.argtypes = [ctypes.c_int, words, ctypes.c_ulong, words, ctypes.c_ulong, ctypes.c_ulong]
     function.restype = ctypes.c_ssize_t
     return function
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Private memory of the processes that is in RAM, roughly (proc_pid_statm(5): resident less shared)."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            words = Path(f"/proc/{pid}/statm").read_bytes().split()
+            total += max(0, int(words[1]) - int(words[2])) * PAGE
+    return total
 
 
 def innermost_pid(pid: int) -> int:

@@ -101,14 +101,15 @@ def overlay_devices(pid: int) -> set[int]:
 def cgroup_frozen(pid: int) -> bool:
     for line in text(PROC / str(pid) / "cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
-        if number == "0" and "frozen 1" in text(_cgroup_file("cgroup2", "", path, "cgroup.events")).splitlines():
+        if number == "0" and "frozen 1" in text(cgroup_file("cgroup2", "", path, "cgroup.events")).splitlines():
             return True
-        if "freezer" in controllers.split(",") and text(_cgroup_file("cgroup", "freezer", path, "freezer.state")).strip() == "FROZEN":
+        if "freezer" in controllers.split(",") and text(cgroup_file("cgroup", "freezer", path, "freezer.state")).strip() == "FROZEN":
             return True
     return False
 
 
-def _cgroup_file(kind: str, option: str, path: str, name: str) -> Path:
+def cgroup_file(kind: str, option: str, path: str, name: str) -> Path:
+    """A file of the cgroup `path` (of /proc/PID/cgroup) in the hierarchy of a kind ("cgroup2", "cgroup") and controller, as it is mounted here."""
     for line in text(PROC / "self/mountinfo").splitlines():
         head, _, tail = line.partition(" - ")
         if tail.split()[:1] == [kind] and (not option or option in tail.split()[-1].split(",")):

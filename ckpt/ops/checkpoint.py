@@ -202,7 +202,7 @@ class _Attempt:
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
                 said.log = recover.kept_log(said.log, log)
-            self.job.write("rolled-back")
+            self.job.write("rolled-back", error=str(said)[: recover.ERROR_CAP])
             self.discard()
             recover.close(self.job, self.guard)
             return said
@@ -214,7 +214,7 @@ class _Attempt:
     def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str]) -> Outcome:
         """The checkpoint is safe: end the source. From here on nothing is undone."""
         with recover.uninterrupted():
-            self.job.write("commit", checkpoint_id=kept.manifest.id if kept else "")
+            self.job.write("commit", checkpoint_id=kept.manifest.id if kept else "", freeze_s=round(self.freeze_s, 6))
             faults.point("commit")
             try:
                 if self.held is not None:

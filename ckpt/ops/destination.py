@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,13 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         "criu": {"working": criu.working, "reason": criu.reason, "hint": criu.hint, "lazy_pages": criu.lazy_pages, "missing": list(criu.missing)},
         "engine": {"usable": False, "reason": "not asked for"},
         "pages": _takes_pages(),
+        "lazy": False,
         "container_image": None,
         "names": [],
         "ports_busy": _ports_busy(request),
         "volumes": None,
         "networks": None,
+        "network_details": None,
         "addresses_busy": [],
         "host_mounts_missing": [str(path) for path in request.get("host_mounts", []) if not os.path.exists(str(path))],
     }
@@ -75,6 +78,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         return report
     capabilities = engine.probe()
     report["engine"] = asdict(capabilities)
+    report["lazy"] = capabilities.lazy and bool(criu.lazy_pages)
     if not capabilities.usable:
         return report
     image = str(request.get("container_image") or "")
@@ -82,6 +86,8 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         report["container_image"] = _ask(engine, "has_container_image", image)
     report["volumes"] = _of_these(_ask(engine, "volume_names"), request.get("volumes"))
     report["networks"] = _of_these(_ask(engine, "network_names"), request.get("networks"))
+    if request.get("networks"):
+        report["network_details"] = _network_details(engine, [str(name) for name in request["networks"]])
     present = _quietly(engine.containers, [])
     wanted = {str(request.get("name") or ""), str(request.get("id") or "")} - {""}
     report["names"] = sorted({c.name if c.name in wanted else c.id for c in present if c.name in wanted or c.id in wanted})
@@ -125,6 +131,7 @@ def destination_findings(
     found += _name(container, name or container.name, report, there)
     renamed = name is not None and name != container.name
     found += _network(container, report, 0 if renamed else kinds.tcp_established, there)
+    found += [] if renamed else _addresses_there(container, report, kinds.tcp_established, there)
     existing = report.get("volumes")
     if existing:
         hint = "remove or rename them there, or leave them as they are with --ignore-volumes"
@@ -204,9 +211,46 @@ def _network(container: Container, report: Mapping[str, Any], connections: int, 
     if addresses:
         hint = "end what uses them there" if connections else "end what uses them there, or take another address (--ignore-static-ip)"
         found.append(Finding("addresses", "error", f"in use on {there}: {', '.join(map(str, addresses))}", hint))
-    elif connections:
-        hint = "its addresses must lead to the new host (macvlan, or a network that both hosts share), or the connections end"
-        found.append(Finding("addresses", "warning", f"{connections} open TCP connections move only together with {_addresses(container)}", hint))
+    return found
+
+
+def _addresses_there(container: Container, report: Mapping[str, Any], connections: int, there: str) -> list[Finding]:
+    """Whether its addresses can be had on the destination's networks, and whether packets for them will find it there."""
+    details = {name: known for name, known in (report.get("network_details") or {}).items() if name in container.networks and known}
+    subnets = {name: [str(subnet) for subnet in known.get("subnets") or []] for name, known in details.items()}
+    found: list[Finding] = []
+    for name, known in details.items():
+        if known.get("interface_missing"):
+            hint = "bring it up there, or make the network anew on another one"
+            found.append(Finding("networks", "error", f"{name} lies on {known.get('interface')} of {there}, which is not there", hint))
+    homeless = [address for address in container.addresses if any(subnets.values()) and not _within(address, subnets.values())]
+    if homeless and len(details) == len(container.networks):
+        has = "; ".join(f"{name} is {', '.join(those)}" for name, those in subnets.items() if those)
+        hint = f"make {', '.join(subnets)} there with the subnet that it has here, or migrate under another name (--name)"
+        found.append(Finding("networks", "error", f"no room for {', '.join(homeless)} on {there}: {has}", hint))
+    if not connections or report.get("addresses_busy"):
+        return found
+    if container.networks and len(details) == len(container.networks) and all(known.get("shared") for known in details.values()):
+        on = ", ".join(f"{name} ({known.get('driver')})" for name, known in details.items())
+        return [*found, Finding("addresses", "ok", f"{_addresses(container)} on {on}, with {connections} open TCP connections")]
+    hint = "its addresses must lead to the new host (macvlan, or a network that both hosts share), or the connections end"
+    text = f"{connections} open TCP connections move only together with {_addresses(container)}"
+    return [*found, Finding("addresses", "warning", text, hint)]
+
+
+def _within(address: str, subnets: Iterable[Iterable[str]]) -> bool:
+    try:
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(subnet, strict=False) for those in subnets for subnet in those)
+    except ValueError:
+        return True  # not understood: podman will say what is wrong
+
+
+def _network_details(engine: object, names: Sequence[str]) -> dict[str, Any] | None:
+    method = getattr(engine, "network_details", None)
+    found: dict[str, dict[str, Any]] | None = None if method is None else _quietly(lambda: method(names), None)
+    for known in (found or {}).values():
+        if known["shared"] and known["interface"]:
+            known["interface_missing"] = not (Path("/sys/class/net") / known["interface"]).exists()
     return found
 
 

@@ -20,14 +20,14 @@ import shutil
 import signal
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Literal
 
 import ckpt
-from ckpt.criu import action, lazy, tree
-from ckpt.errors import CkptError
+from ckpt.criu import action, lazy, pagefeed, tree
+from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
 from ckpt.store.job import Job
 
@@ -40,23 +40,41 @@ _BODY: Final = (
 )
 
 
+Memory = Literal["images", "chain", "source"]
+
+
 class Keeper:
     """ckpt's end: the keeper of one restore."""
 
-    def __init__(self, job: Job, stage: Path, *, lease_fd: int, draft: bool, verify: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        stage: Path,
+        *,
+        lease_fd: int,
+        draft: bool,
+        verify: bool,
+        memory: Memory = "images",
+        criu_version: str = "",
+        newest: Path | None = None,
+    ) -> None:
         """Start it; the daemon is on its way (`criu.lazy.wait_listening`).
 
         Args:
             lease_fd: the lock on the checkpoint; the keeper and the daemon keep it until they end.
             draft: the stage is a draft, to be removed in the end.
             verify: compare the digests of the memory pages with the manifest.
+            memory: where it is: in the stage's CRIU images; "chain", in the images `newest` and their parents; "source", still on the
+                source of a migration (see postcopy.py).
+            criu_version: of this host, for the last two.
 
         Raises:
             CommandFailed, OSError: it cannot be started.
         """
         self._job = job
         lazy.work_dir(job.directory).mkdir(mode=0o700, exist_ok=True)
-        job.write("lazy", lazy={"stage": str(stage), "fd": lease_fd, "draft": draft, "verify": verify})
+        plan = {"stage": str(stage), "fd": lease_fd, "draft": draft, "verify": verify, "memory": memory, "criu_version": criu_version}
+        job.write("lazy", lazy={**plan, "newest": str(newest or "")})
         parent = str(Path(ckpt.__file__).resolve().parent.parent)
         argv = [sys.executable or "/usr/bin/python3", "-I", "-c", _BODY, parent, str(job.directory)]
         with open(job.directory / "keeper.log", "ab") as log:
@@ -88,6 +106,18 @@ class Keeper:
             self._process.stdin.close()
 
 
+def identity(pid: int, name: str) -> dict[str, int]:
+    """The first process of a restored tree, for the journal: should its memory not arrive, it is ended.
+
+    Raises:
+        RestoreFailed: it is not known.
+    """
+    found = tree.stat(pid) if pid else None
+    if found is None:
+        raise RestoreFailed(f"{name}: its first process is not known, so nobody could end it if its memory did not arrive")
+    return {"restored_pid": pid, "restored_ticks": found.start_ticks}
+
+
 def keeper_main(directory: str) -> int:
     """The body of a keeper. Returns an exit status."""
     # Ignored by the daemon too, which inherits it: only SIGKILL takes the memory away.
@@ -103,7 +133,7 @@ def keeper_main(directory: str) -> int:
         plan = _facts(journal)["lazy"]
         stage = Path(plan["stage"])
         try:
-            return _keep(_Served(job, journal, stage, bool(plan["verify"])), int(plan["fd"]))
+            return _keep(_Served(job, journal, stage, bool(plan["verify"])), plan)
         finally:
             if plan["draft"]:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -119,6 +149,8 @@ class _Served:
     verify: bool
     damage: str = ""
     """What the comparison of the digests found."""
+    lost: str = ""
+    """Why the tree was ended."""
 
     @property
     def committed(self) -> bool:
@@ -135,11 +167,12 @@ class _Served:
         pid, ticks = self.root
         return pid > 0 and tree.same(pid, ticks)
 
-    def end(self) -> None:
-        """Kill the tree."""
+    def end(self, reason: str) -> None:
+        """Kill the tree, which is then lost."""
         pid, ticks = self.root
         if not self.alive():
             return
+        self.lost = reason
         for member in reversed(tree.pids(pid)):
             with suppress(ProcessLookupError):
                 os.kill(member, signal.SIGKILL)
@@ -160,33 +193,66 @@ class _Served:
             self.damage = f"its memory in the checkpoint cannot be read: {error}"
 
 
-def _keep(served: _Served, lease_fd: int) -> int:
+def _feed(served: _Served, plan: dict[str, Any], stack: ExitStack) -> int | None:
+    """Make the page server that the daemon asks, where CRIU's images alone will not do; its port."""
+    if plan["memory"] == "images":
+        return None
+    feed = pagefeed.Feed(str(plan["criu_version"]))
+    stack.callback(feed.close)
+    if plan["memory"] == "source":
+        from ckpt.ops import arriving
+
+        def patience_s() -> float:
+            return arriving.PATIENCE_S if served.committed else arriving.EARLY_PATIENCE_S
+
+        source = arriving.Arriving(served.job.directory, served.stage / "checkpoint", served.stage, patience_s=patience_s)
+        stack.callback(source.close)
+        pagefeed.start(feed, source)
+    else:
+        files = pagefeed.PageFiles(Path(plan["newest"]))
+        files.require(served.stage / "checkpoint")
+        pagefeed.start(feed, files)
+    return feed.port
+
+
+def _keep(served: _Served, plan: dict[str, Any]) -> int:
+    with ExitStack() as stack:
+        lost = _bring(served, plan, stack)
+    if lost is None:
+        return 1 if (served.job.directory / lazy.FAILED).exists() else 0
+    _close(served, lost)
+    return 1 if lost else 0
+
+
+def _bring(served: _Served, plan: dict[str, Any], stack: ExitStack) -> str | None:
+    """All of the keeper's work: "" or why the memory is lost; None when there was nothing to bring it to in the end."""
     directory = served.job.directory
     try:
-        daemon = lazy.Daemon(served.stage / "checkpoint", lazy.work_dir(directory), (lease_fd,))
+        port = _feed(served, plan, stack)
+        daemon = lazy.Daemon(served.stage / "checkpoint", lazy.work_dir(directory), (int(plan["fd"]),), page_server_port=port)
     except (CkptError, run.CommandFailed, OSError) as error:
         lazy.mark_failed(directory, str(error))
-        return 1
+        return None
     try:
         if not daemon.wait_listening():
             lazy.mark_failed(directory, "CRIU's lazy-pages daemon did not start")
-            return 1
+            return None
         lazy.mark_ready(directory, daemon)
         if not _wanted(served, daemon):
-            return 0
+            return None
         lost = _serve(served, daemon)
     except Exception as error:
         # Whatever it is: the daemon ends with us, so a tree that runs must end before.
-        lost = str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
         if not served.committed:
             with suppress(OSError):  # the directory may be gone, with the restore
-                lazy.mark_failed(directory, lost)
-            return 1
-        served.end()
+                lazy.mark_failed(directory, reason)
+            return None
+        served.end(reason)
+        lost = served.lost
     finally:
         daemon.end()
-    _close(served, lost)
-    return 1 if lost else 0
+    return lost
 
 
 def _wanted(served: _Served, daemon: lazy.Daemon) -> bool:
@@ -204,7 +270,7 @@ def _wanted(served: _Served, daemon: lazy.Daemon) -> bool:
             if daemon.status:
                 lazy.mark_failed(served.job.directory, _ended(daemon))
                 if served.committed:
-                    served.end()
+                    served.end(_ended(daemon))
                 daemon.let_go()  # a restore that still waits for a page comes to its end, and is refused by `Keeper.check`
         else:
             daemon.follow()
@@ -225,10 +291,9 @@ def _serve(served: _Served, daemon: lazy.Daemon) -> str:
         while comparison.is_alive() and served.alive():
             comparison.join(FOLLOW_S)
     reason = served.damage or (_ended(daemon) if daemon.status else "")
-    if not reason or not served.alive():
-        return ""
-    served.end()
-    return reason
+    if reason:
+        served.end(reason)
+    return served.lost
 
 
 def _close(served: _Served, lost: str) -> None:
@@ -242,7 +307,10 @@ def _close(served: _Served, lost: str) -> None:
         job.release()
         return
     try:
-        if lost:
+        if job.facts.get("kind") == "migrate-destination" and not recover.source_settled(job):
+            # The source asks how it ended, and must not take an answer that is missing for "there is no copy".
+            job.write("lost" if lost else "served", **({"reason": lost} if lost else {}))
+        elif lost:
             job.write("lost", reason=lost)
             recover.keep_logs(job, str(job.facts.get("name", "")))
         else:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
-from ckpt.errors import BusyError, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
-from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
+from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import Carriage, Container, DumpOptions, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, faults, look, recover
+from ckpt.ops import capture, faults, look, recover, statistics
+from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
 from ckpt.ops.resolve import resolve
 from ckpt.ops.result import Outcome, failure
@@ -31,14 +33,14 @@ from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports import ssh
 
 if TYPE_CHECKING:
-    from ckpt.ops.precopy import Precopy
+    from ckpt.ops.ahead import FilesAhead
 
 RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
 STEPS: Final = (
-    *("check", "begin", "container-image", "precopy", "dump", "pages", "capture", "transfer", "restore"),
-    *("commit", "resume", "end", "remove"),
+    *("check", "begin", "container-image", "files", "precopy", "dump", "pages", "capture", "transfer", "restore"),
+    *("commit", "resume", "follow", "end", "remove"),
 )
 """The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
 
@@ -59,6 +61,10 @@ class MigrateOptions:
     publish: tuple[str, ...] = ()
     precopy: PrecopyLimits | None = None
     """Copy memory while the workload runs, first."""
+    postcopy: bool = False
+    """Switch over before the memory is there."""
+    lazy: bool | None = None
+    """Let it run there before its memory is in place."""
     carriage: Carriage = Carriage()
     """Limit of the rate, compression."""
     timeout_s: float = RESTORE_LIMIT_S
@@ -70,14 +76,16 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
         "check": f"look at {target} here and at {destination}; nothing is touched",
         "begin": "open a journal on both hosts",
         "container-image": "bring the container image along, by id, if it is missing there",
+        "files": "send its root file system and volumes while it runs, then again what changed",
         "precopy": "send its memory while it runs, then again what changed" if options.precopy else "(not asked for)",
         "dump": "freeze the workload and dump it, held",
-        "pages": "send its memory while it is dumped; none of it is written here",
-        "capture": "read its root file system and volumes, still frozen",
-        "transfer": "send it, digests compared",
+        "pages": "leave its memory here for now" if options.postcopy else "send its memory while it is frozen; none of it is written here",
+        "capture": "send what changed in them since, still frozen",
+        "transfer": "send the rest of the checkpoint, digests compared",
         "restore": "restore it there, held",
         "commit": "journal the point of no return",
         "resume": "let it run there",
+        "follow": "send its memory, as it is needed and in the background" if options.postcopy else "(not asked for)",
         "end": "end the frozen source",
         "remove": "keep the stopped source" if options.keep_source else "remove the source container and the volumes that moved",
     }
@@ -101,9 +109,10 @@ class _Migration:
         self.held: HeldDump | None = None
         self.committed = False
         self.peer_name = ""
-        self.relays = False
-        self.memory_bytes: int | None = None
-        self.ahead: Precopy | None = None
+        self.memory = MemoryMove(
+            typed, engine, container, emit, step=self.step, done=self.done, precopy=options.precopy, postcopy=options.postcopy, lazy=options.lazy
+        )
+        self.files: FilesAhead | None = None
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -124,21 +133,31 @@ class _Migration:
                 self.begin(peer)
                 try:
                     self.bring_container_image(peer, report)
-                    self.copy_ahead(peer)
+                    self.files_ahead(peer)
+                    self.memory.send_ahead(peer, cast(Job, self.job))
+                    if self.files is not None and self.options.precopy:
+                        self.files.ahead()  # what was written while the memory went over
                     manifest = self.dump_and_send(peer, dump_options)
                     self.step("restore")
+                    self.memory.begin_to_follow(peer)
                     answer = {"manifest": manifest_file.dumps(manifest).decode(), "name": self.options.name, "publish": list(self.options.publish)}
-                    peer.call("restore", {**answer, "ignore_volumes": self.options.ignore_volumes}, timeout_s=self.options.timeout_s)
+                    peer.call(
+                        "restore",
+                        {**answer, "ignore_volumes": self.options.ignore_volumes, **self.memory.restore_args()},
+                        timeout_s=self.options.timeout_s,
+                    )
                     self.done("restore", "held there")
                 except BaseException:
                     with suppress(CkptError):
                         peer.call("abort", timeout_s=60)
+                    self.memory.give_up()
                     raise
                 self.switch_over(peer)
         except BaseException as error:
             self.give_up(error)
             raise
-        return Outcome(self.typed, True, container=replace(self.container, name=self.options.name or self.container.name), stats=self.stats)
+        stats = {**self.stats, **self.memory.stats}
+        return Outcome(self.typed, True, container=replace(self.container, name=self.options.name or self.container.name), stats=stats)
 
     def check(self, stack: ExitStack) -> tuple[DumpOptions, Peer, dict[str, Any]]:
         """Everything that can be known before anything is touched, on both ends."""
@@ -166,19 +185,14 @@ class _Migration:
             error.where = error.where or f"{container.name} is running, untouched"
             raise
         kinds = look.open_kinds(container)
-        self.memory_bytes = kinds.dump_bytes if kinds else None
+        self.memory.size_bytes = kinds.dump_bytes if kinds else None
         findings = check.destination_findings(container, report, name=self.options.name, kinds=kinds)
         for finding in findings:
             if finding.severity == "warning":
                 self.emit(Notice(self.typed, f"{finding.check}: {finding.detail}", warning=True))
         check.raise_on_error(container.name, findings, to=peer.hostname)
-        self.relays = self.engine.probe().pages and bool(report.get("pages"))
-        if self.options.precopy and not self.relays:
-            raise FeatureMissing(
-                f"memory cannot be sent ahead to {peer.hostname}",
-                where=f"{container.name} is running, untouched",
-                hint="install CRIU's Python bindings there (apt install python3-pycriu), or migrate without --precopy",
-            )
+        self.emit(Figures(self.typed, statistics.of_hosts(report)))
+        self.memory.choose(report, peer.hostname)
         self.done("check", f"nothing stands in the way of {peer.hostname}")
         return wanted, peer, report
 
@@ -188,6 +202,7 @@ class _Migration:
         facts = {"destination": self.destination, "ssh_options": list(self.options.ssh_options), "keep_source": self.options.keep_source}
         facts["moved_volumes"] = [] if self.options.ignore_volumes else [volume.name for volume in container.volumes]
         self.job = Job.create(self.root, "migrate-source", engine=self.engine.name, container_id=container.id, name=container.name, **facts)
+        self.emit(Figures(self.typed, {"job": self.job.id}))
         self.guard = recover.start_guard(self.job)
         self.draft = Catalog(self.root).begin(container.name)
         there = peer.call("begin", {"engine": self.engine.name, "name": self.options.name or container.name, "container_id": container.id})
@@ -207,16 +222,14 @@ class _Migration:
         self.stats["container_image_bytes"] = upload.done_bytes
         self.done("container-image", f"{image.name} sent")
 
-    def copy_ahead(self, peer: Peer) -> None:
-        """Send the memory while the workload runs, in rounds."""
-        faults.point("migrate-precopy")
-        if self.options.precopy is None:
-            return
-        from ckpt.ops import precopy
+    def files_ahead(self, peer: Peer) -> None:
+        """Send root file system and volumes while the workload runs."""
+        from ckpt.ops.ahead import FilesAhead
 
-        self.ahead = precopy.copy_ahead(peer, self.typed, self.container, self.options.precopy, self.emit, memory_bytes=self.memory_bytes)
-        self.stats["rounds"] = len(self.ahead.rounds)
-        self.stats["precopy_bytes"] = self.ahead.sent_bytes
+        self.step("files")
+        self.files = FilesAhead(peer, self.container, ignore_volumes=self.options.ignore_volumes, typed=self.typed, emit=self.emit)
+        self.files.ahead()
+        self.done("files", f"{self.files.ahead_bytes / (1 << 20):.1f} MiB")
 
     def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
         """Freeze, dump, read what belongs to it, send everything; the dump stays held."""
@@ -225,44 +238,27 @@ class _Migration:
         host = capture.host_facts()  # asks CRIU for its version: not while the workload is frozen
         self.step("dump")
         began_s = time.monotonic()
-        if self.relays:
-            self.dump_relayed(peer, options, host.criu_version)
-        else:
-            self.held = self.engine.dump(self.container, stage, options, self.job)
+        self.held = self.memory.dump(peer, stage, options, self.job, host.criu_version)
         self.frozen_at_s = began_s
         self.emit(Frozen(self.typed, began_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
         self.step("capture")
-        capture.frozen_parts(stage, self.container, options, label=self.typed, emit=self.emit)
+        if self.files is not None:
+            self.files.finish(stage)
+            self.stats["files_ahead_bytes"], self.stats["files_paused_bytes"] = self.files.ahead_bytes, self.files.paused_bytes
+            self.stats["files_rounds"] = self.files.rounds
         self.done("capture")
         manifest = capture.describe(stage, self.container, options, host=host, digests={})
         members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]
-        total_bytes = sum((stage / name).stat().st_size for name in members)
+        sizes = {name: (stage / name).stat().st_size for name in members}
+        total_bytes = sum(sizes.values())
+        self.emit(Figures(self.typed, statistics.of_members(sizes)))
         self.step("transfer")
         with peer.upload("stage") as upload:
             upload.send_stage(stage, members, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "transfer", done, total_bytes)))
         self.stats.update(peer.statistics())
         self.done("transfer", f"{total_bytes / (1 << 20):.1f} MiB")
         return replace(manifest, id=self.draft.id, digests={name: f"sha256:{digest}" for name, digest in upload.digests.items()})
-
-    def dump_relayed(self, peer: Peer, options: DumpOptions, criu_version: str) -> None:
-        """Dump with the memory pages going to the destination at once."""
-        from ckpt.ops.pages import PageRelay
-
-        assert self.job is not None and self.draft is not None
-
-        def on_bytes(done: int) -> None:
-            if not relay.sent_bytes:
-                self.step("pages")
-            self.emit(BytesMoved(self.typed, "pages", done, None if self.ahead else self.memory_bytes))
-
-        known, images = (self.ahead.table, self.ahead.images) if self.ahead else (None, None)
-        with PageRelay(peer, criu_version, on_bytes, timeout_s=options.timeout_s, known=known, images=images) as relay:
-            self.job.on_failure = relay.break_off
-            self.held = self.engine.dump(self.container, self.draft.stage, replace(options, page_server_port=relay.port), self.job)
-            relay.finish()
-        self.stats["pages_bytes"] = relay.sent_bytes
-        self.done("pages", f"{relay.sent_bytes / (1 << 20):.1f} MiB")
 
     def switch_over(self, peer: Peer) -> None:
         assert self.job is not None and self.held is not None
@@ -276,6 +272,8 @@ class _Migration:
                 faults.point("migrate-resume")
                 answer = peer.call("resume", timeout_s=60)
                 self.stats["container_id"] = str(answer.get("container_id", ""))
+                if answer.get("warning"):
+                    self.emit(Notice(self.typed, f"{self.peer_name}: {answer['warning']}", warning=True))
             except CkptError as error:
                 if isinstance(error, TransferFailed):
                     self.ask(error)
@@ -287,6 +285,7 @@ class _Migration:
             self.stats["downtime_s"] = frozen_s
             self.emit(Thawed(self.typed, frozen_s))
             self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
+            self.memory.follow(self.job)
             self.step("end")
             end_source(
                 self.engine,
@@ -300,6 +299,7 @@ class _Migration:
         told = tell_destination(self.job, peer)
         if told:
             self.job.write("done")
+        self.stats.update(peer.statistics())
         self.stats["total_s"] = time.monotonic() - self.began_s
         if told:
             self.close()
@@ -317,7 +317,7 @@ class _Migration:
         deadline_s = time.monotonic() + ASK_LIMIT_S
         while True:
             try:
-                state = ask_destination(self.job)
+                state = ask_destination(self.job).state
             except CkptError as error:
                 state, cause = "undecided", error
             if state == "running":
@@ -346,6 +346,7 @@ class _Migration:
         with recover.uninterrupted():
             if self.held is not None:
                 self.held.resume()
+                announce.now(self.container.pid or 0)  # the other host may have drawn its address to itself already
                 self.emit(Thawed(self.typed, time.monotonic() - self.frozen_at_s))
             if self.job is not None:
                 kept = recover.keep_logs(self.job, name, None)
@@ -376,6 +377,15 @@ def migrate(target: Target, destination: str, *, options: MigrateOptions, store_
         The outcome; its error is a MigrationRolledBack (the source runs), a NeedsContinue (frozen, --continue resolves), or what the
         check before anything was touched found.
     """
+    history = statistics.Migration(str(target), destination, statistics.mode_of(options), store_root, emit)
+    try:
+        return history.close(_migrate(target, destination, options, store_root, history))
+    except BaseException as error:
+        history.broken_off(error)
+        raise
+
+
+def _migrate(target: Target, destination: str, options: MigrateOptions, store_root: Path, emit: statistics.Migration) -> Outcome:
     typed = str(target)
     try:
         for said in recover.sweep(store_root):
@@ -383,6 +393,7 @@ def migrate(target: Target, destination: str, *, options: MigrateOptions, store_
         ssh.Destination.parse(destination)
         engine, container = resolve(target)
         container = engine.describe(container)
+        emit.begin(container)
         move = _Migration(typed, engine, container, destination, options, store_root, emit)
         try:
             return move.run()

@@ -7,24 +7,26 @@ process or the host is lost; from then on the restored workload is the live one,
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from ckpt.archive import layout, rootfs
+from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
+from ckpt.criu import lazy as memory
 from ckpt.engines import registry
-from ckpt.engines.base import CarriesContainerImages, Engine, HeldRestore
+from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, Engine, HeldRestore
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
+from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import ContainerImage, Manifest, RestoreOptions
-from ckpt.ops import faults, proof, recover
+from ckpt.ops import ahead_dest, faults, lazy, proof, recover
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 
+CONCURRENT: Final = ("memory",)
+"""Verbs that run beside others."""
 _IMAGE_MEMBER: Final = "container-image.tar"
 _AHEAD_CAP: Final = 1000
 _PAGES_MEMBER: Final = "pages"
@@ -42,16 +44,24 @@ class Arrival:
         self.draft: Draft | None = None
         self.held: HeldRestore | None = None
         self.digests: dict[str, str] = {}
+        self.keeper: lazy.Keeper | None = None
+        self.trees = ahead_dest.Trees(engine, self.job)
         self.over = False
+        self.pid: int | None = None
 
     def undo(self) -> None:
         """Remove everything that arrived. Never called after `commit`. Idempotent."""
         if self.over:
             return
         self.over = True
+        self.trees.close()
         if self.held is not None:
             self.held.abort()
+        if self.keeper is not None:
+            self.keeper.abort()
         self.drop_draft()
+        if volumes := self.job.facts.get("created_volumes"):
+            cast(CarriesVolumes, self.engine).remove_volumes(volumes)
         image_id = self.job.facts.get("loaded_image")
         if image_id:
             cast(CarriesContainerImages, self.engine).remove_container_image(str(image_id))
@@ -59,10 +69,12 @@ class Arrival:
         recover.close(self.job, self.guard)
 
     def drop_draft(self) -> None:
-        """Remove the staged checkpoint."""
-        if self.draft is not None:
+        """Remove the staged checkpoint; one whose memory is still needed is left to the keeper."""
+        if self.draft is not None and self.keeper is not None and recover.committed(self.job):
+            self.draft.close()
+        elif self.draft is not None:
             self.draft.discard()
-            self.draft = None
+        self.draft = None
 
     def leave(self) -> None:
         """The link is lost. Before `commit`: undo. After: the workload lives here; the journal stays for the source's question."""
@@ -72,6 +84,7 @@ class Arrival:
             self.undo()
             return
         self.over = True
+        self.trees.close()
         self.drop_draft()
         self.job.release()
 
@@ -99,7 +112,9 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         "begin": begin,
         "container-image": receive_container_image,
         "pages": receive_pages,
+        "tree": receive_tree,
         "stage": receive_stage,
+        "memory": lambda session, args: receive_memory(session, args, root),
         "restore": restore,
         "resume": resume,
         "finish": finish,
@@ -163,6 +178,14 @@ def receive_stage(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     return {"files": len(received)}
 
 
+def receive_tree(session: Session, args: dict[str, Any]) -> dict[str, Any]:
+    """Follow what changed in the root file system or in a volume (see ahead)."""
+    arrival = _arrival(session)
+    assert arrival.draft is not None
+    arrival.trees.receive(session, arrival.draft.stage, args)
+    return {}
+
+
 def _number(args: dict[str, Any], key: str) -> int | None:
     value = args.get(key)
     if value is not None and not (isinstance(value, int) and 0 <= value < _AHEAD_CAP):
@@ -193,6 +216,18 @@ def receive_pages(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         return {"pages_bytes": writer.pages_bytes}
 
 
+def receive_memory(session: Session, args: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Post-copy: bring the keeper of the restored workload what it asks of the source; of this migration, or again of one that was cut."""
+    from ckpt.ops import arriving
+
+    if args.get("job"):
+        job = _job(root, args)
+        if job is None:
+            raise UsageError(f"there is no job {args['job']} here")
+        return arriving.bridge(session, job.directory)
+    return arriving.bridge(session, _arrival(session).job.directory)
+
+
 def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """Check what arrived against the manifest, restore it, hold it: the answer means "prepared"."""
     arrival = _arrival(session)
@@ -209,8 +244,11 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         tcp_established=manifest.tcp_established,
         file_locks=manifest.file_locks,
         checked=True,  # by `facts`, before the source froze
+        lazy=bool(args.get("memory")),
     )
     try:
+        if options.lazy:
+            keep_memory(arrival, str(args["memory"]), _number(args, "images"))
         prepare(arrival, manifest, options)
     except CkptError as error:
         # The job's directory goes when the source asks for the undoing; its logs are what the error points to.
@@ -221,32 +259,42 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def keep_memory(arrival: Arrival, memory: str, number: int | None) -> None:
+    """Start the keeper of the memory, which the restore leaves to CRIU's lazy-pages daemon."""
+    from ckpt.criu import features
+
+    assert arrival.draft is not None
+    if memory not in ("images", "chain", "source") or (memory == "chain") != (number is not None):
+        raise UsageError(f"{memory!r} is no place where memory can be")
+    stage = arrival.draft.stage
+    newest = None if number is None else _ahead(stage, number)
+    if newest is not None and not newest.is_dir():
+        raise UsageError(f"there are no memory images number {number}")
+    arrival.keeper = lazy.Keeper(
+        arrival.job,
+        stage,
+        lease_fd=arrival.draft.fileno(),
+        draft=True,
+        verify=False,  # every frame had its check sum
+        memory=cast(lazy.Memory, memory),
+        criu_version=features.facts().version,
+        newest=newest,
+    )
+
+
 def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> None:
     """Restore, held, and make sure that it is the tree that was dumped."""
     assert arrival.draft is not None
     stage = arrival.draft.stage
-    arrival.held = arrival.engine.restore(stage, manifest, options, arrival.job, rootfs_ready=fill_rootfs(stage), volume_ready=fill_volume(stage))
+    arrival.trees.check(manifest, ignore_volumes=options.ignore_volumes)
+    arrival.trees.close()
+    arrival.held = arrival.engine.restore(
+        stage, manifest, options, arrival.job, rootfs_ready=ahead_dest.fill_rootfs(stage), volume_ready=lambda name, directory: None
+    )
     proof.check(arrival.held, manifest)
-
-
-def fill_rootfs(stage: Path) -> Callable[[Path], None]:
-    """Applies the stage's rootfs diff to a mounted root."""
-
-    def fill(root: Path) -> None:
-        rootfs.apply(stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES, root)
-
-    return fill
-
-
-def fill_volume(stage: Path) -> Callable[[str, Path], None]:
-    """Fills a named volume from the stage."""
-
-    def fill(name: str, directory: Path) -> None:
-        tar = stage / "volumes" / f"{name}.tar"
-        if tar.exists():
-            rootfs.apply_tree(tar, directory, empty=True)
-
-    return fill
+    if arrival.keeper is not None:
+        arrival.job.write("held", **lazy.identity(arrival.held.init_pid, manifest.name))
+        arrival.keeper.check()
 
 
 def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
@@ -258,22 +306,32 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         arrival.job.write("commit")
         faults.point("destination-committed")
         try:
-            container = arrival.held.resume()
+            with announce.during(arrival.held.init_pid) as told:
+                container = arrival.held.resume()
         except CkptError:
             arrival.job.write("failed")
             arrival.undo()
             raise
         arrival.job.write("running", live_container_id=container.id)
+        if arrival.keeper is not None:
+            arrival.keeper.serve()
     faults.point("destination-running")
     arrival.drop_draft()
-    return {"container_id": container.id, "pid": container.pid}
+    arrival.pid = container.pid
+    return {"container_id": container.id, "pid": container.pid, "warning": told.problem}
 
 
 def finish(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """The source is gone: nothing is left to ask, so the journal goes."""
     arrival = _arrival(session)
+    if arrival.pid is not None:
+        announce.now(arrival.pid)  # the source answered for its addresses until now
     arrival.over = True
     arrival.drop_draft()
+    if arrival.keeper is not None:
+        arrival.job.write("serving")
+        recover.hand_over(arrival.job, arrival.guard)
+        return {}
     arrival.job.write("done")
     recover.close(arrival.job, arrival.guard)
     return {}
@@ -297,7 +355,11 @@ def _job(root: Path, args: dict[str, Any]) -> Job | None:
 
 
 def status(root: Path, args: dict[str, Any]) -> dict[str, Any]:
-    """How a migration stands here: "running", "failed" (also: nothing is left of it), or "undecided" while its owner lives."""
+    """How a migration stands here.
+
+    `state`: "running", "failed" (also: nothing is left of it), "undecided" while its owner lives, "lost" (it ran, and was ended because its
+    memory did not arrive). `memory` of a running one: "all", or "waiting" for the source (post-copy).
+    """
     job = _job(root, args)
     if job is None:
         return {"state": "failed", "machine": machine_id()}
@@ -306,17 +368,23 @@ def status(root: Path, args: dict[str, Any]) -> dict[str, Any]:
             recover.settle(job)
         finally:
             job.release()
-    elif job.state not in ("running", "done"):
+    elif job.state not in ("running", "served", "serving", "lost", "done"):
         return {"state": "undecided", "machine": machine_id()}
     state = "running" if recover.committed(job) else "failed"
-    return {"state": state, "machine": machine_id()}
+    if job.state == "lost":
+        return {"state": "lost", "machine": machine_id(), "reason": str(job.facts.get("reason", ""))}
+    waiting = (job.facts.get("lazy") or {}).get("memory") == "source" and job.state == "running"
+    return {"state": state, "machine": machine_id(), "memory": "waiting" if waiting else "all"}
 
 
 def forget(root: Path, args: dict[str, Any]) -> dict[str, Any]:
     """The source knows how it ended: remove the journal."""
     job = _job(root, args)
     if job is not None and job.acquire():
-        job.write("done")
-        shutil.rmtree(job.directory, ignore_errors=True)
+        if job.state != "lost" and memory.running(job.directory):
+            job.write("serving")  # its keeper removes it
+        else:
+            job.write("done")
+            recover.remove(job)
         job.release()
     return {}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.criu import netlock
 from ckpt.engines.base import Engine, HeldDump
-from ckpt.errors import BusyError, CkptError, NeedsContinue, StateUnknown, TargetNotFound
-from ckpt.events import Emit, Notice
+from ckpt.errors import BusyError, CkptError, NeedsContinue, RestoreFailed, StateUnknown, TargetNotFound
+from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Container
 from ckpt.ops import faults, recover
 from ckpt.ops.result import Outcome, failure
 from ckpt.peer import client
 from ckpt.peer.client import Peer
+from ckpt.store import history
 from ckpt.store.job import DEFAULT_ROOT, Job
 
 
@@ -53,8 +55,17 @@ def tell_destination(job: Job, peer: Peer | None = None) -> bool:
         return False
 
 
-def ask_destination(job: Job) -> str:
-    """Ask the destination of a committed migration how it ended: "running", "failed" or "undecided".
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the destination says of a migration (see migrate_dest.status)."""
+
+    state: str
+    memory: str = "all"
+    reason: str = ""
+
+
+def ask_destination(job: Job) -> Answer:
+    """Ask the destination of a committed migration how it ended: "running", "failed", "undecided" or "lost".
 
     Raises:
         CkptError: it cannot be reached, or it is another machine by now.
@@ -63,12 +74,37 @@ def ask_destination(job: Job) -> str:
     if "plain_name" in facts:
         from ckpt.ops import migrate_plain
 
-        return migrate_plain.ask(job)
+        return Answer(migrate_plain.ask(job))
     with client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
         answer = peer.call("status", {"job": facts["remote_job"]})
     if answer.get("machine") != facts.get("remote_machine"):
         raise StateUnknown(f"{facts['destination']} is another machine than the one that the migration went to")
-    return str(answer["state"])
+    return Answer(str(answer["state"]), str(answer.get("memory", "all")), str(answer.get("reason", "")))
+
+
+def follow_again(job: Job, container: Container, emit: Emit) -> None:
+    """Post-copy whose link was cut: bring the destination the rest of the memory.
+
+    Raises:
+        NeedsContinue: cut again.
+    """
+    from ckpt.ops.postcopy import Follow
+
+    facts = job.facts
+    name, destination = str(facts.get("name")), str(facts["destination"])
+    emit(StepStarted(name, "follow"))
+    try:
+        with client.connect(destination, ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
+            assert container.pid is not None
+            follow = Follow(peer, container.pid, {"job": facts["remote_job"]}, lambda done: emit(BytesMoved(name, "follow", done)))
+            follow.wait()
+    except CkptError as error:
+        raise NeedsContinue(
+            f"not all of the memory of {name} is on {destination}: {error.message}",
+            where=f"{name} runs there and waits for its memory, which is in the frozen source here",
+            hint=f"try again soon: ckpt migrate --continue {job.id}",
+        ) from error
+    emit(StepDone(name, "follow", f"{follow.sent_bytes / (1 << 20):.1f} MiB"))
 
 
 def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Outcome:
@@ -91,13 +127,27 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
             container = Container(engine.name, str(facts["container_id"]), name, "running", pid=facts.get("init_pid"))
             with suppress(TargetNotFound):  # a process tree that has ended already cannot be described any more
                 container = engine.describe(container)
-            state = ask_destination(job)
+            answer = ask_destination(job)
+            state = answer.state
             if state == "undecided":
                 raise NeedsContinue(
                     f"{facts['destination']} has not decided yet", where=f"{name} is frozen here", hint=f"try again: ckpt migrate --continue {job_id}"
                 )
+            if state == "running" and answer.memory == "waiting":
+                follow_again(job, container, emit)
             with recover.uninterrupted():
                 held = engine.adopt(container, job)
+                if state == "lost":
+                    # It ran there, so what is frozen here must never run again.
+                    end_source(engine, container, held, job, keep=True)
+                    tell_destination(job)
+                    job.write("done")
+                    recover.remove(job)
+                    raise RestoreFailed(
+                        f"{name} was lost on {facts['destination']} after the switchover: {answer.reason}",
+                        where="nothing is running; the frozen source was ended, because its copy had run",
+                        hint=f"restore an older checkpoint: ckpt list {name}",
+                    )
                 if state == "running":
                     if job.state != "ended":
                         end_source(engine, container, held, job, bool(facts.get("keep_source")))
@@ -109,7 +159,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
             tell_destination(job)
             job.write("done")
             recover.remove(job)
-            return Outcome(name, True, container=container)
+            return Outcome(name, True, container=container, record=history.load(store_root, job_id))
         finally:
             job.release()
     except CkptError as error:

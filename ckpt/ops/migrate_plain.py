@@ -17,7 +17,7 @@ from ckpt.archive import manifest as manifest_file
 from ckpt.archive import writer
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import CannotConnect, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, RestoreFailed, TransferFailed
-from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed
 from ckpt.model import Carriage, Container, DumpOptions
 from ckpt.ops import capture, check, faults, recover
@@ -83,6 +83,7 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         moved_volumes=[] if options.ignore_volumes else [volume.name for volume in container.volumes],
         plain_name=options.name or container.name,
     )
+    emit(Figures(typed, {"job": job.id, "mode": "plain"}))
     guard = recover.start_guard(job)
     draft = Catalog(store_root).begin(container.name)
     held: HeldDump | None = None

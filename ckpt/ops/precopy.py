@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from ckpt.criu import tree
+from ckpt.criu import softdirty, tree
 from ckpt.criu.digests import DigestTable
 from ckpt.criu.livemem import LiveMemory, Run
 from ckpt.criu.pagestream import PAGE_BYTES, Kind, record
 from ckpt.errors import CkptError, TransferFailed
-from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
+from ckpt.events import BytesMoved, Emit, Notice, RoundDone, StepDone, StepStarted
 from ckpt.model import Container, PrecopyLimits
-from ckpt.ops import faults
+from ckpt.ops import faults, knobs
 from ckpt.ops.pages import MEMBER, VERB
 from ckpt.peer.client import Peer
+from ckpt.store.job import Job
 
 FIXED_S: Final = 1.0
 """What a switchover takes besides the memory: freezing, the engine's restore, the two journals (tests/bench)."""
@@ -32,13 +33,15 @@ MIN_ROUNDS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round: what was read, what of it was sent, and in which time."""
+    """One round: what was read, what of it was sent, and in which time; what a tracker spared reading, and how long it stopped them for that."""
 
     number: int
     scanned_bytes: int
     sent_bytes: int
     seconds: float
     scan_s: float
+    settled_bytes: int = 0
+    stopped_s: float = 0.0
 
     @property
     def downtime_s(self) -> float:
@@ -50,11 +53,12 @@ class Round:
 class Precopy:
     """The rounds of one migration; `table` is what the destination holds, `images` the number of the last round's images."""
 
-    def __init__(self, peer: Peer, root_pid: int, limits: PrecopyLimits, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, peer: Peer, root_pid: int, limits: PrecopyLimits, on_bytes: Callable[[int], None], job: Job) -> None:
         self._peer = peer
         self._limits = limits
         self._on_bytes = on_bytes
-        self._memory = LiveMemory(lambda: tree.pids(root_pid))
+        self._tracker = softdirty.choose(lambda knob: knobs.journal(job, knob))
+        self._memory = LiveMemory(lambda: tree.pids(root_pid), tracker=self._tracker)
         self.table = DigestTable()
         self.rounds: list[Round] = []
         self.enough = False
@@ -64,6 +68,11 @@ class Precopy:
     def images(self) -> int | None:
         """The number of the newest images on the destination; None before the first round."""
         return self.rounds[-1].number if self.rounds else None
+
+    @property
+    def tracker(self) -> str:
+        """What tells changed pages: "soft-dirty" (the kernel's marks), or "content" (all memory is read and compared)."""
+        return "soft-dirty" if self._tracker is not None and not self._tracker.reason else "content"
 
     @property
     def sent_bytes(self) -> int:
@@ -96,6 +105,10 @@ class Precopy:
                 hint="a larger --max-downtime, a faster link, or --on-exceed continue",
             )
 
+    def send_last(self) -> Round:
+        """One more round, of the frozen memory: after it the destination holds exactly that. Raises as `run` does."""
+        return self._round(len(self.rounds))
+
     def _stop(self) -> bool:
         if not self.rounds:
             return False
@@ -113,17 +126,22 @@ class Precopy:
         seen = self._memory.statistics
         if not seen.complete:
             raise CkptError("a round of memory was not read to its end")
-        done = Round(number, seen.scanned_bytes, seen.changed_bytes, time.monotonic() - began_s, seen.seconds)
+        stopped_s = self._tracker.stopped_s if self._tracker is not None else 0.0
+        seconds = time.monotonic() - began_s
+        done = Round(number, seen.scanned_bytes, seen.changed_bytes, seconds, seen.seconds, seen.settled_bytes, stopped_s)
         self.rounds.append(done)
         return done
 
 
-def copy_ahead(peer: Peer, typed: str, container: Container, limits: PrecopyLimits, emit: Emit, *, memory_bytes: int | None = None) -> Precopy:
+def copy_ahead(
+    peer: Peer, typed: str, container: Container, limits: PrecopyLimits, job: Job, emit: Emit, *, memory_bytes: int | None = None
+) -> Precopy:
     """All rounds of a container's memory, about `memory_bytes` of it, told to people as `typed`. Raises what `Precopy.run` does."""
     began_s = time.monotonic()
     emit(StepStarted(typed, "precopy"))
 
     def told(done: Round) -> None:
+        emit(RoundDone(typed, done.number, done.scanned_bytes, done.sent_bytes, done.seconds))
         sent = f"{done.sent_bytes / (1 << 20):.1f} MiB in {done.seconds:.1f} s"
         emit(Notice(typed, f"round {done.number + 1}: {sent}, a downtime of about {done.downtime_s:.1f} s to expect"))
 
@@ -132,7 +150,7 @@ def copy_ahead(peer: Peer, typed: str, container: Container, limits: PrecopyLimi
         emit(BytesMoved(typed, "precopy", done, memory_bytes if number == 1 else None, number, ahead.dirty_bytes_s))
 
     assert container.pid is not None
-    ahead = Precopy(peer, container.pid, limits, on_bytes)
+    ahead = Precopy(peer, container.pid, limits, on_bytes, job)
     ahead.run(told)
     many = "1 round" if len(ahead.rounds) == 1 else f"{len(ahead.rounds)} rounds"
     emit(StepDone(typed, "precopy", f"{many}, {ahead.sent_bytes / (1 << 20):.1f} MiB", time.monotonic() - began_s))

@@ -10,7 +10,6 @@ migrations only the uncommitted are touched, because the other end has a say in 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -29,6 +28,8 @@ from ckpt.errors import CkptError
 from ckpt.host import traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
+from ckpt.ops import knobs
+from ckpt.store import history
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -38,12 +39,14 @@ NEWBORN_S: Final = 60.0
 """A job directory without a journal is left alone for this long: its owner may just be making it."""
 FINISH_LIMIT_S: Final = 60.0
 POLL_S: Final = 0.02
+ERROR_CAP: Final = 500
+"""Characters of an error that a journal keeps; a full disk has room for few."""
 KEPT_MIGRATIONS_S: Final = 14 * 86400.0
 """A finished migration's journal is kept this long: the other host may still ask how it ended."""
 
 _GUARD: Final = (
     "import sys; p = sys.argv[1]; sys.path.count(p) or sys.path.insert(0, p); "
-    "from ckpt.ops.recover import guard_main; sys.exit(guard_main(sys.argv[2]))"
+    "from ckpt.ops.guard import guard_main; sys.exit(guard_main(sys.argv[2]))"
 )
 
 
@@ -62,28 +65,6 @@ def start_guard(job: Job) -> Process | None:
         return None
 
 
-def guard_main(directory: str) -> int:
-    """The body of a guard: wait until the owner is gone, then settle what it left. Returns an exit status."""
-    # Ctrl-C goes to the owner; the guard outlives whatever ends its terminal.
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    job = Job(Path(directory))
-    try:
-        job.acquire(wait=True)
-    except OSError:
-        job.release()
-        return 0  # the owner ended well and took the directory with it
-    try:
-        settle(job)
-        Catalog(store_root(job)).sweep()
-    except CkptError as error:
-        sys.stderr.write(f"{error.message}\n")  # into guard.log; the directory stays for the next sweep
-        return 1
-    finally:
-        job.release()
-    return 0
-
-
 def store_root(job: Job) -> Path:
     """The root of the store that a job belongs to (ROOT/jobs/JOB)."""
     return job.directory.parent.parent
@@ -98,6 +79,11 @@ def committed(job: Job) -> bool:
         elif entry.get("state") in ("rolled-back", "failed"):
             reached = False
     return reached
+
+
+def source_settled(job: Job) -> bool:
+    """Whether the source of a migration that came here knows how it ended: nobody will ask any more."""
+    return any(entry.get("state") == "serving" for entry in job.entries())
 
 
 def settle(job: Job) -> str:
@@ -117,7 +103,7 @@ def settle(job: Job) -> str:
     if not kind or job.state in FINAL:
         remove(job)
         return "gone"
-    if job.state == "lost":
+    if job.state == "lost" and (kind != "migrate-destination" or source_settled(job) or _is_old(job)):
         remove(job)
         return "lost"
     if job.state == "serving":
@@ -140,6 +126,7 @@ def settle(job: Job) -> str:
         job.write("done", by="guard")
         remove(job)
         return "finished"
+    knobs.restore(job)
     registry.by_name(str(facts.get("engine", ""))).rollback(job)
     lazy.end(job.directory)
     job.write("rolled-back", by="guard")
@@ -224,7 +211,10 @@ def _served(job: Job) -> str:
 
 
 def remove(job: Job) -> None:
-    """Remove a job's directory, its journal last, so that a crash in between is found and finished."""
+    """Remove a job's directory, its journal last, so that a crash in between is found and finished. The history keeps a record of it."""
+    record = history.of_journal(job)
+    if record is not None:
+        history.keep(store_root(job), record)
     for path in list(job.directory.iterdir()) if job.directory.is_dir() else []:
         if path.name in ("journal.jsonl", "lock"):
             continue
@@ -344,11 +334,3 @@ def _is_old(job: Job) -> bool:
     entries = job.entries()
     return not entries or time.time() - float(entries[-1].get("t", 0.0)) > KEPT_MIGRATIONS_S
 
-
-def free_of(job: Job) -> bool:
-    """Whether no living process owns the job (for `ckpt jobs`)."""
-    if not job.directory.is_dir() or not os.path.exists(job.directory / "lock"):
-        return True
-    free = job.acquire()
-    job.release()
-    return free

@@ -14,7 +14,6 @@ from typing import Literal
 
 from ckpt.archive import layout
 from ckpt.criu import lazy as memory
-from ckpt.criu import tree
 from ckpt.engines import registry
 from ckpt.engines.base import HeldRestore
 from ckpt.engines.registry import NamedEngine
@@ -190,12 +189,10 @@ class _Attempt:
             self.stats["lazy"] = True
             faults.point("lazy-started")
         self.held = self.engine.restore(stage, manifest, chosen, self.job, rootfs_ready=rootfs_ready, volume_ready=volume_ready)
-        self.job.write("held", **_identity(self.held.init_pid))
+        self.job.write("held", **(lazy.identity(self.held.init_pid, manifest.name) if self.keeper is not None else {}))
         faults.point("restored")
         proof.check(self.held, manifest)
         if self.keeper is not None:
-            if not tree.stat(self.held.init_pid):
-                raise RestoreFailed(f"{manifest.name}: its first process is not known, so nobody could end it if its memory did not arrive")
             self.keeper.check()
         self.stats["restore_s"] = round(time.monotonic() - began, 6)
         self.emit(StepDone(self.source.label, "restore", _count(manifest, options), time.monotonic() - began))
@@ -234,7 +231,7 @@ class _Attempt:
                 self.job.release()  # the guard goes on trying
                 return StateUnknown(f"the restore of {self.source.label} failed, and so did its undoing: {worse.message}", log=worse.log)
             log = recover.keep_logs(self.job, self.source.label)
-            self.job.write("rolled-back")
+            self.job.write("rolled-back", error=str(error)[: recover.ERROR_CAP])
             recover.close(self.job, self.guard)
         where = f"nothing is running; {self.source.remains}"
         if isinstance(error, (NoSpace, BusyError, RestoreFailed)):
@@ -307,14 +304,16 @@ def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions
             raise BusyError(f"there is a container {options.name!r} already", hint="choose another name, or remove it first")
         return None
     own: Container | None = None
-    for container in (*engine.find(manifest.container_id), *engine.find(manifest.name)):
+    named = engine.find(manifest.name)
+    for container in (*engine.find(manifest.container_id), *named):
         if container.id == manifest.container_id:
             own = engine.describe(container)
+            break
     if own is not None and own.state in ("running", "paused"):
         where = f"{own.name or own.id} is {own.state}, untouched"
         message = f"{source.label} cannot be restored over itself: it is {own.state}"
         raise BusyError(message, where=where, hint="stop it first, or restore a copy: -n NAME")
-    for container in engine.find(manifest.name):
+    for container in named:
         if container.name == manifest.name and container.id != manifest.container_id:
             where = f"{container.name} is {container.state}, untouched"
             raise BusyError(f"another container is called {manifest.name!r} now", where=where, hint="remove or rename it, or restore a copy: -n NAME")
@@ -342,12 +341,6 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return work()
     except CkptError as error:
         return failure(label, error)
-
-
-def _identity(pid: int) -> dict[str, int]:
-    """The first process of a restored tree, for the journal: should its memory not arrive, it is ended."""
-    found = tree.stat(pid) if pid else None
-    return {"restored_pid": pid, "restored_ticks": found.start_ticks} if found else {}
 
 
 def _not_pages(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ckpt.errors import CkptError
-from ckpt.model import Checkpoint, Container
+from ckpt.model import Checkpoint, Container, JobRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Outcome:
         container: the container as it is now, where that is known.
         warnings: what went another way than asked, without failing.
         stats: figures by name, units in the names (`freeze_s`, `size_bytes`, `pages_written`, ...).
+        record: what the history keeps of it (migrations).
     """
 
     target: str
@@ -27,6 +28,7 @@ class Outcome:
     error: CkptError | None = None
     warnings: tuple[str, ...] = ()
     stats: dict[str, float | int | str] = field(default_factory=dict)
+    record: JobRecord | None = None
 
 
 def failure(target: str, error: CkptError) -> Outcome:

@@ -34,6 +34,7 @@ class _Pending:
         self.done = False
         self.result: dict[str, Any] = {}
         self.error: CkptError | None = None
+        self.on_told: Callable[[dict[str, Any]], None] | None = None
 
 
 class Peer:
@@ -106,15 +107,22 @@ class Peer:
         return self._result(verb, channel, pending, timeout_s)
 
     def upload(
-        self, verb: str = "stage", args: dict[str, Any] | None = None, *, timeout_s: float = UPLOAD_TIMEOUT_S, kind: str | None = None
+        self,
+        verb: str = "stage",
+        args: dict[str, Any] | None = None,
+        *,
+        timeout_s: float = UPLOAD_TIMEOUT_S,
+        on_told: Callable[[dict[str, Any]], None] | None = None,
+        kind: str | None = None,
     ) -> Upload:
         """A call whose handler receives files: `with peer.upload("stage", {...}) as up: up.send_stage(...)`, then `up.result`.
 
         Args:
             timeout_s: for the handler to be ready, and again from the last file to its answer; not for the files between.
+            on_told: gets what the handler tells meanwhile (Session.tell); called in the reader thread, so it must be quick.
             kind: what its content counts as in `statistics` (None: the verb).
         """
-        return Upload(self, verb, args, timeout_s, kind or verb)
+        return Upload(self, verb, args, timeout_s, kind or verb, on_told)
 
     def send_stage(
         self,
@@ -148,8 +156,9 @@ class Peer:
         """End the link; without `goodbye` the other side takes it as lost. Never raises."""
         self.link.close(goodbye=goodbye)
 
-    def _begin(self, verb: str, args: dict[str, Any] | None) -> tuple[int, _Pending]:
+    def _begin(self, verb: str, args: dict[str, Any] | None, on_told: Callable[[dict[str, Any]], None] | None = None) -> tuple[int, _Pending]:
         pending = _Pending()
+        pending.on_told = on_told
         with self._changed:
             if self._ended:
                 raise self.link.failure()
@@ -180,6 +189,13 @@ class Peer:
         return pending.result
 
     def _on_frame(self, frame: Frame) -> None:
+        if frame.kind is Kind.EVENT and frame.channel:
+            with self._changed:
+                asking = self._pending.get(frame.channel)
+            if asking is None or asking.on_told is None:
+                raise TransferFailed(f"{self.name} sent an unexpected {frame.kind.name} message")
+            asking.on_told(frame.json())
+            return
         if frame.kind is Kind.EVENT:
             event = messages.event_from_json(frame.json())
             if event is not None:
@@ -211,9 +227,18 @@ class Peer:
 class Upload:
     """An open upload; see Peer.upload. The other side's refusal (no space, unexpected path) is raised by the next send."""
 
-    def __init__(self, peer: Peer, verb: str, args: dict[str, Any] | None, timeout_s: float, kind: str) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        verb: str,
+        args: dict[str, Any] | None,
+        timeout_s: float,
+        kind: str,
+        on_told: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self._peer = peer
         self._kind = kind
+        self._on_told = on_told
         self._verb = verb
         self._args = args
         self._timeout_s = timeout_s
@@ -227,7 +252,7 @@ class Upload:
         """The handler's answer, after the block."""
 
     def __enter__(self) -> Self:
-        self._channel, self._pending = self._peer._begin(self._verb, self._args)
+        self._channel, self._pending = self._peer._begin(self._verb, self._args, self._on_told)
         if not self._peer._wait(lambda: self._pending.ready or self._pending.done, self._timeout_s):
             self._give_up("it was not ready in time", 0)
             raise self._peer.link.failure() if self._peer._ended else TransferFailed(f"{self._peer.name} was not ready within {self._timeout_s:g} s")
@@ -271,6 +296,16 @@ class Upload:
     ) -> None:
         """Send what a pipe brings as the file `path`. The caller checks afterwards that the pipe's writer ended well."""
         self.digests[path] = files.send_stream(_Channel(self), path, stream, on_bytes=self._counter(on_bytes), digest=digest)
+
+    @property
+    def carrier(self) -> files.Carrier:
+        """For a sender that makes its own pieces."""
+        return _Channel(self)
+
+    @property
+    def over(self) -> bool:
+        """The handler has answered already, or the link has ended: nothing more can be sent."""
+        return self._pending.done or self._peer._ended
 
     def _counter(self, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
         def count(more_bytes: int) -> None:

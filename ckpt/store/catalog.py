@@ -4,6 +4,7 @@ Layout below the root (0700):
 
     checkpoints/ID/     a checkpoint in podman's archive layout, unpacked, with `artifacts/ckpt.json`
     tmp/ID/             a draft: the same while it is written, flocked by its owner; or a checkpoint on its way out
+    history/ID.json     what became of a job (see history)
     generations.json    last generation given to each name, so that no number is given twice
     lock                flock around everything that gives numbers, makes or sweeps drafts
 

@@ -23,6 +23,11 @@ RESERVE_BYTES: Final = 16384
 """Given up when the disk is full, so that the journal can still say how the job ended."""
 
 
+def new_id() -> str:
+    """The id of a job that begins now."""
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+
+
 class Job:
     """One operation's directory. Create with `Job.create`, look at another's with `Job.open`."""
 
@@ -36,8 +41,7 @@ class Job:
     @classmethod
     def create(cls, root: Path, kind: str, **facts: Any) -> Job:
         """Make a job directory (0700) below `root`/jobs, take its lock, and journal its start."""
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        job = cls(root / "jobs" / f"{stamp}-{secrets.token_hex(4)}")
+        job = cls(root / "jobs" / new_id())
         job.directory.mkdir(mode=0o700, parents=True)
         try:
             os.mkfifo(job.verdict_path, 0o600)
@@ -75,6 +79,21 @@ class Job:
         # O_RDWR never blocks on a FIFO, and keeps it from reaching end of file while an owner lives.
         self._verdict_fd = os.open(self.verdict_path, os.O_RDWR | os.O_CLOEXEC)
         return True
+
+    @property
+    def owned(self) -> bool:
+        """Whether a living process has the lock."""
+        try:
+            fd = os.open(self.directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def release(self) -> None:
         """Give the lock back (also done by the kernel when the owner dies)."""
@@ -118,21 +137,24 @@ class Job:
         """All journal lines; a torn last line (power loss) is left out."""
         found = []
         try:
-            text = (self.directory / "journal.jsonl").read_text()
-        except FileNotFoundError:
+            text = (self.directory / "journal.jsonl").read_text(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
-                found.append(json.loads(line))
-            except ValueError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(entry, dict):
+                break
+            found.append(entry)
         return found
 
     @property
     def state(self) -> str:
         """The newest state in the journal ("" for none)."""
         entries = self.entries()
-        return str(entries[-1]["state"]) if entries else ""
+        return str(entries[-1].get("state", "")) if entries else ""
 
     @property
     def facts(self) -> dict[str, Any]:

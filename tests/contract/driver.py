@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from ckpt.errors import CkptError  # noqa: E402
 from ckpt.events import Event  # noqa: E402
 from ckpt.model import DumpOptions, RestoreOptions, Target  # noqa: E402
-from ckpt.ops import recover, resolve  # noqa: E402
+from ckpt.ops import guard, recover, resolve  # noqa: E402
 from ckpt.ops.checkpoint import checkpoint  # noqa: E402
 from ckpt.ops.restore import restore  # noqa: E402
 from ckpt.ops.result import Outcome  # noqa: E402
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     root = Path(arguments.store)
     match arguments.verb:
         case "guard":
-            return {"ok": recover.guard_main(arguments.what) == 0}
+            return {"ok": guard.guard_main(arguments.what) == 0}
         case "checkpoint":
             options = replace(OPTIONS, leave_running=arguments.leave_running)
             return said(checkpoint([Target.parse(arguments.what)], options=options, store_root=root, emit=emit)[0], events)

@@ -265,6 +265,33 @@ def test_a_destination_with_everything_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert found["container image"].severity == "warning"  # this engine cannot tell
 
 
+LAN = {"driver": "macvlan", "subnets": ["10.1.2.0/24", "fd77::/64"], "interface": "lo", "shared": True}
+
+
+@pytest.mark.parametrize(
+    ("lan", "severities", "says"),
+    [
+        (LAN, {"addresses": "ok"}, "10.1.2.3, fd77::3 on lan (macvlan)"),
+        ({**LAN, "driver": "bridge", "shared": False}, {"addresses": "warning"}, "3 open TCP connections"),
+        ({**LAN, "subnets": ["10.1.0.0/16"]}, {"networks": "error", "addresses": "ok"}, "no room for fd77::3"),
+        ({**LAN, "subnets": ["10.9.9.0/24", "fd77::/64"]}, {"networks": "error", "addresses": "ok"}, "no room for 10.1.2.3"),
+        ({**LAN, "subnets": []}, {"addresses": "ok"}, "10.1.2.3"),  # its addresses come from elsewhere (DHCP)
+        ({**LAN, "subnets": ["a lot"]}, {"addresses": "ok"}, "10.1.2.3"),
+        ({**LAN, "interface": "eth77"}, {"networks": "error", "addresses": "ok"}, "lies on eth77"),
+    ],
+)
+def test_the_networks_of_a_destination(monkeypatch: pytest.MonkeyPatch, lan: dict[str, Any], severities: dict[str, str], says: str) -> None:
+    web = replace(WEB, networks=("lan",), addresses=("10.1.2.3", "fd77::3"))
+    engine = fake(found=(), network_names=lambda: ["lan"], network_details=lambda names: {"lan": dict(lan)})
+    report, _ = there(monkeypatch, engine, web)
+    found = destination.destination_findings(web, report, kinds=OpenKinds(pids=(1,), tcp_established=3), disk_bytes=0)
+    seen = {f.check: f.severity for f in found if f.check == "addresses" or (f.check == "networks" and f.severity == "error")}
+    assert seen == severities
+    assert says in " ".join(f.detail for f in found), found
+    copy = destination.destination_findings(web, report, name="copy", kinds=OpenKinds(pids=(1,), tcp_established=3), disk_bytes=0)
+    assert "no room" not in " ".join(f.detail for f in copy)
+
+
 def test_a_destination_without_the_engine_or_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = there(monkeypatch, fake(capabilities=Capabilities(False, reason="podman is not installed")))
     assert "podman is not installed" in found["engine there"].detail

@@ -12,9 +12,10 @@ import pytest
 
 from ckpt.engines import registry
 from ckpt.errors import CkptError
+from ckpt.host.cgroup import Knob
 from ckpt.host.run import PIPE, spawn
 from ckpt.model import Container
-from ckpt.ops import faults, recover
+from ckpt.ops import faults, knobs, recover
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 
@@ -67,6 +68,21 @@ def test_an_unfinished_job_is_undone(tmp_path: Path, engine: Engine) -> None:
     assert recover.sweep(tmp_path) == []
 
 
+def test_what_was_changed_in_the_cgroup_is_set_back(tmp_path: Path, engine: Engine) -> None:
+    freeze, limit = tmp_path / "cgroup.freeze", tmp_path / "cpu.max"
+    freeze.write_text("1")
+    limit.write_text("max 100000")
+    job = dead(tmp_path, "migrate-source", "begun")
+    for knob in (Knob(freeze, "0"), Knob(limit, limit.read_text()), Knob(tmp_path / "gone", "0")):
+        knobs.journal(job, knob)
+    limit.write_text("50000 100000")
+    knobs.journal(job, Knob(limit, limit.read_text()))  # the first value counts
+    recover.sweep(tmp_path)
+    assert engine.rolled_back == [job.id]
+    assert freeze.read_text() == "0" and limit.read_text() == "max 100000"
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_committed_checkpoint_is_finished(tmp_path: Path, engine: Engine) -> None:
     engine.state = "exited"
     job = dead(tmp_path, "checkpoint", "held", "commit")
@@ -116,9 +132,9 @@ def test_the_living_and_the_newborn_are_left_alone(tmp_path: Path, engine: Engin
     os.utime(stillborn, (1, 1))
     assert recover.sweep(tmp_path) == []
     assert living.directory.exists() and newborn.exists() and not stillborn.exists()
-    assert not recover.free_of(Job(living.directory))
+    assert Job(living.directory).owned
     living.release()
-    assert recover.free_of(Job(living.directory))
+    assert not Job(living.directory).owned
 
 
 def test_sweep_takes_dead_drafts(tmp_path: Path, engine: Engine) -> None:

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 OUTCOME_FIELDS: Final = (
     "name", "id", "ok", "ref", "engine", "container_id", "container_name", "checkpoint_id", "state", "path",
-    "size_bytes", "freeze_s", "downtime_s", "total_s", "sent_bytes", "warnings", "error", "stats",
+    "size_bytes", "freeze_s", "downtime_s", "total_s", "sent_bytes", "warnings", "error", "stats", "job",
 )  # fmt: skip
 CHECKPOINT_FIELDS: Final = (
     "ref", "id", "name", "generation", "engine", "runtime", "container_id", "container_image", "created_s", "size_bytes", "freeze_s", "host", "path",
@@ -81,6 +81,7 @@ def outcome_row(outcome: Outcome, *, id_of: str) -> Row:
         "warnings": list(outcome.warnings),
         "error": plain(outcome.error),
         "stats": plain(stats),
+        "job": {"schema": SCHEMA, **plain(outcome.record)} if outcome.record else None,
     }
 
 

@@ -1,0 +1,161 @@
+"""The cgroup that a workload has for itself, and stopping it there for a moment (cgroups(7); the freezer of v1 and v2).
+
+Its own is a cgroup below the root that holds all its processes and nobody else's: whoever shares it would be stopped too, we ourselves among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ckpt.host.procread import cgroup_file, namespace, text
+
+FREEZE_LIMIT_S: Final = 0.2
+"""How long a freeze may take; a task in an uninterruptible sleep can hold it up without end."""
+_POLL_S: Final = 0.0002
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """A file of a cgroup and what it held: enough to set it back."""
+
+    path: Path
+    value: str
+
+    def write(self, value: str) -> None:
+        """Raises OSError."""
+        fd = os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)  # never makes the file
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+
+    def restore(self) -> None:
+        """Set it back; nothing is done when the cgroup is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self.write(self.value)
+
+
+class NotFrozen(Exception):
+    """The processes cannot be stopped by a cgroup of their own; the message says why."""
+
+
+def own_file(pids: Collection[int], controller: str, name_v2: str, name_v1: str) -> Path:
+    """A file of the cgroup that the processes have for themselves, in the hierarchy of the controller (of v1 when it is there).
+
+    Raises:
+        NotFrozen: there is no such cgroup, or no such file.
+    """
+    v2, paths = True, set()
+    for pid in pids:
+        threads = [f"{pid}/task/{tid}" for tid in _names(f"/proc/{pid}/task")]
+        for task in threads:
+            found = _membership(task, controller)
+            if found is not None:
+                v2 = found[0]
+                paths.add(found[1])
+    if not paths:
+        raise NotFrozen("the processes are in no cgroup")
+    path = os.path.commonpath(paths)
+    ours = _membership("self", controller)
+    if path == "/" or path.startswith("/.."):
+        raise NotFrozen("the processes have no cgroup of their own")
+    if ours is not None and ours[0] == v2 and f"{ours[1]}/".startswith(f"{path}/"):
+        raise NotFrozen(f"ckpt runs in the same cgroup {path}")
+    file = cgroup_file("cgroup2", "", path, name_v2) if v2 else cgroup_file("cgroup", controller, path, name_v1)
+    if not file.exists():
+        raise NotFrozen(f"cgroup {path} has no {file.name}")
+    spaces = {namespace(pid, "pid") for pid in pids} - {namespace("self", "pid")}
+    for stranger in members(file.parent) - set(pids):
+        if namespace(stranger, "pid") not in spaces:
+            raise NotFrozen(f"process {stranger} is in the same cgroup {path}")
+    return file
+
+
+def members(directory: Path) -> set[int]:
+    """The processes of a cgroup and of those below it."""
+    found: set[int] = set()
+    for inside, _, _ in os.walk(directory):
+        found.update(int(word) for word in text(Path(inside) / "cgroup.procs").split())
+    return found
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _membership(task: str, controller: str) -> tuple[bool, str] | None:
+    """(v2, path) of a task: the v1 hierarchy of the controller goes first, as in the kernel a controller is in one hierarchy only."""
+    unified = None
+    for line in text(Path("/proc") / task / "cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            if cgroup_file("cgroup", controller, path, "").is_dir():
+                return False, path
+        elif number == "0":
+            unified = (True, path)
+    return unified
+
+
+class Freezer:
+    """Stops processes by their cgroup. `file` is what is written to (cgroup.freeze or freezer.state), made by `of`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._v2 = file.name == "cgroup.freeze"
+
+    @classmethod
+    def of(cls, pids: Collection[int]) -> Freezer:
+        """Raises NotFrozen when they have no cgroup of their own."""
+        return cls(own_file(pids, "freezer", "cgroup.freeze", "freezer.state"))
+
+    @property
+    def knob(self) -> Knob:
+        """What sets them free again, for a journal."""
+        return Knob(self._file, "0" if self._v2 else "THAWED")
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Nothing of the cgroup runs in the block. One that is frozen already stays so afterwards.
+
+        Raises:
+            NotFrozen: not in FREEZE_LIMIT_S.
+        """
+        mine = False
+        try:
+            if not self._is_frozen():
+                mine = True
+                self.knob.write("1" if self._v2 else "FROZEN")
+                self._wait()
+        except BaseException as error:
+            if mine:
+                with contextlib.suppress(OSError):
+                    self.knob.restore()
+            if isinstance(error, OSError):
+                raise NotFrozen(f"{self._file}: {error.strerror}") from error
+            raise
+        try:
+            yield
+        finally:
+            if mine:
+                self.knob.restore()
+
+    def _is_frozen(self) -> bool:
+        if self._v2:
+            return "frozen 1" in text(self._file.with_name("cgroup.events")).splitlines()
+        return self._file.read_text().strip() == "FROZEN"
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + FREEZE_LIMIT_S
+        while not self._is_frozen():
+            if time.monotonic() > deadline:
+                raise NotFrozen(f"the processes did not stop within {FREEZE_LIMIT_S:g} s")
+            time.sleep(_POLL_S)

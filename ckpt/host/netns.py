@@ -1,0 +1,153 @@
+"""Work inside of another network namespace, and the kernel's list of its interfaces and addresses (rtnetlink(7))."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+_CLONE_NEWNET: Final = 0x40000000
+_RTM_NEWLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 16, 18, 20, 21, 22
+_NLM_F_REQUEST_ACK, _NLM_F_CREATE_EXCL, _NLM_F_REQUEST_DUMP = 0x5, 0x600, 0x301
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_IFLA_ADDRESS, _IFA_ADDRESS, _IFA_LOCAL = 1, 1, 2
+_IFF_UP, _IFF_LOOPBACK, _IFF_NOARP = 0x1, 0x8, 0x80
+_IFA_F_NODAD, _IFA_F_DADFAILED, _IFA_F_TENTATIVE = 0x02, 0x08, 0x40
+_ARPHRD_ETHER: Final = 1
+LIMIT_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address of an interface; `hardware` is b"" where neighbours don't ask for it (loopback, tunnels, interfaces that are down)."""
+
+    index: int
+    hardware: bytes
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    prefix: int = 0
+    tentative: bool = False
+    """The kernel still asks whether somebody else has it (RFC 4862, 5.4), and nobody can bind it; or somebody has."""
+
+
+def thread(namespace: int, body: Callable[[], None], failed: Callable[[str], None]) -> threading.Thread:
+    """A thread, not started yet, that runs `body` in a network namespace (an open descriptor that lives as long as it).
+
+    setns(2) moves the calling thread alone, and this one ends with it. `failed` gets what went wrong.
+    """
+
+    def run() -> None:
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(namespace, _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            body()
+        except (OSError, ValueError, struct.error) as error:
+            failed(str(error))
+
+    return threading.Thread(target=run, name="ckpt-netns", daemon=True)
+
+
+def addresses() -> Iterator[Address]:
+    """All addresses of this thread's network namespace.
+
+    Raises:
+        OSError: the kernel does not tell.
+    """
+    hardware: dict[int, bytes] = {}
+    for kind, body in _dump(_RTM_GETLINK):
+        device, index, flags = struct.unpack_from("=2xHiI", body)
+        address = _attributes(body[16:]).get(_IFLA_ADDRESS, b"")
+        if kind == _RTM_NEWLINK and device == _ARPHRD_ETHER and flags & _IFF_UP and not flags & (_IFF_LOOPBACK | _IFF_NOARP) and len(address) == 6:
+            hardware[index] = address
+    for kind, body in _dump(_RTM_GETADDR):
+        prefix, flags, index = struct.unpack_from("=xBBxI", body)
+        found = _attributes(body[8:])
+        packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+        if kind == _RTM_NEWADDR and packed:
+            tentative = bool(flags & (_IFA_F_TENTATIVE | _IFA_F_DADFAILED))
+            yield Address(index, hardware.get(index, b""), ipaddress.ip_address(packed), prefix, tentative)
+
+
+def settle(path: str, wanted: Collection[str]) -> str:
+    """Make these IPv6 addresses of a network namespace usable at once, without the kernel's search for duplicates.
+
+    The host that a container comes from still has them, so the search may even find one; and a connection cannot be restored while
+    it lasts: bind(2) says EADDRNOTAVAIL.
+
+    Returns:
+        What went wrong, "" for nothing.
+    """
+    told: list[str] = []
+    them = {ipaddress.ip_address(address) for address in wanted}
+
+    def again() -> None:
+        for one in [a for a in addresses() if a.tentative and a.address in them]:
+            message = struct.pack("=BBBBI", socket.AF_INET6, one.prefix, _IFA_F_NODAD, 0, one.index)
+            message += struct.pack("=HH", 4 + len(one.address.packed), _IFA_ADDRESS) + one.address.packed
+            _ask(_RTM_DELADDR, _NLM_F_REQUEST_ACK, message)
+            _ask(_RTM_NEWADDR, _NLM_F_REQUEST_ACK | _NLM_F_CREATE_EXCL, message)
+
+    try:
+        namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return f"its network cannot be seen: {error.strerror}"
+    try:
+        worker = thread(namespace, again, told.append)
+        worker.start()
+        worker.join(2 * LIMIT_S)
+        return told[0] if told else "the kernel does not answer" if worker.is_alive() else ""
+    finally:
+        os.close(namespace)
+
+
+def _ask(kind: int, flags: int, message: bytes) -> None:
+    """One request. Raises OSError with the kernel's answer."""
+    with _netlink() as link:
+        link.send(struct.pack("=IHHII", 16 + len(message), kind, flags, 1, 0) + message)
+        answer = link.recv(1 << 16)
+        code = struct.unpack_from("=i", answer, 16)[0] if struct.unpack_from("=H", answer, 4)[0] == _NLMSG_ERROR else 0
+        if code:
+            raise OSError(-code, os.strerror(-code))
+
+
+def _netlink() -> socket.socket:
+    link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    link.settimeout(LIMIT_S)
+    link.bind((0, 0))
+    return link
+
+
+def _dump(request: int) -> Iterator[tuple[int, bytes]]:
+    """The answers (type, body) to a dump request."""
+    with _netlink() as link:
+        link.send(struct.pack("=IHHII", 32, request, _NLM_F_REQUEST_DUMP, 1, 0) + bytes(16))
+        end = time.monotonic() + LIMIT_S
+        while time.monotonic() < end:
+            data = link.recv(1 << 18)
+            while len(data) >= 16:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind == _NLMSG_DONE:
+                    return
+                if kind == _NLMSG_ERROR or not 16 <= length <= len(data):
+                    raise OSError("the kernel does not list its addresses")
+                yield kind, data[16:length]
+                data = data[(length + 3) & ~3 :]
+    raise TimeoutError("the kernel does not come to an end with its addresses")
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        if not 4 <= length <= len(data):
+            break
+        found[kind] = data[4:length]
+        data = data[(length + 3) & ~3 :]
+    return found

@@ -1,0 +1,158 @@
+"""One measurement: fresh hosts, the workload, one way to save or move it, and a look whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from tests.bench.cases import MIGRATE_FLAGS, Case
+from tests.bench.rss import PeakWatcher
+from tests.bench.workload import Hog, WorkloadError, first_after, lab_for, stalls_s
+from tests.lab.harness import Host, Lab
+
+Figures = dict[str, float]
+"""Seconds (`_s`), bytes (`_bytes`) and counts."""
+OWN_TIMES = 5
+"""An own-share measurement is a median of so many dumps, after one that does not count."""
+
+
+class Skipped(Exception):
+    """This ckpt does not know that way."""
+
+
+def limit_s(case: Case) -> float:
+    """Time limit of one command: several times what the slowest way needs."""
+    wire_s = case.memory_mib * 8.4 / case.link_mbit if case.link_mbit else 0.0
+    return 120.0 + case.memory_mib * 0.15 + 3 * wire_s
+
+
+def measure(case: Case, way: str, wheel: Path) -> tuple[Figures, dict[str, int]]:
+    """One case done one way: its figures, and the peak of memory of each ckpt process.
+
+    Raises:
+        CommandError, WorkloadError, LabUnavailable: it does not count.
+        Skipped: there is no such way.
+    """
+    with lab_for(case, wheel=wheel) as lab, PeakWatcher(lab) as peaks:
+        figures = {"migrate": _migrate, "store": _store, "own": _own}[case.kind](lab, case, way)
+    return {key: round(value, 4) for key, value in figures.items()}, dict(sorted(peaks.peak_bytes.items()))
+
+
+# -- to the other host --------------------------------------------------------------------------------------------------------------
+
+
+def _migrate(lab: Lab, case: Case, way: str) -> Figures:
+    flags = MIGRATE_FLAGS.get(way, ())
+    known = lab.a.run(["ckpt", "migrate", "--help"]).stdout if flags else ""
+    if missing := [flag for flag in flags if flag.startswith("--") and flag not in known]:
+        raise Skipped(f"this ckpt has no {' '.join(missing)}")
+    lab.b.load_image()  # podman's way needs it there
+    hog = Hog(lab.a, case)
+    hog.start()
+    before = hog.wait(50).last
+    lab.limit_rate(case.link_mbit or None)
+    limit, said = limit_s(case), {}
+    sent, began_s = lab.received_bytes("b"), time.monotonic()
+    if way == "podman":
+        _podman_migrates(lab, limit)
+    else:
+        said = _stats(lab.a.run(["ckpt", "--format", "json", "migrate", *flags, hog.target, "root@b"], timeout_s=limit).stdout)
+    total_s, sent = time.monotonic() - began_s, lab.received_bytes("b") - sent
+    hog.moved(lab.b)
+    ticks = hog.whole(before)
+    said |= {"total_s": total_s, "downtime_s": ticks.longest_gap_s, "stalls_s": stalls_s(ticks), "sent_bytes": sent}
+    return said
+
+
+def _podman_migrates(lab: Lab, limit: float) -> None:
+    lab.a.run(["podman", "container", "checkpoint", "-c", "zstd", "-e", "/root/hog.tar.zst", "hog"], timeout_s=limit)
+    lab.a.run(["scp", "-q", "/root/hog.tar.zst", "b:/root/"], timeout_s=limit)
+    lab.b.run(["podman", "container", "restore", "-i", "/root/hog.tar.zst"], timeout_s=limit)
+
+
+def _stats(stdout: str) -> Figures:
+    """What ckpt itself says about it, under names of their own."""
+    row = json.loads(stdout)["results"][0]
+    return {f"said_{key}": value for key, value in row.get("stats", {}).items() if isinstance(value, (int, float))}
+
+
+# -- to the store and back, on one host -----------------------------------------------------------------------------------------------
+
+
+def _store(lab: Lab, case: Case, way: str) -> Figures:
+    """`checkpoint_s`, `restore_s`, `lazy_s`: the commands. `stopped_s`: from the last tick to the end of the checkpoint's command.
+    `back_s`, `lazy_back_s`: from the start of the restore's command to the first tick."""
+    host, limit = lab.a, limit_s(case)
+    hog = Hog(host, case)
+    hog.start()
+    hog.wait(50)
+    last_ns = 0
+
+    def save() -> None:
+        if way == "podman":
+            host.run(["podman", "container", "checkpoint", "-c", "zstd", "-e", "/root/hog.tar.zst", "hog"], timeout_s=limit)
+        else:
+            host.run(["ckpt", "checkpoint", hog.target], timeout_s=limit)
+
+    def bring(*flags: str) -> None:
+        if way == "podman":
+            host.run(["podman", "container", "restore", "-i", "/root/hog.tar.zst"], timeout_s=limit)
+        else:
+            host.run(["ckpt", "restore", *flags, hog.name], timeout_s=limit)
+
+    figures = {"checkpoint_s": _timed(save)}
+    saved_ns = time.time_ns()
+    restores = {"restore_s": ("back_s", ())} if way == "podman" else {"restore_s": ("back_s", ()), "lazy_s": ("lazy_back_s", ("--lazy",))}
+    for command, (back, flags) in restores.items():
+        if way == "podman":
+            host.run(["podman", "rm", "hog"])  # it refuses to restore over what has ended; ckpt does not
+        elif last_ns:
+            host.run(["podman", "kill", "hog"])
+        hog.moved(host)
+        asked_ns = time.time_ns()
+        figures[command] = _timed(lambda flags=flags: bring(*flags))  # type: ignore[misc]
+        ticks = hog.whole()
+        first_ns = first_after(ticks, asked_ns)
+        if first_ns is None:
+            raise WorkloadError("no tick after the restore")
+        figures[back] = (first_ns - asked_ns) / 1e9
+        if not last_ns:
+            last_ns = max(when for when in ticks.times_ns if when < saved_ns)
+            figures["stopped_s"] = (saved_ns - last_ns) / 1e9
+    return figures
+
+
+def _timed(act: Callable[[], object]) -> float:
+    began_s = time.monotonic()
+    act()
+    return time.monotonic() - began_s
+
+
+# -- what ckpt adds to CRIU -------------------------------------------------------------------------------------------------------------
+
+
+def _own(lab: Lab, case: Case, way: str) -> Figures:
+    """Dumps and restores of one small process, each the median of several."""
+    took: dict[str, list[float]] = {"checkpoint_s": [], "restore_s": []}
+    for number in range(OWN_TIMES + 1):
+        hog = Hog(lab.a, case)
+        lab.a.run(["rm", "-rf", "/srv/hog"])
+        hog.start()
+        hog.wait(5)
+        directory = f"/var/lib/ckpt/criu-{number}"
+        if way == "criu":
+            lab.a.run(["mkdir", "-p", directory])
+        dump = ["criu", "dump", "-t", hog.pid, "-D", directory] if way == "criu" else ["ckpt", "checkpoint", hog.target]
+        restore = ["criu", "restore", "-d", "-D", directory] if way == "criu" else ["ckpt", "restore", hog.name]
+        took["checkpoint_s"].append(_timed(lambda dump=dump: lab.a.run(dump)))  # type: ignore[misc]
+        took["restore_s"].append(_timed(lambda restore=restore: lab.a.run(restore)))  # type: ignore[misc]
+        hog.wait(5)
+        _end(lab.a, hog.pid)
+    return {key: median(times[1:]) for key, times in took.items()}
+
+
+def _end(host: Host, pid: str) -> None:
+    host.run(["sh", "-c", 'kill -9 "$1"; while [ -e "/proc/$1" ]; do sleep 0.02; done', "sh", pid], check=False)

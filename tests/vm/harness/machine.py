@@ -1,0 +1,194 @@
+"""One virtual machine: boot it, run programs in it over ssh, restart it, and it is gone with the process that made it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from tests.lab.harness.cache import LabUnavailable, cache_directory, locked
+
+from .image import image, image_name
+
+QEMU: Final = "qemu-system-x86_64"
+NEEDED: Final = {QEMU: "qemu-system-x86", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "mke2fs": "e2fsprogs"}
+"""program -> Debian package"""
+BOOT_LIMIT_S: Final = 240.0
+SSH: Final = (
+    *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes"),
+    *("-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8"),
+)
+
+
+class VmError(AssertionError):
+    """A program in the machine failed or took too long, or the machine did not come up; what it said is in the message."""
+
+
+class Vm:
+    """A Debian machine with systemd, podman, crun, runc and CRIU, emulated (no /dev/kvm needed). Its disk is a throw-away copy.
+
+    Args:
+        memory_mib: of the machine.
+        cpus: virtual ones; each is a thread of the emulator.
+    """
+
+    def __init__(self, *, memory_mib: int = 2048, cpus: int = 2) -> None:
+        self._memory_mib, self._cpus = memory_mib, cpus
+        self._stack = contextlib.ExitStack()
+        self._qemu: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    def __enter__(self) -> Vm:
+        check_prerequisites()
+        made = image()
+        with self._stack:
+            self._stack.enter_context(locked(cache_directory() / f"{image_name()}.lock", shared=True))
+            self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-vm-")))
+            self._key = self.directory / "key"
+            shutil.copy(made / "key", self._key)
+            self._key.chmod(0o600)
+            self.port = _free_port()
+            self._stack.callback(self._end)
+            self._start(made)
+            self.wait_for_boot()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _start(self, made: Path) -> None:
+        # Nehalem without cx16: what QEMU 7.2's emulation runs this kernel on without faults. snapshot=on: writes go to a file that is
+        # unlinked already and lives as long as the process. Should we be killed, the machine goes with us.
+        argv = [
+            *(QEMU, "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16", "-m", str(self._memory_mib), "-smp", str(self._cpus)),
+            *("-display", "none", "-no-user-config", "-nodefaults", "-kernel", str(made / "vmlinuz")),
+            *("-append", "root=/dev/nvme0n1 rw console=ttyS0 quiet net.ifnames=0 mitigations=off"),
+            *("-drive", f"file={made / 'disk'},format=raw,if=none,id=d0,cache=unsafe,snapshot=on", "-device", "nvme,drive=d0,serial=d0"),
+            *("-netdev", f"user,id=n0,hostfwd=tcp:127.0.0.1:{self.port}-:22", "-device", "virtio-net-pci,netdev=n0"),
+            *("-device", "virtio-rng-pci", "-serial", f"file:{self.directory / 'console'}"),
+        ]
+        log = self._stack.enter_context(open(self.directory / "qemu.log", "wb"))
+        dies_with_us = ["setpriv", "--pdeathsig", "KILL", "--"]
+        env = {**os.environ, "TMPDIR": "/var/tmp"}
+        self._qemu = subprocess.Popen([*dies_with_us, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+
+    def _end(self) -> None:
+        if self._qemu is not None:
+            self._qemu.kill()
+            self._qemu.wait()
+            self._qemu = None
+
+    def wait_for_boot(self, *, other_than: str = "") -> str:
+        """Wait until programs can be run; the boot's id. `other_than`: the id of a boot that is to be over.
+
+        Raises:
+            VmError: not in time; with the end of the console.
+        """
+        deadline = time.monotonic() + BOOT_LIMIT_S
+        while time.monotonic() < deadline:
+            if self._qemu is None or self._qemu.poll() is not None:
+                raise VmError(f"the emulator ended: {(self.directory / 'qemu.log').read_text(errors='replace')[-2000:]}")
+            try:
+                found = self.boot_id()
+            except (VmError, subprocess.TimeoutExpired):
+                found = ""
+            if found and found != other_than:
+                return found
+            time.sleep(0.3)
+        raise VmError(f"no boot in {BOOT_LIMIT_S:g} s:\n{self.console()[-3000:]}")
+
+    def boot_id(self) -> str:
+        return self.run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=10).strip()
+
+    def console(self) -> str:
+        """What the kernel and init said on the serial console."""
+        with contextlib.suppress(OSError):
+            return (self.directory / "console").read_text(errors="replace")
+        return ""
+
+    def ssh(self, command: str) -> list[str]:
+        """The command line that runs a shell command in the machine."""
+        return ["ssh", *SSH, "-i", str(self._key), "-p", str(self.port), "root@127.0.0.1", command]
+
+    def run(self, argv: Sequence[str] | str, *, input: bytes | None = None, timeout_s: float = 120.0, check: bool = True) -> str:
+        """Run a program (or a shell command) to its end; what it wrote, standard error included.
+
+        Raises:
+            VmError: a status other than 0, or over time.
+        """
+        command = argv if isinstance(argv, str) else shlex.join(argv)
+        source = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
+        try:
+            done = subprocess.run(self.ssh(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s, **source)  # type: ignore[call-overload]
+        except subprocess.TimeoutExpired as error:
+            said = (error.stdout or b"").decode(errors="replace")
+            raise VmError(f"in the machine: {command}: no end after {timeout_s:g} s\n{said}") from error
+        said = str(done.stdout.decode(errors="replace"))
+        if check and done.returncode:
+            raise VmError(f"in the machine: {command}: status {done.returncode}\n{said}")
+        return said
+
+    def send(self, source: Path, names: Sequence[str], into: str) -> None:
+        """Copy files and directories `names` below `source` into a directory of the machine.
+
+        Raises:
+            VmError: it did not work.
+        """
+        tar = ["tar", "-C", str(source), "--exclude=__pycache__", "-cf", "-", *names]
+        with subprocess.Popen(tar, stdout=subprocess.PIPE) as packing:
+            unpacking = self.ssh(f"mkdir -p {shlex.quote(into)} && tar -C {shlex.quote(into)} -xf - --no-same-owner")
+            done = subprocess.run(unpacking, stdin=packing.stdout, capture_output=True, timeout=300)
+        if done.returncode or packing.returncode:
+            raise VmError(f"cannot copy to the machine: {done.stderr.decode(errors='replace')}")
+
+    def reboot(self) -> None:
+        """Restart it the orderly way and wait until it is back.
+
+        Raises:
+            VmError: it did not come back.
+        """
+        before = self.boot_id()
+        self.run(["systemctl", "reboot"], check=False, timeout_s=30)
+        self.wait_for_boot(other_than=before)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def missing_programs() -> list[str]:
+    return [program for program in NEEDED if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin") is None]
+
+
+def check_prerequisites() -> None:
+    """Raises LabUnavailable when this machine cannot run the virtual one."""
+    if os.geteuid() != 0:
+        raise LabUnavailable("the virtual machine's disk is made by root")
+    if os.uname().machine != "x86_64":
+        raise LabUnavailable("the virtual machine is an x86-64 one")
+    if missing := missing_programs():
+        raise LabUnavailable(f"missing programs: {', '.join(missing)} (apt-get install {' '.join(sorted({NEEDED[m] for m in missing}))})")
+
+
+def install_missing() -> None:
+    """Install what the virtual machine needs and this machine lacks (Debian, root; nothing happens elsewhere)."""
+    packages = sorted({NEEDED[program] for program in missing_programs()})
+    if not packages or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    print(f"installing {', '.join(packages)}", file=sys.stderr)
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for argv in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *packages]):
+        subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=900)
