@@ -74,7 +74,7 @@ class Session:
 
     def tell(self, value: dict[str, Any]) -> None:
         """Tell the source something within this call (Peer.upload's `on_told`). Raises TransferFailed when the link has ended."""
-        self._link.send_json(Kind.EVENT, self._channel, value)
+        self.link.send_json(Kind.EVENT, self._channel, value)
 
     def receive_files(
         self,
