@@ -155,6 +155,10 @@ class Carriage:
     bwlimit_bytes_s: int | None = None
     """At most so many bytes of content a second, as they are on the link; None: as fast as it goes."""
     compress: Compression = Compression()
+    streams: int = 1
+    """How many connections; from 2 on, and with `direct`, they carry content alone, beside the one for calls."""
+    direct: bool = False
+    """By TLS straight to the other host instead of through ssh."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,3 +94,28 @@ def test_the_limit_of_the_rate(lab: Lab) -> None:
     assert stats["total_s"] > stats["sent_bytes"] / (20 << 20)
     assert rate < 20 << 20
     assert_clean(lab.a, lab.b)
+
+
+@pytest.mark.parametrize("flags", [["--streams", "3"], ["--direct", "--streams", "2"]], ids=["ssh", "direct"])
+def test_further_connections(lab: Lab, flags: list[str]) -> None:
+    """Memory takes them, before and in the pause; nothing of them is left."""
+    at = start_hog(lab.a)
+    stats, _ = migrate(lab, "--precopy", *flags, "--compress", "none")
+    goes_on(lab.b, at)
+    assert stats["streams"] == int(flags[-1])
+    assert stats["carrier"] == ("tls" if "--direct" in flags else "ssh")
+    assert stats["sent_bytes"] > MIB << 20
+    assert_clean(lab.a, lab.b)
+    left = "ls -d /tmp/ckpt-streams-* 2>/dev/null; pgrep -a -f '[c]kpt peer'"
+    assert not lab.b.run(["sh", "-c", left], check=False).stdout
+
+
+def test_direct_through_a_firewall(lab: Lab) -> None:
+    at = start_hog(lab.a)
+    wall = "add table inet wall; add chain inet wall in { type filter hook input priority 0; }; "
+    lab.b.run(["nft", wall + "add rule inet wall in tcp dport 49152-49215 reject"])
+    refused = lab.a.run(["ckpt", "migrate", "--direct", "web", "root@b"], check=False)
+    assert refused.returncode == 40, refused
+    assert "directly" in refused.stderr and "web is running, untouched" in refused.stderr and "49152 to 49215" in refused.stderr
+    goes_on(lab.a, at)
+    assert_clean(lab.a, lab.b)
