@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -247,5 +249,23 @@ def undo_restore(job: Job) -> None:
         made = facts.get("new_container_id") or (facts["container_name"] if facts.get("copy") else facts["container_id"])
         _podman("container", "rm", "--force", "--ignore", "--time", "0", str(made))
     traffic.unblock(job.directory)
-    for volume in facts.get("created_volumes", []):
-        _podman("volume", "rm", str(volume))
+    drop_volumes(job)
+
+
+def drop_volumes(job: Job) -> None:
+    """Remove the volumes that the job made, unless a container uses them by now. Idempotent."""
+    podman = which("podman") or "podman"
+    for volume in map(str, job.facts.get("created_volumes", [])):
+        if _podman("volume", "rm", volume):
+            continue
+        try:
+            users = run([podman, "ps", "-a", "-q", "--filter", f"volume={volume}"], timeout_s=UNDO_LIMIT_S).text
+            mount = run([podman, "volume", "inspect", "--format", "{{.Mountpoint}}", volume], timeout_s=UNDO_LIMIT_S).text.strip()
+        except CommandFailed:
+            continue
+        if not users.strip() and mount:
+            # On a full disk podman cannot write its database: what fills it may well be in here.
+            with suppress(OSError):
+                for path in Path(mount).iterdir():
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            _podman("volume", "rm", volume)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -124,5 +124,5 @@ class CarriesVolumes(Protocol):
             BusyError: there is one of this name.
         """
 
-    def remove_volumes(self, names: Sequence[str]) -> None:
-        """Remove the named volumes that no container uses any more; one that is in use stays."""
+    def drop_volumes(self, job: Job) -> None:
+        """Remove the volumes that were made for this job, unless a container uses them by now. Idempotent."""

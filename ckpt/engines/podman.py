@@ -19,10 +19,19 @@ from typing import Any, BinaryIO, Final, cast
 
 from ckpt.criu import action
 from ckpt.engines import _hold
-from ckpt.engines._podman_held import PodmanHeldDump, PodmanHeldRestore, PodmanRestore, conf_override, dump_failed, undo_dump, undo_restore
+from ckpt.engines._podman_held import (
+    PodmanHeldDump,
+    PodmanHeldRestore,
+    PodmanRestore,
+    conf_override,
+    drop_volumes,
+    dump_failed,
+    undo_dump,
+    undo_restore,
+)
 from ckpt.engines._podman_inspect import container_from_inspect, state_of
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
-from ckpt.errors import BusyError, EngineUnavailable, RestoreFailed, TargetNotFound, TransferFailed
+from ckpt.errors import BusyError, CkptError, EngineUnavailable, RestoreFailed, TargetNotFound, TransferFailed
 from ckpt.host.run import PIPE, CommandFailed, Process, Result, run, spawn, which
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -295,8 +304,11 @@ class Podman:
             podman("volume", "create", name)
         except CommandFailed as error:
             job.write("volume", created_volumes=made)  # somebody was faster: it is not ours
-            raise BusyError(f"volume {name} cannot be made: {error.reason}") from error
+            raise CkptError(f"volume {name} cannot be made: {error.reason}") from error
         return Path(podman("volume", "inspect", "--format", "{{.Mountpoint}}", name).text.strip())
+
+    def drop_volumes(self, job: Job) -> None:
+        drop_volumes(job)
 
     def remove_volumes(self, names: Sequence[str]) -> None:
         """Remove the named volumes that no container uses any more; one that is in use stays."""
@@ -311,7 +323,7 @@ class Podman:
             undo_restore(job)
         elif "init_pid" in facts:
             undo_dump(job, facts["init_pid"])
-        self.remove_volumes(facts.get("created_volumes", []))
+        drop_volumes(job)
         if facts.get("loaded_image"):
             self.remove_container_image(str(facts["loaded_image"]))
 

@@ -60,8 +60,8 @@ class Arrival:
         if self.keeper is not None:
             self.keeper.abort()
         self.drop_draft()
-        if volumes := self.job.facts.get("created_volumes"):
-            cast(CarriesVolumes, self.engine).remove_volumes(volumes)
+        if self.job.facts.get("created_volumes"):
+            cast(CarriesVolumes, self.engine).drop_volumes(self.job)
         image_id = self.job.facts.get("loaded_image")
         if image_id:
             cast(CarriesContainerImages, self.engine).remove_container_image(str(image_id))
