@@ -13,6 +13,7 @@ import select
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Final, cast
@@ -50,6 +51,11 @@ def podman(*args: str | os.PathLike[str], check: bool = True, timeout_s: float =
     return run([program, *args], check=check, timeout_s=timeout_s)
 
 
+@cache
+def _version(program: str) -> str:
+    return run([program, "--version"], timeout_s=QUERY_TIMEOUT_S).text.split()[-1]
+
+
 class Podman:
     """The engine `podman`."""
 
@@ -61,7 +67,7 @@ class Podman:
         if program is None:
             return Capabilities(False, "podman is not installed")
         try:
-            version = run([program, "--version"], timeout_s=QUERY_TIMEOUT_S).text.split()[-1]
+            version = _version(program)
         except CommandFailed as error:
             return Capabilities(False, f"podman does not run: {error.reason}")
         if os.geteuid() != 0:
