@@ -20,7 +20,7 @@ lint:
 	$(PYTHON)
 	"$$python" -m ruff check .
 	"$$python" -m mypy
-	"$$python" -m mypy --strict --explicit-package-bases tests/lab/harness tests/lab/demo.py tests/bench
+	"$$python" -m mypy --strict --explicit-package-bases tests/lab/harness tests/lab/demo.py tests/bench tests/vm
 
 # The man pages and the completions are tried with the programs that read them.
 SHELLS = for program in man zsh fish; do command -v "$$program" >/dev/null || missing=1; done; [ -z "$${missing:-}" ] || [ "$$(id -u)" != 0 ] || \
@@ -30,7 +30,8 @@ test: lint
 	$(PYTHON)
 	$(SHELLS)
 	"$$python" -m tests.lab.harness prepare
-	"$$python" -m pytest --durations=25 tests/unit tests/contract tests/meta tests/lab $(PYTEST_ARGS)
+	"$$python" -m tests.vm.harness prepare
+	"$$python" -m pytest --durations=25 tests/unit tests/contract tests/meta tests/lab tests/vm $(PYTEST_ARGS)
 
 demo:
 	$(PYTHON)

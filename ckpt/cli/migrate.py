@@ -18,6 +18,9 @@ from ckpt.model import Carriage, Compression, PrecopyLimits, Target
 if TYPE_CHECKING:
     from ckpt.ops.migrate import MigrateOptions
 
+AUTO_CONVERGE_ROUNDS = 16
+"""Each step of slowing takes at least one."""
+
 
 @verb(
     "migrate",
@@ -42,8 +45,9 @@ if TYPE_CHECKING:
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports on the destination.")
 @click.option("--precopy", is_flag=True, help="Send the memory while it runs, in rounds, and freeze it only for what is left.")
 @click.option("--max-downtime", "max_downtime_s", type=Duration(), metavar="TIME", help="With --precopy: stop when so much is left (default 300ms).")
-@click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8).")
+@click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8, or 16 if slowed).")
 @click.option("--on-exceed", type=click.Choice(["continue", "abort"]), help="With --precopy: what to do when more is to be expected in the end.")
+@click.option("--auto-converge", is_flag=True, help="With --precopy: slow it by its cgroup when it writes faster than the link carries.")
 @click.option("--postcopy", is_flag=True, help="Switch over at once, the memory follows. If the link breaks meanwhile the container may be lost.")
 @click.option("--lazy/--no-lazy", default=None, help="Let it run there before its memory is in place (default: when it is large and both hosts can).")
 @click.option("--bwlimit", "bwlimit_bytes_s", type=Rate(), metavar="RATE", help="Send at most so much a second: 50M, 100MB (default: no limit).")
@@ -54,6 +58,8 @@ if TYPE_CHECKING:
     metavar="auto|zstd[:N]|none",
     help="Compress on the way (default auto: where it carries more, measured while it runs).",
 )
+@click.option("--streams", type=click.IntRange(1, 16), default=1, metavar="N", help="Carry content over so many connections (default 1).")
+@click.option("--direct", is_flag=True, help="Carry content by TLS straight to the other host (ports 49152 to 49215), not through ssh.")
 @ssh_option
 @timeout_option
 def command(
@@ -68,8 +74,11 @@ def command(
     max_downtime_s: float | None,
     max_rounds: int | None,
     on_exceed: Literal["continue", "abort"] | None,
+    auto_converge: bool,
     bwlimit_bytes_s: int | None,
     compress: Compression,
+    streams: int,
+    direct: bool,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh.
@@ -79,10 +88,16 @@ def command(
     never none. When something fails before the switch, the source runs on.
 
     The memory goes straight from the frozen container to the other host. With --precopy most of it goes while the container runs:
-    the downtime then depends on what it writes, not on how large it is.
+    the downtime then depends on what it writes, not on how large it is. With --auto-converge a container that writes faster than the
+    link carries is slowed, step by step, while it is copied; its own limit is set back before it is frozen.
 
     RATE is in bytes a second, with K, M or G (of 1024) or KB, MB, GB (of 1000); it holds for all content, also while the container is
     frozen. Compression helps where the link is slow: auto compares, while it runs, what is carried with and without.
+
+    One ssh connection encrypts on one processor. With --streams N content goes over N further ones; each logs in by itself, so a key or an
+    agent is wanted: who logs in by password is asked once for each. With --direct it goes over N connections by TLS 1.3, with certificates
+    made for this migration that both ends know by ssh; the other host listens for them on one port of 49152 to 49215, on the address at
+    which ssh reached it, for 20 seconds at most.
     """
     if job_id is not None:
         if target or destination or dry_run:
@@ -97,16 +112,18 @@ def command(
     session.need_root()
     from ckpt.ops import migrate as use_case
 
-    limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed}
+    limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed, "auto_converge": auto_converge or None}
     limits = {key: value for key, value in limits.items() if value is not None}
     if precopy and given["postcopy"]:
         raise UsageError("--precopy and --postcopy exclude each other")
     if given["postcopy"] and given["lazy"] is False:
         raise UsageError("--postcopy brings the memory later: it does not go with --no-lazy")
     if limits and not precopy:
-        raise UsageError("--max-downtime, --max-rounds and --on-exceed need --precopy")
+        raise UsageError("--max-downtime, --max-rounds, --on-exceed and --auto-converge need --precopy")
+    if auto_converge and max_rounds is None:
+        limits["max_rounds"] = AUTO_CONVERGE_ROUNDS
     ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]
-    carriage = Carriage(bwlimit_bytes_s or None, compress)
+    carriage = Carriage(bwlimit_bytes_s or None, compress, streams, direct)
     options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), precopy=ahead, carriage=carriage, **given)
     if timeout_s is not None:
         from dataclasses import replace

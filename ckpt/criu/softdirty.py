@@ -36,7 +36,7 @@ from typing import Final, Protocol
 
 from ckpt.criu import tree
 from ckpt.errors import PermissionDenied
-from ckpt.host.cgroup import Freezer, Knob, NotFrozen
+from ckpt.host.cgroup import Freezer, Knob, NotOwn
 from ckpt.host.procmem import PAGE, PM_PFN, PM_PRESENT, PM_SOFT_DIRTY, PageMap, Span, private_regions
 
 WINDOW_PAGES: Final = 512
@@ -64,7 +64,7 @@ class Kernel(Protocol):
         """Take the marks from all its pages. Raises OSError when the process ended."""
 
     def stopped(self, pids: Collection[int]) -> contextlib.AbstractContextManager[None]:
-        """None of them runs in the block. Raises NotFrozen on entry."""
+        """None of them runs in the block. Raises NotOwn on entry."""
 
     def held(self, pids: Collection[int]) -> bool:
         """Whether somebody else keeps all of them from running (CRIU, while it dumps): nothing need be stopped then, nor marks be taken."""
@@ -200,7 +200,7 @@ class SoftDirty:
                         taken.add(pid)
                         self._kernel.clear(pid)
             self.stopped_s = time.perf_counter() - began
-        except NotFrozen as error:
+        except NotOwn as error:
             self.reason = str(error)
         return words, taken
 

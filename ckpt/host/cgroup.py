@@ -1,4 +1,4 @@
-"""The cgroup that a workload has for itself, and stopping it there for a moment (cgroups(7); the freezer of v1 and v2).
+"""The cgroup that a workload has for itself: stopping it there for a moment, slowing it (cgroups(7); freezer and cpu of v1 and v2).
 
 Its own is a cgroup below the root that holds all its processes and nobody else's: whoever shares it would be stopped too, we ourselves among them.
 """
@@ -18,6 +18,7 @@ from ckpt.host.procread import cgroup_file, namespace, text
 FREEZE_LIMIT_S: Final = 0.2
 """How long a freeze may take; a task in an uninterruptible sleep can hold it up without end."""
 _POLL_S: Final = 0.0002
+_LEAST_QUOTA_US: Final = 1000  # the kernel takes no less
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,40 +42,37 @@ class Knob:
             self.write(self.value)
 
 
-class NotFrozen(Exception):
-    """The processes cannot be stopped by a cgroup of their own; the message says why."""
+class NotOwn(Exception):
+    """The processes have no cgroup of their own, or what it has for this does not work; the message says why."""
 
 
 def own_file(pids: Collection[int], controller: str, name_v2: str, name_v1: str) -> Path:
-    """A file of the cgroup that the processes have for themselves, in the hierarchy of the controller (of v1 when it is there).
+    """A file of the lowest cgroup that the processes have for themselves and that has it, in the hierarchy of the controller.
 
     Raises:
-        NotFrozen: there is no such cgroup, or no such file.
+        NotOwn: there is no such cgroup, or none with such a file.
     """
-    v2, paths = True, set()
-    for pid in pids:
-        threads = [f"{pid}/task/{tid}" for tid in _names(f"/proc/{pid}/task")]
-        for task in threads:
-            found = _membership(task, controller)
-            if found is not None:
-                v2 = found[0]
-                paths.add(found[1])
-    if not paths:
-        raise NotFrozen("the processes are in no cgroup")
-    path = os.path.commonpath(paths)
-    ours = _membership("self", controller)
+    found = {_membership(f"{pid}/task/{tid}", controller) for pid in pids for tid in _names(f"/proc/{pid}/task")} - {None}
+    if not found:
+        raise NotOwn("the processes are in no cgroup")
+    v2 = all(one is not None and one[0] for one in found)
+    path = os.path.commonpath([one[1] for one in found if one is not None])
     if path == "/" or path.startswith("/.."):
-        raise NotFrozen("the processes have no cgroup of their own")
-    if ours is not None and ours[0] == v2 and f"{ours[1]}/".startswith(f"{path}/"):
-        raise NotFrozen(f"ckpt runs in the same cgroup {path}")
-    file = cgroup_file("cgroup2", "", path, name_v2) if v2 else cgroup_file("cgroup", controller, path, name_v1)
-    if not file.exists():
-        raise NotFrozen(f"cgroup {path} has no {file.name}")
+        raise NotOwn("the processes have no cgroup of their own")
     spaces = {namespace(pid, "pid") for pid in pids} - {namespace("self", "pid")}
-    for stranger in members(file.parent) - set(pids):
-        if namespace(stranger, "pid") not in spaces:
-            raise NotFrozen(f"process {stranger} is in the same cgroup {path}")
-    return file
+    ours = _membership("self", controller)
+    first = path
+    while path != "/":
+        file = cgroup_file("cgroup2", "", path, name_v2) if v2 else cgroup_file("cgroup", controller, path, name_v1)
+        if ours is not None and ours[0] == v2 and f"{ours[1]}/".startswith(f"{path}/"):
+            raise NotOwn(f"ckpt runs in the same cgroup {path}")
+        for stranger in members(file.parent) - set(pids):
+            if namespace(stranger, "pid") not in spaces:
+                raise NotOwn(f"process {stranger} is in the same cgroup {path}")
+        if file.exists():
+            return file
+        path = os.path.dirname(path)  # crun's containers are in a cgroup below their scope, which has the limits
+    raise NotOwn(f"cgroup {first} has no {file.name}")
 
 
 def members(directory: Path) -> set[int]:
@@ -114,7 +112,7 @@ class Freezer:
 
     @classmethod
     def of(cls, pids: Collection[int]) -> Freezer:
-        """Raises NotFrozen when they have no cgroup of their own."""
+        """Raises NotOwn when they have no cgroup of their own."""
         return cls(own_file(pids, "freezer", "cgroup.freeze", "freezer.state"))
 
     @property
@@ -127,7 +125,7 @@ class Freezer:
         """Nothing of the cgroup runs in the block. One that is frozen already stays so afterwards.
 
         Raises:
-            NotFrozen: not in FREEZE_LIMIT_S.
+            NotOwn: not in FREEZE_LIMIT_S.
         """
         mine = False
         try:
@@ -140,7 +138,7 @@ class Freezer:
                 with contextlib.suppress(OSError):
                     self.knob.restore()
             if isinstance(error, OSError):
-                raise NotFrozen(f"{self._file}: {error.strerror}") from error
+                raise NotOwn(f"{self._file}: {error.strerror}") from error
             raise
         try:
             yield
@@ -157,5 +155,36 @@ class Freezer:
         deadline = time.monotonic() + FREEZE_LIMIT_S
         while not self._is_frozen():
             if time.monotonic() > deadline:
-                raise NotFrozen(f"the processes did not stop within {FREEZE_LIMIT_S:g} s")
+                raise NotOwn(f"the processes did not stop within {FREEZE_LIMIT_S:g} s")
             time.sleep(_POLL_S)
+
+
+class CpuLimit:
+    """How much processor time a cgroup gets: cpu.max of v2, cpu.cfs_quota_us of v1 (made by `of`)."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._v2 = file.name == "cpu.max"
+        self.knob = Knob(file, file.read_text().strip())
+        """What sets the limit back that it had."""
+        if self._v2:
+            quota, period = self.knob.value.split()
+        else:
+            quota, period = self.knob.value, file.with_name("cpu.cfs_period_us").read_text()
+        self._quota_us = int(quota) if quota not in ("max", "-1") else None
+        self._period_us = int(period)
+
+    @classmethod
+    def of(cls, pids: Collection[int]) -> CpuLimit:
+        """Raises NotOwn when the processes have no cgroup of their own with the cpu controller."""
+        try:
+            return cls(own_file(pids, "cpu", "cpu.max", "cpu.cfs_quota_us"))
+        except (OSError, ValueError) as error:
+            raise NotOwn(f"its limit of processor time cannot be read: {error}") from error
+
+    def set(self, cores: float) -> None:
+        """At most so many processors' time, and never more than it had. Raises OSError."""
+        quota_us = max(int(cores * self._period_us), _LEAST_QUOTA_US)
+        if self._quota_us is not None:
+            quota_us = min(quota_us, self._quota_us)
+        self.knob.write(f"{quota_us} {self._period_us}" if self._v2 else str(quota_us))

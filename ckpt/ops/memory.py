@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 LAZY_FROM_BYTES: Final = 64 << 20
 """Less memory is restored sooner than a lazy-pages daemon is started."""
 
+QUICK_BYTES: Final = 256 << 20
+
 Step = Callable[[str], None]
 
 
@@ -73,6 +75,8 @@ class MemoryMove:
         self._streams = False
         self.size_bytes: int | None = None
         """About as much memory as there is, where it is known."""
+        self.quick = False
+        """The pause will be short, however slow the link is: what waits for its end may wait."""
         self.lazily = False
         """The destination lets it run before its memory is in place."""
         self.stats: dict[str, float | int | str] = {}
@@ -94,8 +98,14 @@ class MemoryMove:
             what = "--postcopy" if self._postcopy else "--lazy"
             hint = f"{there} needs CRIU with lazy pages and a kernel with userfaultfd (ckpt check --to); migrate without {what}"
             raise FeatureMissing(f"memory cannot be brought after the restore on {there}", where=where, hint=hint)
-        large = procmem.resident_bytes(tree.pids(self._container.pid or 0)) >= LAZY_FROM_BYTES
+        if self._limits is not None:
+            from ckpt.ops import precopy
+
+            precopy.throttle(self._container, self._limits)  # refused here rather than on the way
+        resident_bytes = procmem.resident_bytes(tree.pids(self._container.pid or 0))
+        large = resident_bytes >= LAZY_FROM_BYTES
         self.lazily = self._postcopy or (able and self._streams and (large if self._wanted is None else self._wanted))
+        self.quick = self._postcopy or resident_bytes < QUICK_BYTES or (self._limits is not None and self.lazily)
         self._emit(Figures(self._typed, {"lazy": self.lazily}))
 
     def send_ahead(self, peer: Peer, job: Job) -> None:
@@ -108,6 +118,7 @@ class MemoryMove:
         self._ahead = precopy.copy_ahead(peer, self._typed, self._container, self._limits, job, self._emit, memory_bytes=self.size_bytes)
         self.stats["rounds"] = len(self._ahead.rounds)
         self.stats["memory_tracker"] = self._ahead.tracker
+        self.stats["slowed"] = max(done.slowed for done in self._ahead.rounds)
         self.stats["precopy_read_bytes"] = sum(done.scanned_bytes for done in self._ahead.rounds)
         self.stats["precopy_bytes"] = self._ahead.sent_bytes
 
@@ -137,6 +148,7 @@ class MemoryMove:
         self._step("pages")
         last = self._ahead.send_last()
         self.stats["pages_bytes"] = last.sent_bytes
+        self.stats["pages_read_bytes"] = last.scanned_bytes
         self._done("pages", f"{last.sent_bytes / (1 << 20):.1f} MiB of {last.scanned_bytes / (1 << 20):.0f} MiB changed, {last.seconds:.2f} s")
 
     def _dump_streamed(self, peer: Peer, stage: Path, options: DumpOptions, job: Job, criu_version: str) -> HeldDump:

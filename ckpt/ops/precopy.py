@@ -20,6 +20,7 @@ from ckpt.errors import CkptError, TransferFailed
 from ckpt.events import BytesMoved, Emit, Notice, RoundDone, StepDone, StepStarted
 from ckpt.model import Container, PrecopyLimits
 from ckpt.ops import faults, knobs
+from ckpt.ops.converge import Throttle
 from ckpt.ops.pages import MEMBER, VERB
 from ckpt.peer.client import Peer
 from ckpt.store.job import Job
@@ -42,6 +43,8 @@ class Round:
     scan_s: float
     settled_bytes: int = 0
     stopped_s: float = 0.0
+    slowed: float = 0.0
+    """The part of its processor time that the workload did not get."""
 
     @property
     def downtime_s(self) -> float:
@@ -53,11 +56,15 @@ class Round:
 class Precopy:
     """The rounds of one migration; `table` is what the destination holds, `images` the number of the last round's images."""
 
-    def __init__(self, peer: Peer, root_pid: int, limits: PrecopyLimits, on_bytes: Callable[[int], None], job: Job) -> None:
+    def __init__(
+        self, peer: Peer, root_pid: int, limits: PrecopyLimits, on_bytes: Callable[[int], None], job: Job, throttle: Throttle | None = None
+    ) -> None:
         self._peer = peer
         self._limits = limits
         self._on_bytes = on_bytes
         self._tracker = softdirty.choose(lambda knob: knobs.journal(job, knob))
+        self._job = job
+        self._throttle = throttle
         self._memory = LiveMemory(lambda: tree.pids(root_pid), tracker=self._tracker)
         self.table = DigestTable()
         self.rounds: list[Round] = []
@@ -96,8 +103,12 @@ class Precopy:
             TransferFailed: the link broke; the downtime stays too long and the limits say "abort".
             CkptError: what the destination raised, PermissionDenied.
         """
-        while not self._stop():
-            told(self._round(len(self.rounds)))
+        try:
+            while not self._stop():
+                told(self._round(len(self.rounds)))
+        finally:
+            if self._throttle is not None:
+                self._throttle.release()
         if not self.enough and self._limits.on_exceed == "abort":
             expected = self.rounds[-1].downtime_s
             raise TransferFailed(
@@ -116,7 +127,9 @@ class Precopy:
         self.enough = last.downtime_s <= self._limits.max_downtime_s
         if self.enough or len(self.rounds) >= self._limits.max_rounds:
             return True
-        return len(self.rounds) >= MIN_ROUNDS and last.sent_bytes > GAIN * self.rounds[-2].sent_bytes
+        if len(self.rounds) < MIN_ROUNDS or last.sent_bytes <= GAIN * self.rounds[-2].sent_bytes:
+            return False
+        return self._throttle is None or not self._throttle.step(self._job)
 
     def _round(self, number: int) -> Round:
         faults.point(f"migrate-round-{number}")
@@ -127,10 +140,22 @@ class Precopy:
         if not seen.complete:
             raise CkptError("a round of memory was not read to its end")
         stopped_s = self._tracker.stopped_s if self._tracker is not None else 0.0
+        slowed = self._throttle.slowed if self._throttle is not None else 0.0
         seconds = time.monotonic() - began_s
-        done = Round(number, seen.scanned_bytes, seen.changed_bytes, seconds, seen.seconds, seen.settled_bytes, stopped_s)
+        done = Round(number, seen.scanned_bytes, seen.changed_bytes, seconds, seen.seconds, seen.settled_bytes, stopped_s, slowed)
         self.rounds.append(done)
         return done
+
+
+def throttle(container: Container, limits: PrecopyLimits) -> Throttle | None:
+    """What slows the container; None when that is not asked for.
+
+    Raises:
+        FeatureMissing: it cannot be slowed.
+    """
+    root_pid = container.pid
+    assert root_pid is not None
+    return Throttle(lambda: tree.pids(root_pid), container.name) if limits.auto_converge else None
 
 
 def copy_ahead(
@@ -143,14 +168,15 @@ def copy_ahead(
     def told(done: Round) -> None:
         emit(RoundDone(typed, done.number, done.scanned_bytes, done.sent_bytes, done.seconds))
         sent = f"{done.sent_bytes / (1 << 20):.1f} MiB in {done.seconds:.1f} s"
-        emit(Notice(typed, f"round {done.number + 1}: {sent}, a downtime of about {done.downtime_s:.1f} s to expect"))
+        slowed = f", slowed by {done.slowed * 100:.0f} %" if done.slowed else ""
+        emit(Notice(typed, f"round {done.number + 1}: {sent}, a downtime of about {done.downtime_s:.1f} s to expect{slowed}"))
 
     def on_bytes(done: int) -> None:
         number = len(ahead.rounds) + 1
         emit(BytesMoved(typed, "precopy", done, memory_bytes if number == 1 else None, number, ahead.dirty_bytes_s))
 
     assert container.pid is not None
-    ahead = Precopy(peer, container.pid, limits, on_bytes, job)
+    ahead = Precopy(peer, container.pid, limits, on_bytes, job, throttle(container, limits))
     ahead.run(told)
     many = "1 round" if len(ahead.rounds) == 1 else f"{len(ahead.rounds)} rounds"
     emit(StepDone(typed, "precopy", f"{many}, {ahead.sent_bytes / (1 << 20):.1f} MiB", time.monotonic() - began_s))

@@ -19,6 +19,7 @@ from ckpt.engines.base import HeldRestore
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import BusyError, CkptError, EngineUnavailable, NoSpace, RestoreFailed, StateUnknown, TargetNotFound, UsageError
 from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
+from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, proof, recover
@@ -204,9 +205,12 @@ class _Attempt:
             self.job.write("commit")
             self.committed = True
             faults.point("restore-commit")
-            container = self.held.resume()
+            with announce.during(self.held.init_pid) as told:
+                container = self.held.resume()
             self.job.write("serving" if self.keeper else "done", container_id=container.id)
             faults.point("resumed")
+        if told.problem:
+            self.warn([told.problem])
         self.emit(Thawed(self.source.label, max(0.0, time.time() - self.source.manifest.created_s)))
         return container
 

@@ -21,7 +21,7 @@ from ckpt.criu import softdirty
 from ckpt.criu.digests import DigestTable, image_of_pid
 from ckpt.criu.livemem import LiveMemory, Run
 from ckpt.criu.softdirty import WINDOW_PAGES, Linux, Memory, SoftDirty
-from ckpt.host.cgroup import Freezer, NotFrozen
+from ckpt.host.cgroup import Freezer, NotOwn
 from ckpt.host.procmem import PAGE, PM_PRESENT, PM_SOFT_DIRTY, Span, scan_excludes
 from tests.unit.test_criu_livemem import Child, pages_in
 
@@ -42,7 +42,7 @@ class Stopping(Linux):
     @contextlib.contextmanager
     def stopped(self, pids: Collection[int]) -> Iterator[None]:
         if self.refuse:
-            raise NotFrozen("not today")
+            raise NotOwn("not today")
         self.looks += 1
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -347,7 +347,7 @@ def test_a_kernel_without_marks_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_cgroup_of_its_own(child: Child) -> None:
     """It shares ours (or that of the session): whoever else is in it would be stopped with it."""
-    with pytest.raises(NotFrozen):
+    with pytest.raises(NotOwn):
         Freezer.of([child.pid, os.getpid()])
-    with pytest.raises(NotFrozen):
+    with pytest.raises(NotOwn):
         Freezer.of([child.pid])

@@ -6,6 +6,6 @@ with Vm() as vm:
 
 from __future__ import annotations
 
-from .machine import Vm, VmError
+from .machine import Vm, VmError, prepare
 
-__all__ = ["Vm", "VmError"]
+__all__ = ["Vm", "VmError", "prepare"]

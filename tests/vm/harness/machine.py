@@ -46,11 +46,11 @@ class Vm:
         self._memory_mib, self._cpus = memory_mib, cpus
         self._stack = contextlib.ExitStack()
         self._qemu: subprocess.Popen[bytes] | None = None
+        self._master: subprocess.Popen[bytes] | None = None
         self.port = 0
 
     def __enter__(self) -> Vm:
-        check_prerequisites()
-        made = image()
+        made = prepare()
         with self._stack:
             self._stack.enter_context(locked(cache_directory() / f"{image_name()}.lock", shared=True))
             self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-vm-")))
@@ -61,6 +61,7 @@ class Vm:
             self._stack.callback(self._end)
             self._start(made)
             self.wait_for_boot()
+            self._share_connection()
             self._stack = self._stack.pop_all()
         return self
 
@@ -83,7 +84,21 @@ class Vm:
         env = {**os.environ, "TMPDIR": "/var/tmp"}
         self._qemu = subprocess.Popen([*dies_with_us, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
+    def _share_connection(self) -> None:
+        """One connection for all programs: a new one costs seconds of emulated arithmetic."""
+        argv = [*self.ssh("")[:-1], "-M", "-N"]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._master = subprocess.Popen(argv, **quiet)  # type: ignore[call-overload]
+
+    def _end_connection(self) -> None:
+        if self._master is not None:
+            self._master.kill()
+            self._master.wait()
+            self._master = None
+            (self.directory / "ssh").unlink(missing_ok=True)
+
     def _end(self) -> None:
+        self._end_connection()
         if self._qemu is not None:
             self._qemu.kill()
             self._qemu.wait()
@@ -101,7 +116,7 @@ class Vm:
                 raise VmError(f"the emulator ended: {(self.directory / 'qemu.log').read_text(errors='replace')[-2000:]}")
             try:
                 found = self.boot_id()
-            except (VmError, subprocess.TimeoutExpired):
+            except VmError:
                 found = ""
             if found and found != other_than:
                 return found
@@ -119,7 +134,8 @@ class Vm:
 
     def ssh(self, command: str) -> list[str]:
         """The command line that runs a shell command in the machine."""
-        return ["ssh", *SSH, "-i", str(self._key), "-p", str(self.port), "root@127.0.0.1", command]
+        shared = ["-o", f"ControlPath={self.directory / 'ssh'}"]  # where there is none yet, ssh makes a connection of its own
+        return ["ssh", *SSH, *shared, "-i", str(self._key), "-p", str(self.port), "root@127.0.0.1", command]
 
     def run(self, argv: Sequence[str] | str, *, input: bytes | None = None, timeout_s: float = 120.0, check: bool = True) -> str:
         """Run a program (or a shell command) to its end; what it wrote, standard error included.
@@ -128,16 +144,20 @@ class Vm:
             VmError: a status other than 0, or over time.
         """
         command = argv if isinstance(argv, str) else shlex.join(argv)
-        source = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
-        try:
-            done = subprocess.run(self.ssh(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s, **source)  # type: ignore[call-overload]
-        except subprocess.TimeoutExpired as error:
-            said = (error.stdout or b"").decode(errors="replace")
-            raise VmError(f"in the machine: {command}: no end after {timeout_s:g} s\n{said}") from error
-        said = str(done.stdout.decode(errors="replace"))
-        if check and done.returncode:
-            raise VmError(f"in the machine: {command}: status {done.returncode}\n{said}")
-        return said
+        with subprocess.Popen(self.ssh(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            try:
+                said, _ = process.communicate(input or b"", timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said, _ = process.communicate()
+                raise VmError(f"in the machine: {command}: no end after {timeout_s:g} s\n{said.decode(errors='replace')}") from None
+            except BaseException:
+                process.kill()
+                raise
+        text = said.decode(errors="replace")
+        if check and process.returncode:
+            raise VmError(f"in the machine: {command}: status {process.returncode}\n{text}")
+        return text
 
     def send(self, source: Path, names: Sequence[str], into: str) -> None:
         """Copy files and directories `names` below `source` into a directory of the machine.
@@ -149,7 +169,7 @@ class Vm:
         with subprocess.Popen(tar, stdout=subprocess.PIPE) as packing:
             unpacking = self.ssh(f"mkdir -p {shlex.quote(into)} && tar -C {shlex.quote(into)} -xf - --no-same-owner")
             done = subprocess.run(unpacking, stdin=packing.stdout, capture_output=True, timeout=300)
-        if done.returncode or packing.returncode:
+        if done.returncode or packing.returncode not in (0, 1):  # 1: a file changed meanwhile
             raise VmError(f"cannot copy to the machine: {done.stderr.decode(errors='replace')}")
 
     def reboot(self) -> None:
@@ -160,7 +180,9 @@ class Vm:
         """
         before = self.boot_id()
         self.run(["systemctl", "reboot"], check=False, timeout_s=30)
+        self._end_connection()
         self.wait_for_boot(other_than=before)
+        self._share_connection()
 
 
 def _free_port() -> int:
@@ -181,6 +203,16 @@ def check_prerequisites() -> None:
         raise LabUnavailable("the virtual machine is an x86-64 one")
     if missing := missing_programs():
         raise LabUnavailable(f"missing programs: {', '.join(missing)} (apt-get install {' '.join(sorted({NEEDED[m] for m in missing}))})")
+
+
+def prepare() -> Path:
+    """Make the disk (once; cached outside the checkout).
+
+    Raises:
+        LabUnavailable: not on this machine; the message says why.
+    """
+    check_prerequisites()
+    return image()
 
 
 def install_missing() -> None:

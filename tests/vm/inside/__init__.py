@@ -1,0 +1,1 @@
+"""What the tests of tests/vm run in the machine."""
