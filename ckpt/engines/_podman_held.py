@@ -228,11 +228,14 @@ class PodmanRestore:
             self.process = spawn(argv, stdout=said, stderr=said, env=conf_override(self.job, dump=False), new_session=True)
         self.job.write("podman", engine_pid=self.process.pid)
 
+    def reach_runtime(self) -> None:
+        """Wait until podman has made everything and calls the runtime. Raises RestoreFailed."""
+        if not _hold.wait_for(self.job.directory / "bundle", self.process, self.options.timeout_s):
+            raise self.failed()
+
     def hold(self, rootfs_ready: Callable[[Path], None]) -> int:
         """Fill the mounted root, let CRIU restore, and wait until the tree is held; returns its first pid."""
         directory, limit = self.job.directory, self.options.timeout_s
-        if not _hold.wait_for(directory / "bundle", self.process, limit):
-            raise self.failed()
         told = json.loads((directory / "bundle").read_text())
         self.container_id = str(told["id"])
         self.job.write("creating", new_container_id=self.container_id)
