@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ckpt.criu import tree
 from ckpt.engines.base import Engine, HeldDump
 from ckpt.errors import CkptError, FeatureMissing, NeedsContinue
-from ckpt.events import BytesMoved, Emit, Figures
-from ckpt.host import procmem
+from ckpt.events import BytesMoved, Emit, Figures, Notice
+from ckpt.host import limits, procmem
 from ckpt.model import Container, DumpOptions, PrecopyLimits
 from ckpt.ops import faults
 from ckpt.peer.client import Peer
@@ -104,6 +104,14 @@ class MemoryMove:
             precopy.throttle(self._container, self._limits)  # refused here rather than on the way
         resident_bytes = procmem.resident_bytes(tree.pids(self._container.pid or 0))
         large = resident_bytes >= LAZY_FROM_BYTES
+        if (self._postcopy or self._limits) and resident_bytes > (most_bytes := limits.piped_memory_bytes()):
+            # CRIU would fail in the middle of the dump.
+            hint = f"sysctl -w fs.pipe-max-size={4 << 20}, or a higher limit of open files (ulimit -n, LimitNOFILE=)"
+            message = f"CRIU can leave {most_bytes >> 20} MiB of memory in a frozen workload here, and {self._container.name} has {resident_bytes >> 20}"
+            if self._postcopy or self._wanted:
+                raise FeatureMissing(message, where=where, hint=hint)
+            self._emit(Notice(self._typed, f"{message}: its memory is restored before it runs there; {hint}"))
+            able = False
         self.lazily = self._postcopy or (able and self._streams and (large if self._wanted is None else self._wanted))
         self.quick = self._postcopy or resident_bytes < QUICK_BYTES or (self._limits is not None and self.lazily)
         self._emit(Figures(self._typed, {"lazy": self.lazily}))
