@@ -23,6 +23,8 @@ from ckpt.ops.converge import STEPS, Throttle
 from ckpt.ops.precopy import Precopy, Round
 from ckpt.store.job import Job
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(params=["cpu.max", "cpu.cfs_quota_us"])
 def limit(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -160,8 +162,9 @@ def test_set_back_when_a_round_fails(limit: Path, job: Job) -> None:
     assert limit.read_text() == before
 
 
-def test_the_kernel_obeys(spinning: subprocess.Popen[bytes]) -> None:
-    """On a real hierarchy with the cpu controller, in a cgroup of its own."""
+@pytest.fixture
+def own_cgroup(spinning: subprocess.Popen[bytes]) -> Iterator[Path]:
+    """A cgroup of a real hierarchy with the cpu controller, with the spinning process in it."""
     point = cpu_hierarchy()
     if point is None or os.geteuid() != 0:
         pytest.skip("no cpu controller to be had here, or not root")
@@ -169,18 +172,51 @@ def test_the_kernel_obeys(spinning: subprocess.Popen[bytes]) -> None:
     own.mkdir()
     try:
         (own / "cgroup.procs").write_text(str(spinning.pid))
-        limit = CpuLimit.of([spinning.pid])
-        before = limit.knob.path.read_text()
-        assert limit.knob.path.parent == own
-        limit.set(0.05)
-        assert used_s(spinning.pid, 1.0) < 0.2
-        limit.knob.restore()
-        assert limit.knob.path.read_text() == before
+        yield own
     finally:
         os.kill(spinning.pid, signal.SIGKILL)
         spinning.wait()
         with contextlib.suppress(OSError):
             own.rmdir()
+
+
+def test_the_kernel_obeys(own_cgroup: Path, spinning: subprocess.Popen[bytes]) -> None:
+    limit = CpuLimit.of([spinning.pid])
+    before = limit.knob.path.read_text()
+    assert limit.knob.path.parent == own_cgroup
+    limit.set(0.05)
+    assert used_s(spinning.pid, 1.0) < 0.2
+    limit.knob.restore()
+    assert limit.knob.path.read_text() == before
+
+
+SLOWS = """
+import sys, time
+from pathlib import Path
+from ckpt.ops import recover
+from ckpt.ops.converge import Throttle
+from ckpt.store.job import Job
+job = Job.create(Path(sys.argv[1]), "migrate-source", engine="podman", container_id="c1", name="web")
+guard = recover.start_guard(job)
+assert guard is not None and Throttle(lambda: [int(sys.argv[2])], "web").step(job)
+print("slowed", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_the_guard_of_a_killed_ckpt_sets_it_back(own_cgroup: Path, spinning: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    limit = CpuLimit.of([spinning.pid]).knob
+    argv = [sys.executable, "-c", SLOWS, str(tmp_path), str(spinning.pid)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}) as owner:
+        try:
+            assert owner.stdout is not None and owner.stdout.readline() == b"slowed\n"
+            assert limit.path.read_text().strip() != limit.value
+        finally:
+            owner.kill()
+    deadline = time.monotonic() + 60
+    while limit.path.read_text().strip() != limit.value or any((tmp_path / "jobs").iterdir()):
+        assert time.monotonic() < deadline, limit.path.read_text()
+        time.sleep(0.02)
 
 
 def cpu_hierarchy() -> Path | None:
