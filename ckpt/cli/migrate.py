@@ -58,6 +58,8 @@ AUTO_CONVERGE_ROUNDS = 16
     metavar="auto|zstd[:N]|none",
     help="Compress on the way (default auto: where it carries more, measured while it runs).",
 )
+@click.option("--streams", type=click.IntRange(1, 16), default=1, metavar="N", help="Carry content over so many connections (default 1).")
+@click.option("--direct", is_flag=True, help="Carry content by TLS straight to the other host (ports 49152 to 49215), not through ssh.")
 @ssh_option
 @timeout_option
 def command(
@@ -75,6 +77,8 @@ def command(
     auto_converge: bool,
     bwlimit_bytes_s: int | None,
     compress: Compression,
+    streams: int,
+    direct: bool,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh.
@@ -89,6 +93,11 @@ def command(
 
     RATE is in bytes a second, with K, M or G (of 1024) or KB, MB, GB (of 1000); it holds for all content, also while the container is
     frozen. Compression helps where the link is slow: auto compares, while it runs, what is carried with and without.
+
+    One ssh connection encrypts on one processor. With --streams N content goes over N further ones; each logs in by itself, so a key or an
+    agent is wanted: who logs in by password is asked once for each. With --direct it goes over N connections by TLS 1.3, with certificates
+    made for this migration that both ends know by ssh; the other host listens for them on one port of 49152 to 49215, on the address at
+    which ssh reached it, for 20 seconds at most.
     """
     if job_id is not None:
         if target or destination or dry_run:
@@ -114,7 +123,7 @@ def command(
     if auto_converge and max_rounds is None:
         limits["max_rounds"] = AUTO_CONVERGE_ROUNDS
     ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]
-    carriage = Carriage(bwlimit_bytes_s or None, compress)
+    carriage = Carriage(bwlimit_bytes_s or None, compress, streams, direct)
     options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), precopy=ahead, carriage=carriage, **given)
     if timeout_s is not None:
         from dataclasses import replace

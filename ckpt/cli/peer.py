@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import click
+
 from ckpt.cli.common import Session, verb
 
 
 @verb("peer")
-def command(session: Session) -> int:
+@click.option("--join", "path", metavar="SOCKET", help="Carry content for the peer that listens on this socket.")
+def command(session: Session, path: str | None) -> int:
     """Serve a ckpt on another host, on stdin and stdout."""
     session.need_root()
     session.reporter.results = False  # stdout belongs to the protocol
+    if path is not None:
+        from ckpt.peer import streams
+
+        return streams.lend(path)
     from ckpt.ops import migrate_dest
     from ckpt.peer import server
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import os
 import socket
@@ -43,6 +42,8 @@ def thread(namespace: int, body: Callable[[], None], failed: Callable[[str], Non
     """
 
     def run() -> None:
+        import ctypes  # not for those who never come here
+
         try:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.setns(namespace, _CLONE_NEWNET):

@@ -16,6 +16,7 @@ from ckpt.archive import layout, rootfs
 from ckpt.archive.tree_send import PieceStream, TreeSource
 from ckpt.events import BytesMoved, Emit, StepDone
 from ckpt.model import Container
+from ckpt.ops import faults
 from ckpt.peer.client import Peer
 
 VERB: Final = "tree"
@@ -74,6 +75,7 @@ class FilesAhead:
             before = sent
 
     def _round(self) -> int:
+        faults.point(f"migrate-files-round-{self.rounds}")
         began = self.ahead_bytes
         for part in self._parts:
             self.ahead_bytes += self._send(part, final=False, step="files")

@@ -60,6 +60,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         "engine": {"usable": False, "reason": "not asked for"},
         "pages": _takes_pages(),
         "lazy": False,
+        "early": False,
         "container_image": None,
         "names": [],
         "ports_busy": _ports_busy(request),
@@ -78,6 +79,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         return report
     capabilities = engine.probe()
     report["engine"] = asdict(capabilities)
+    report["early"] = capabilities.early
     report["lazy"] = capabilities.lazy and bool(criu.lazy_pages)
     if not capabilities.usable:
         return report
@@ -234,6 +236,8 @@ def _addresses_there(container: Container, report: Mapping[str, Any], connection
         on = ", ".join(f"{name} ({known.get('driver')})" for name, known in details.items())
         return [*found, Finding("addresses", "ok", f"{_addresses(container)} on {on}, with {connections} open TCP connections")]
     hint = "its addresses must lead to the new host (macvlan, or a network that both hosts share), or the connections end"
+    if not container.addresses:
+        hint = "this host's address does not move with it: give it a network of its own (macvlan), or move the address at the same moment"
     text = f"{connections} open TCP connections move only together with {_addresses(container)}"
     return [*found, Finding("addresses", "warning", text, hint)]
 

@@ -92,7 +92,7 @@ def _living(job: Job) -> JobRecord | None:
     record = replace(record, settled_by="", ended_s=None, statistics={k: v for k, v in record.statistics.items() if k != "total_s"})
     if state == "lost":
         what = f"its memory did not all arrive: {record.reason}" if record.reason else "its memory did not all arrive"
-        return replace(record, state="lost", reason=what, next=f"ckpt restore {record.name}")
+        return replace(record, state="lost", reason=what, next=f"ckpt restore {record.name}" if record.kind == "restore" else "")
     if state == "serving":
         if lazy.running(job.directory):
             return replace(record, state="serving", reason="it runs; its memory still arrives from the checkpoint")

@@ -141,6 +141,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                     # It ran there, so what is frozen here must never run again.
                     end_source(engine, container, held, job, keep=True)
                     tell_destination(job)
+                    job.write("lost", reason=answer.reason[: recover.ERROR_CAP])
                     job.write("done")
                     recover.remove(job)
                     raise RestoreFailed(
@@ -154,6 +155,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                     emit(Notice(name, f"{name} runs on {facts['destination']}; the frozen source was ended"))
                 else:
                     held.resume()
+                    recover.announce_home(engine, container)
                     job.write("failed")
                     emit(Notice(name, f"{facts['destination']} has no copy; {name} goes on here"))
             tell_destination(job)

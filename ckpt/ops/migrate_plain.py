@@ -49,6 +49,8 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         The outcome; its error is FeatureMissing (the destination has no podman either), MigrationRolledBack, or NeedsContinue.
     """
     emit(Notice(typed, f"{destination} {LACKS}", warning=True))
+    if options.carriage.direct or options.carriage.streams > 1:
+        emit(Notice(typed, f"{destination} has no ckpt: one ssh connection carries all, in spite of --direct and --streams", warning=True))
     there = Remote(ssh.Destination.parse(destination), options.ssh_options)
     untouched = f"{container.name} is running, untouched"
     if engine.name != "podman":

@@ -25,7 +25,7 @@ from ckpt.criu import lazy, tree
 from ckpt.engines import registry
 from ckpt.engines.base import Engine
 from ckpt.errors import CkptError
-from ckpt.host import traffic
+from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import knobs
@@ -127,9 +127,12 @@ def settle(job: Job) -> str:
         remove(job)
         return "finished"
     knobs.restore(job)
-    registry.by_name(str(facts.get("engine", ""))).rollback(job)
+    engine = registry.by_name(str(facts.get("engine", "")))
+    engine.rollback(job)
     lazy.end(job.directory)
     job.write("rolled-back", by="guard")
+    if kind == "migrate-source":
+        announce_home(engine, Container(engine.name, str(facts.get("container_id", "")), str(facts.get("name", "")), "running"))
     keep_logs(job, str(facts.get("name", "")))
     remove(job)
     return "undone"
@@ -299,10 +302,20 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
         runs = any(_runs(engine, c) for c in there.values() if meant(c))
         if runs == wanted:
             _wait_through(job, facts, deadline)
+            for container in there.values() if wanted else ():
+                announce_home(engine, container)
             return
         if time.monotonic() > deadline:
             raise CkptError(f"{facts.get('name')} is {'not running' if wanted else 'still there'} after {FINISH_LIMIT_S:g} s")
         time.sleep(POLL_S)
+
+
+def announce_home(engine: Engine, container: Container) -> None:
+    """Tell its neighbours that a container, which another host may have drawn to itself, lives here. Never raises for it."""
+    with suppress(CkptError, CommandFailed):
+        now = engine.describe(container)
+        if now.state == "running":
+            announce.now(now.pid or 0)
 
 
 def _wait_through(job: Job, facts: dict[str, object], deadline: float) -> None:
@@ -333,4 +346,3 @@ def _is_newborn(job: Job) -> bool:
 def _is_old(job: Job) -> bool:
     entries = job.entries()
     return not entries or time.time() - float(entries[-1].get("t", 0.0)) > KEPT_MIGRATIONS_S
-

@@ -19,6 +19,7 @@ from ckpt.engines.base import HeldRestore
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import BusyError, CkptError, EngineUnavailable, NoSpace, RestoreFailed, StateUnknown, TargetNotFound, UsageError
 from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
+from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, proof, recover
@@ -204,9 +205,12 @@ class _Attempt:
             self.job.write("commit")
             self.committed = True
             faults.point("restore-commit")
-            container = self.held.resume()
+            with announce.during(self.held.init_pid) as told:
+                container = self.held.resume()
             self.job.write("serving" if self.keeper else "done", container_id=container.id)
             faults.point("resumed")
+        if told.problem:
+            self.warn([told.problem])
         self.emit(Thawed(self.source.label, max(0.0, time.time() - self.source.manifest.created_s)))
         return container
 
@@ -303,12 +307,11 @@ def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions
         if any(c.name == options.name for c in engine.find(options.name)):
             raise BusyError(f"there is a container {options.name!r} already", hint="choose another name, or remove it first")
         return None
-    own: Container | None = None
     named = engine.find(manifest.name)
-    for container in (*engine.find(manifest.container_id), *named):
-        if container.id == manifest.container_id:
-            own = engine.describe(container)
-            break
+    # By its name as a rule; each look is a call of the engine.
+    own = _with_id(named, manifest.container_id) or _with_id(engine.find(manifest.container_id), manifest.container_id)
+    if own is not None:
+        own = engine.describe(own)
     if own is not None and own.state in ("running", "paused"):
         where = f"{own.name or own.id} is {own.state}, untouched"
         message = f"{source.label} cannot be restored over itself: it is {own.state}"
@@ -318,6 +321,10 @@ def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions
             where = f"{container.name} is {container.state}, untouched"
             raise BusyError(f"another container is called {manifest.name!r} now", where=where, hint="remove or rename it, or restore a copy: -n NAME")
     return own
+
+
+def _with_id(containers: Sequence[Container], identity: str) -> Container | None:
+    return next((container for container in containers if container.id == identity), None)
 
 
 def _as_dumped(options: RestoreOptions, manifest: Manifest) -> RestoreOptions:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ckpt.archive import layout
 from ckpt.errors import CkptError, NeedsContinue, StateUnknown
@@ -54,6 +54,17 @@ def of_members(sizes_bytes: Mapping[str, int]) -> dict[str, Any]:
             kind = {"checkpoint": "criu_images", "volumes": "volumes"}.get(head, "other")
         kinds[kind] += size
     return {"bytes": {kind: count for kind, count in kinds.items() if count}}
+
+
+_KINDS: Final = {
+    "precopy": "memory_ahead",
+    "pages": "memory",
+    "follow": "memory_after",
+    "files": "files_ahead",
+    "capture": "files",
+    "transfer": "checkpoint",
+}
+"""Step -> the kind of what it moves."""
 
 
 class Migration:
@@ -160,8 +171,7 @@ class Migration:
         dump_s = self._steps.get("dump")
         if self._frozen_at_s is not None and self._dumped_at_s is not None:
             dump_s = round(self._dumped_at_s - self._frozen_at_s, 6)
-        names = {"precopy": "memory_ahead", "pages": "memory", "transfer": "checkpoint", "follow": "memory_after"}
-        sent = {names.get(step, step.replace("-", "_")): count for step, count in self._moved.items()}
+        sent = {_KINDS.get(step, step.replace("-", "_")): count for step, count in self._moved.items()}
         if self._rounds:
             sent["memory_ahead"] = sum(one["sent_bytes"] for one in self._rounds)
         found: dict[str, Any] = {
@@ -170,7 +180,10 @@ class Migration:
             "total_s": stats.get("total_s", time.monotonic() - self._clock_s),
             "sent_bytes": stats.get("sent_bytes", sum(sent.values())),
             "memory_bytes": self._rounds[0]["scanned_bytes"] if self._rounds else sent.get("memory"),
-            "compression": None,
+            "compression": stats.get("compress"),
+            "compression_ratio": stats.get("compress_ratio"),
+            "memory_tracker": stats.get("memory_tracker"),
+            "wire_bytes": {key.removesuffix("_wire_bytes"): count for key, count in stats.items() if key.endswith("_wire_bytes")} or None,
             "rounds": self._rounds,
             "steps": self._steps,
             **self._figures,

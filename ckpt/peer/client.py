@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +13,15 @@ from typing import Any, BinaryIO, Final, Self
 from ckpt import config
 from ckpt.errors import CannotConnect, CkptError, TransferFailed
 from ckpt.events import Emit, ignore
-from ckpt.host.run import Process
 from ckpt.model import Carriage
-from ckpt.peer import files, messages
+from ckpt.peer import files, messages, ssh_below, streams
 from ckpt.peer.frames import Buffer, Frame, Kind
 from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
+from ckpt.peer.ssh_below import SshBelow
 from ckpt.transports import ssh, ssh_cipher
 
 CALL_TIMEOUT_S: Final = 60.0
 UPLOAD_TIMEOUT_S: Final = 300.0
-_STDERR_BYTES: Final = 64 << 10
 _GIVE_UP_S: Final = 10.0
 _LEAVE_S: Final = 5.0
 
@@ -343,50 +341,6 @@ class _Channel:
         self._upload._peer.link.send_data(self._upload._channel, offset, data, lease=lease, label=self._upload._kind)
 
 
-class _Ssh:
-    """The ssh process below a peer: its messages are kept for errors."""
-
-    def __init__(self, destination: str, process: Process) -> None:
-        self.destination = destination
-        self.process = process
-        self._tail = bytearray()
-        self._thread = threading.Thread(target=self._drain, name="ckpt-ssh-stderr", daemon=True)
-        self._thread.start()
-
-    def _drain(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as stderr:
-            while data := os.read(stderr.fileno(), 4096):
-                self._tail += data
-                del self._tail[:-_STDERR_BYTES]
-
-    def stderr(self) -> str:
-        self._thread.join(0.5)
-        return self._tail.decode(errors="replace")
-
-    def returncode(self, timeout_s: float = 2.0) -> int | None:
-        deadline_s = time.monotonic() + timeout_s
-        while (code := self.process.poll()) is None and time.monotonic() < deadline_s:
-            time.sleep(0.02)
-        return code
-
-    def explain(self, cause: CkptError) -> CkptError:
-        """What broke the link, with ssh's own last words."""
-        code = self.returncode(1.0)
-        lines = [line.strip() for line in self.stderr().splitlines() if line.strip()]
-        said = f" (ssh: {lines[-1]})" if lines and code is not None else ""
-        return TransferFailed(f"lost the link to {self.destination}: {cause.message}{said}")
-
-    def end(self, patience_s: float) -> None:
-        """See it gone: by itself, else terminated, else killed."""
-        if self.returncode(patience_s) is None:
-            self.process.terminate()
-            if self.returncode(1.0) is None:
-                self.process.kill()
-            self.process.wait()
-        self._thread.join(1.0)
-
-
 @contextmanager
 def connect(
     destination: str,
@@ -404,7 +358,7 @@ def connect(
         ssh_options: the user's `-o` options, as `Key=Value`.
         timeout_s: for the login and the hello; a person at a terminal gets two minutes for a password.
         link_timeout_s: how long nothing may be heard before the link counts as dead; None: as configured.
-        carriage: how file content is carried.
+        carriage: how file content is carried, and over how many connections.
         command: what to run there.
 
     Raises:
@@ -413,25 +367,33 @@ def connect(
         PeerVersion: ckpt there speaks another protocol.
     """
     parsed = ssh.Destination.parse(destination)
-    process = ssh.open(parsed, command, (*ssh_options, *ssh_cipher.preference(parsed, ssh_options)))
+    carriage = carriage or Carriage()
+    ssh_options = (*ssh_options, *ssh_cipher.preference(parsed, ssh_options))
+    process = ssh.open(parsed, command, ssh_options)
     assert process.stdin is not None and process.stdout is not None
     inp, out = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
     process.stdout.close()
     process.stdin.close()
-    below = _Ssh(str(parsed), process)
+    below = SshBelow(str(parsed), process)
     link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
     peer = Peer(inp, out, name=str(parsed), explain=below.explain, on_event=on_event, carriage=carriage, link_timeout_s=link_timeout_s)
+    further: list[SshBelow] = []
     well = False
     try:
         _shake(peer, below, parsed, max(timeout_s, 120.0) if ssh.interactive() else timeout_s, command[0])
+        if carriage.direct:
+            streams.join_direct(peer, carriage.streams)
+        elif carriage.streams > 1:
+            ssh_below.join(peer, parsed, carriage.streams, command, ssh_options, further)
         yield peer
         well = True
     finally:
         peer.close(goodbye=well)
-        below.end(_LEAVE_S if well else 1.0)
+        for one in (below, *further):
+            one.end(_LEAVE_S if well else 1.0)
 
 
-def _shake(peer: Peer, below: _Ssh, destination: ssh.Destination, timeout_s: float, command: str) -> None:
+def _shake(peer: Peer, below: SshBelow, destination: ssh.Destination, timeout_s: float, command: str) -> None:
     try:
         if peer.link.handshake(timeout_s):
             return

@@ -95,6 +95,7 @@ class Link:
         """`sent_bytes` in all; `KIND_raw_bytes` and `KIND_wire_bytes` of each kind of content; `compress` and what it leaves (`compress_ratio`)."""
         with self._counting:
             found: dict[str, float | int | str] = {"sent_bytes": self.sent_bytes, "compress": self._compression()}
+            found |= {"carrier": "tls" if self.carriage.direct else "ssh", "streams": len(self._streams) or 1}
             for label, traffic in self.traffic.items():
                 found[f"{label.replace('-', '_')}_raw_bytes"] = traffic.raw_bytes
                 found[f"{label.replace('-', '_')}_wire_bytes"] = traffic.wire_bytes

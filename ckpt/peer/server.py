@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 from ckpt import config
 from ckpt.errors import CkptError, FeatureMissing, TransferFailed, UsageError
 from ckpt.events import Event
-from ckpt.peer import messages
+from ckpt.peer import messages, streams
 from ckpt.peer.files import Allow, ReceivedFile, Receiver
 from ckpt.peer.frames import Frame, Kind
 from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
@@ -41,7 +41,7 @@ class Session:
     """What a handler gets: its link with the source, for the time of one call."""
 
     def __init__(self, link: Link, channel: int, inbox: Inbox, shared: _Shared) -> None:
-        self._link = link
+        self.link = link
         self._channel = channel
         self._inbox = inbox
         self._shared = shared
@@ -54,7 +54,7 @@ class Session:
     @property
     def source(self) -> str:
         """What the source calls itself."""
-        return str(self._link.remote.get("host", ""))
+        return str(self.link.remote.get("host", ""))
 
     @property
     def lost(self) -> bool:
@@ -68,13 +68,13 @@ class Session:
     def emit(self, event: Event) -> None:
         """Send an event to the source; dropped when the link has ended, so usable as an `Emit` everywhere."""
         try:
-            self._link.send_json(Kind.EVENT, 0, messages.event_to_json(event))
+            self.link.send_json(Kind.EVENT, 0, messages.event_to_json(event))
         except CkptError:
             pass
 
     def tell(self, value: dict[str, Any]) -> None:
         """Tell the source something within this call (Peer.upload's `on_told`). Raises TransferFailed when the link has ended."""
-        self._link.send_json(Kind.EVENT, self._channel, value)
+        self.link.send_json(Kind.EVENT, self._channel, value)
 
     def receive_files(
         self,
@@ -98,14 +98,14 @@ class Session:
         """
         receiver = Receiver(into, allow, sinks=sinks, max_bytes=max_bytes, on_bytes=on_bytes)
         try:
-            self._link.send_json(Kind.READY, self._channel)
+            self.link.send_json(Kind.READY, self._channel)
             while True:
                 try:
                     frame = self._inbox.get()
                 except Closed:
-                    raise self._link.failure() from None
+                    raise self.link.failure() from None
                 more = receiver.take(frame)
-                self._link.pool.give(frame.lease)
+                self.link.pool.give(frame.lease)
                 if not more:
                     return receiver.files
         finally:
@@ -119,7 +119,7 @@ class _Server:
     def __init__(
         self, inp: int, out: int, handlers: Mapping[str, Handler], concurrent: Collection[str], link_timeout_s: float, beat_s: float
     ) -> None:
-        self._handlers = handlers
+        self._handlers = {"streams": streams.open_streams, "joined": streams.joined, **handlers}
         self._concurrent = frozenset(concurrent)
         self._shared = _Shared()
         self._calls: ByteQueue[tuple[int, dict[str, Any]]] = ByteQueue()

@@ -127,8 +127,13 @@ def argv(destination: str | Destination, remote_command: Sequence[str], options:
     return words
 
 
-def open(destination: str | Destination, remote_command: Sequence[str], options: Sequence[str] = (), *, batch: bool | None = None) -> Process:  # noqa: A001
+def open(  # noqa: A001
+    destination: str | Destination, remote_command: Sequence[str], options: Sequence[str] = (), *, batch: bool | None = None, stdout: int = PIPE
+) -> Process:
     """Start ssh with pipes on its standard input, output and error; returns before it is connected.
+
+    Args:
+        stdout: DEVNULL when nothing is to be heard of the other side.
 
     Raises:
         UsageError: the destination or an option is not usable.
@@ -140,7 +145,7 @@ def open(destination: str | Destination, remote_command: Sequence[str], options:
     # a blocked SIGINT (and keeps it blocked in its poll); without a terminal it gets a session of its own.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return spawn(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, new_session=quiet)
+        return spawn(words, stdin=PIPE, stdout=stdout, stderr=PIPE, new_session=quiet)
     except CommandFailed as error:
         raise CannotConnect(f"cannot start {words[0]}: {error.reason}", hint="install the OpenSSH client") from error
     finally:

@@ -94,10 +94,9 @@ def counted(host: Host, table: str) -> list[int]:
     return [part["counter"]["packets"] for rule in rules for part in rule["expr"] if "counter" in part]
 
 
-def macvlan(host: Host) -> None:
-    host.run(
-        ["podman", "network", "create", "-d", "macvlan", "-o", "parent=eth0", "--subnet", "10.77.0.0/24", "--subnet", "fd77::/64", "--ipv6", "lan"]
-    )
+def macvlan(host: Host, dynamic: str) -> None:
+    four = ["--subnet", "10.77.0.0/24", "--gateway", "10.77.0.254", "--ip-range", dynamic]
+    host.run(["podman", "network", "create", "-d", "macvlan", "-o", "parent=eth0", *four, "--subnet", "fd77::/64", "--ipv6", "lan"])
 
 
 def shared_bridge(host: Host) -> None:
@@ -118,8 +117,8 @@ def started(host: Host, network: str) -> None:
 def test_a_client_on_a_third_host_stays_connected(lab: Lab, record_property: pytest.RecordProperty) -> None:
     c, addresses = lab.hosts["c"], ("10.77.0.60", V6)
     c.run(["ip", "addr", "add", "fd77::3/64", "dev", "eth0", "nodad"])
-    for host in (lab.a, lab.b):
-        macvlan(host)
+    macvlan(lab.a, "10.77.0.192/27")
+    macvlan(lab.b, "10.77.0.224/27")
     started(lab.a, f"lan:ip={addresses[0]},ip6={V6}")
     clients = [Client(c, addresses[0], 7000), Client(c, V6, 7001)]
     watch(c, *addresses)

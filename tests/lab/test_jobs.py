@@ -27,7 +27,8 @@ def test_jobs_on_both_hosts(lab: Lab) -> None:
     assert 0 < sent["freeze_s"] < sent["downtime_s"] < sent["total_s"] and sent["downtime_s"] == round(moved["downtime_s"], 6)
     figures = sent["statistics"]
     assert len(figures["rounds"]) == moved["stats"]["rounds"] and figures["memory_bytes"] > 0
-    assert {"memory_ahead", "memory", "rootfs", "criu_images"} <= figures["bytes"].keys()
+    assert {"memory_ahead", "memory", "files_ahead", "criu_images"} <= figures["bytes"].keys()
+    assert figures["compression"] and 0 < figures["wire_bytes"]["precopy"] < figures["sent_bytes"]
     assert figures["versions"]["source"]["criu"] == figures["versions"]["destination"]["criu"] != ""
     shown = lab.a.run(["ckpt", "jobs", "show", sent["id"].partition("-")[2][:6]]).stdout
     assert re.search(r"downtime +\d.*s\n", shown) and "round 1" in shown

@@ -11,7 +11,7 @@ from tests.lab.counting import assert_clean, assert_never_back, last_tick, start
 from tests.lab.harness import Lab
 from tests.lab.harness.host import HostResult
 
-DESTINATION_STEPS = ("begin", "container-image", "pages", "stage", "prepared", "commit", "committed", "running")
+DESTINATION_STEPS = ("begin", "container-image", "tree", "pages", "stage", "prepared", "commit", "committed", "running")
 pytestmark = pytest.mark.parametrize("lab_options", [{"runtime": "crun"}, {"runtime": "runc"}], ids=["crun", "runc"])
 GATE = "/tmp/gate"
 COMMIT = STEPS.index("commit")

@@ -162,6 +162,7 @@ def test_a_wrong_template_is_told_before_anything_is_done(fake: Fake, capsys: py
         ["import"], ["import", "f", "-n", " "], ["migrate"], ["migrate", "web"], ["migrate", "web", "b", "--continue", "id"], ["check"],
         *(["migrate", "web", "b", "--bwlimit", rate] for rate in ("", "fast", "-1", "1iB", "50", "8Mbit", "1e3", "5M5", "9999999T", "٣M", "nan")),
         *(["migrate", "web", "b", "--compress", how] for how in ("", "gzip", "zstd:", "zstd:0", "zstd:20", "zstd:٣", "auto:1", "none:", "ZSTD")),
+        *(["migrate", "web", "b", "--streams", count] for count in ("", "0", "17", "-1", "2.5", "many")),
         ["inspect"], ["rm"], ["rm", "-a", "web"], ["list", "--format", "xml"], ["list", "a", "b"], ["--store", "/x"],
         [], ["--log-level", "loud", "list"],
     ],
@@ -341,6 +342,12 @@ def test_migrate_compress(fake: Fake, text: str, mode: str, level: int) -> None:
     seen = fake("migrate.migrate", Outcome("web", True, None, CONTAINER))
     assert main(["migrate", "web", "b", "--compress", text]) == 0
     assert seen["options"].carriage == Carriage(None, Compression(mode, level))  # type: ignore[arg-type]
+
+
+def test_migrate_streams(fake: Fake) -> None:
+    seen = fake("migrate.migrate", Outcome("web", True, None, CONTAINER))
+    assert main(["migrate", "web", "b", "--streams", "16", "--direct"]) == 0
+    assert (seen["options"].carriage.streams, seen["options"].carriage.direct) == (16, True)
 
 
 def test_migrate_dry_run_and_continue(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,9 @@ class Engine:
     def rollback(self, job: Job) -> None:
         pass
 
+    def describe(self, container: Container) -> Container:
+        return container
+
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +79,7 @@ def only(root: Path) -> JobRecord:
         ("migrate-source", ["commit", "ended", "done"], "done"),
         ("checkpoint", ["held", "commit", "done"], "done"),
         ("restore", ["commit", "serving", "lost"], "lost"),
+        ("migrate-source", ["commit", "lost", "done"], "lost"),
     ],
 )
 def test_a_dead_job_leaves_a_record(tmp_path: Path, kind: str, states: list[str], state: str) -> None:
@@ -203,6 +207,8 @@ def test_looking_does_not_take_the_lock(tmp_path: Path) -> None:
         ("migrate-destination", ["prepared"], {"source": "a"}, "interrupted"),
         ("restore", ["commit", "serving"], {}, "interrupted"),
         ("restore", ["commit", "serving", "lost"], {"reason": "killed"}, "lost"),
+        ("migrate-destination", ["commit", "running", "lost"], {"reason": "killed"}, "lost"),
+        ("migrate-destination", ["commit", "running", "served"], {}, "unconfirmed"),
     ],
 )
 def test_the_dead(tmp_path: Path, kind: str, states: list[str], facts: dict[str, Any], state: str) -> None:

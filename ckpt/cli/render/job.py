@@ -15,7 +15,8 @@ JOB_FIELDS: Final = (
     "freeze_s", "downtime_s", "total_s", "sent_bytes", "memory_bytes", "reason", "next", "error", "statistics",
 )  # fmt: skip
 _KINDS: Final = {
-    "memory_ahead": "memory, while it ran", "memory": "memory, frozen", "rootfs": "root file system", "volumes": "volumes",
+    "memory_ahead": "memory, while it ran", "memory": "memory, frozen", "memory_after": "memory, afterwards",
+    "files_ahead": "files, while it ran", "files": "files, frozen", "rootfs": "root file system", "volumes": "volumes",
     "container_image": "container image", "criu_images": "other CRIU images", "other": "the rest", "checkpoint": "checkpoint",
 }  # fmt: skip
 
@@ -67,10 +68,10 @@ def job_lines(row: Row) -> Iterator[str]:
         ("frozen, dump", _time(row["freeze_s"])),
         ("memory", _size(row["memory_bytes"])),
         ("sent", _size(row["sent_bytes"])),
-        ("compression", figures.get("compression")),
+        ("compression", _compression(figures)),
     ]
     for side in ("source", "destination"):
-        lines.append((f"versions, {side}"[:18], _versions(_dict(_dict(figures.get("versions")).get(side)))))
+        lines.append((f"{side} has", _versions(_dict(_dict(figures.get("versions")).get(side)))))
     for label, text in lines:
         if text:
             yield f"  {label:<18} {units.clean(str(text))}"
@@ -90,6 +91,11 @@ def _listed(title: str, found: dict[str, str]) -> Iterator[str]:
         if text:
             yield f"  {title:<18} {units.clean(label):<22} {text:>10}"
             title = ""
+
+
+def _compression(figures: dict[str, Any]) -> str:
+    ratio = _number(figures.get("compression_ratio"))
+    return f"{figures.get('compression') or ''}{f', {100 * ratio:.0f} % left' if ratio is not None else ''}"
 
 
 def _versions(said: dict[str, Any]) -> str:
