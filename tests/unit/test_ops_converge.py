@@ -18,7 +18,7 @@ from ckpt.errors import CkptError, FeatureMissing, TransferFailed
 from ckpt.host import cgroup
 from ckpt.host.cgroup import CpuLimit
 from ckpt.model import PrecopyLimits
-from ckpt.ops import knobs, recover
+from ckpt.ops import knobs
 from ckpt.ops.converge import STEPS, Throttle
 from ckpt.ops.precopy import Precopy, Round
 from ckpt.store.job import Job
@@ -77,25 +77,6 @@ def test_never_more_than_it_had(limit: Path, job: Job, spinning: subprocess.Pope
     time.sleep(0.2)
     throttle.step(job)
     assert quota_us(limit) <= 1500
-
-
-def test_a_killed_ckpt_is_cleaned_up_after(limit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rolled_back: list[str] = []
-
-    class Engine:
-        name = "toy"
-
-        def rollback(self, job: Job) -> None:
-            rolled_back.append(job.id)
-
-    monkeypatch.setattr(recover.registry, "by_name", lambda name: Engine())
-    before = limit.read_text().strip()
-    job = Job.create(tmp_path, "migrate-source", engine="toy", container_id="c1", name="web")
-    Throttle(lambda: [os.getpid()], "web").step(job)
-    assert limit.read_text() != before
-    job.release()  # its owner is dead
-    recover.sweep(tmp_path)
-    assert limit.read_text() == before and rolled_back == [job.id]
 
 
 def test_what_cannot_be_set_back_is_tried_again(tmp_path: Path, job: Job) -> None:
