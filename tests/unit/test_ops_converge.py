@@ -17,7 +17,7 @@ import pytest
 from ckpt.errors import CkptError, FeatureMissing, TransferFailed
 from ckpt.host import cgroup
 from ckpt.host.cgroup import CpuLimit
-from ckpt.model import PrecopyLimits
+from ckpt.model import Container, PrecopyLimits
 from ckpt.ops import knobs, recover
 from ckpt.ops.converge import STEPS, Throttle
 from ckpt.ops.precopy import Precopy, Round
@@ -85,6 +85,9 @@ def test_a_killed_ckpt_is_cleaned_up_after(limit: Path, tmp_path: Path, monkeypa
 
         def rollback(self, job: Job) -> None:
             rolled_back.append(job.id)
+
+        def describe(self, container: Container) -> Container:
+            return container
 
     monkeypatch.setattr(recover.registry, "by_name", lambda name: Engine())
     before = limit.read_text().strip()
