@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 _POLL_S: Final = 0.003
+_PF_EXITING: Final = 0x00000004
 _PF_KTHREAD: Final = 0x00200000
 _TCP_QUIET: Final = frozenset({"06", "07", "0A"})
 """TIME_WAIT, CLOSE, LISTEN: no --tcp-established needed (include/net/tcp_states.h)."""
@@ -92,18 +93,27 @@ def pids(root: int) -> tuple[int, ...]:
 
 
 def kill(root: int, limit_s: float) -> bool:
-    """Kill the tree of `root`, which is frozen, so that it does not grow; whether all of it is dead (or a zombie) within the time."""
+    """Kill the tree of `root`, which is frozen, so that it does not grow; whether all of it is dead, or dying, within the time.
+
+    What is dying (PF_EXITING, a zombie) computes nothing any more. More cannot be waited for while CRIU traces the tree: the first process
+    of a pid namespace is not dead before all others are reaped, and those are CRIU's to reap.
+    """
     members = [found for pid in pids(root) if (found := stat(pid))]
     end = time.monotonic() + limit_s
     for member in members:
         if same(member.pid, member.start_ticks):
             with suppress(ProcessLookupError):
                 os.kill(member.pid, signal.SIGKILL)
-    while any(same(member.pid, member.start_ticks) for member in members):
+    while any(_computes(member) for member in members):
         if time.monotonic() > end:
             return False
         time.sleep(_POLL_S)
     return True
+
+
+def _computes(known: Stat) -> bool:
+    now = stat(known.pid)
+    return now is not None and now.alive and now.start_ticks == known.start_ticks and not now.flags & _PF_EXITING
 
 
 def status(pid: int) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ckpt.archive import manifest as manifest_file
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue, StateUnknown, TransferFailed
 from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
-from ckpt.host import announce
+from ckpt.host import announce, traffic
 from ckpt.host.run import Process
 from ckpt.model import Carriage, Container, DumpOptions, HostFacts, Manifest, PrecopyLimits, Target
 from ckpt.ops import capture, faults, look, recover, statistics
@@ -305,6 +305,9 @@ class _Migration:
             self.stats["downtime_s"] = frozen_s
             self.emit(Thawed(self.typed, frozen_s))
             self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
+            if self.options.postcopy:
+                # The frozen source's network goes on answering who has its address (ARP); its end may be a while off.
+                traffic.block(self.job.directory, self.container.addresses)
             self.memory.follow(self.job)
             self.step("end")
             end_source(

@@ -10,6 +10,7 @@ from ckpt.criu import netlock
 from ckpt.engines.base import Engine, HeldDump
 from ckpt.errors import BusyError, CkptError, NeedsContinue, RestoreFailed, StateUnknown, TargetNotFound
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
+from ckpt.host import traffic
 from ckpt.model import Container
 from ckpt.ops import faults, recover
 from ckpt.ops.result import Outcome, failure
@@ -22,6 +23,7 @@ from ckpt.store.job import DEFAULT_ROOT, Job
 def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, keep: bool, *, stage: Path | None = None, faults_at: str = "") -> None:
     """End the frozen source for good and, unless it is to be kept, remove it with the volumes that moved along."""
     held.end()
+    traffic.unblock(job.directory)
     job.write("ended")
     if stage is not None:
         # A process tree shares this host's network: the locks of its connections would stay.

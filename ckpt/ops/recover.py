@@ -215,6 +215,7 @@ def _served(job: Job) -> str:
 
 def remove(job: Job) -> None:
     """Remove a job's directory, its journal last, so that a crash in between is found and finished. The history keeps a record of it."""
+    traffic.unblock(job.directory)
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)

@@ -155,8 +155,8 @@ def test_on_a_bridge_that_the_hosts_share(lab: Lab, record_property: pytest.Reco
     started(lab.a, "lan:ip=10.78.0.60")
     client = Client(c, "10.78.0.60", 7000)
     watch(c, "10.78.0.60")
-    for source, destination in ((lab.a, lab.b), (lab.b, lab.a)):
-        source.run(["ckpt", "migrate", "web", f"root@{destination.name}"])
+    for source, destination, mode in ((lab.a, lab.b, []), (lab.b, lab.a, ["--postcopy"]), (lab.a, lab.b, ["--precopy"])):
+        source.run(["ckpt", "migrate", *mode, "web", f"root@{destination.name}"])
         client.alive()
     assert sum(counted(c, "ends")) == 0 and min(counted(c, "news")) > 0
     record_property("gaps_s", [client.end()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import socket
@@ -74,3 +75,22 @@ def test_hold_launcher_waits_for_the_verdict(tmp_path: Path) -> None:
     assert done.returncode == 1
     hold.prepare(job.directory)
     assert not job.held_path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="pid namespaces are root's")
+def test_the_first_process_of_a_pid_namespace_dies_while_its_tree_is_traced() -> None:
+    """As CRIU leaves it: the namespace's first process waits for a zombie that only its tracer can reap."""
+    libc, seize, wall = ctypes.CDLL(None, use_errno=True), 0x4206, 0x40000000
+    outer = subprocess.Popen(["unshare", "--pid", "--fork", "sh", "-c", "sleep 1000 & echo; wait"], stdout=subprocess.PIPE)
+    try:
+        assert outer.stdout is not None and outer.stdout.readline()
+        _, first, traced = tree.pids(outer.pid)
+        libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        assert libc.ptrace(seize, traced, None, None) == 0
+        assert tree.kill(first, 5.0)
+        assert tree.same(first, getattr(tree.stat(first), "start_ticks", 0)), "it did not have to wait: nothing was tested"
+        os.waitpid(traced, wall)
+        outer.wait(5.0)
+    finally:
+        outer.kill()
+        outer.communicate()
