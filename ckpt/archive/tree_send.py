@@ -117,6 +117,7 @@ class TreeSource:
         tells = self._tree.tells_mapped_writes()
         if self._live and tells:
             self._tree.flush()
+        device = self._tree.lstat(b"").st_dev  # what is mounted beneath is of another file system, and was not flushed
         groups = self._groups(seen)
         parked: dict[bytes, tuple[int, _Known]] = {}
         yield from self._park(seen, parked)
@@ -142,7 +143,7 @@ class TreeSource:
                 continue
             try:
                 if now.kind == stat.S_IFREG:
-                    fresh = yield from self._file(path, now, group, parked.get(path), tells)
+                    fresh = yield from self._file(path, now, group, parked.get(path), tells and now.inode >> 64 == device)
                 else:
                     fresh = yield from self._special(path, now, group)
             except Gone:

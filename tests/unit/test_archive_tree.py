@@ -301,6 +301,40 @@ def test_a_change_within_the_clock_tick(base: Path, monkeypatch: pytest.MonkeyPa
     writer.close()
 
 
+def test_names_of_every_kind(base: Path) -> None:
+    tree, there, onto = base / "tree", base / "there", base / "onto"
+    there.mkdir()
+    onto.mkdir()
+    for name in (b"\xff\xfe", b"new\nline", b'quote"s', b"...", b"-rf", "\N{SNOWMAN}".encode(), b"x" * 255):
+        put(Path(os.fsdecode(os.fsencode(tree) + b"/" + name + b"/" + name)))
+    source, writer = rounds(tree, there)
+    assert_same(tree, there)
+    shutil.rmtree(tree / os.fsdecode(b"\xff\xfe"))
+    send(source, writer, live=False)
+    writer.close()
+    tree_receive.copy(there, base / "none", onto)
+    assert_same(tree, onto)
+
+
+def test_a_file_system_beneath(base: Path) -> None:
+    """What is mounted in the tree does not tell, whatever the tree's own file system does."""
+    tree, there = base / "tree", base / "there"
+    there.mkdir()
+    (tree / "mounted").mkdir(parents=True)
+    mount("tmpfs", tree / "mounted", "tmpfs", "size=4m")
+    try:
+        put(tree / "mounted/mapped", bytes(MIB))
+        with (tree / "mounted/mapped").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            mapped[5] = 1
+            source, writer = rounds(tree, there)
+            mapped[5] = 2
+            send(source, writer, live=False)
+            assert_same(tree, there)
+        writer.close()
+    finally:
+        unmount(tree / "mounted")
+
+
 def test_holes(base: Path) -> None:
     tree, there = base / "tree", base / "there"
     there.mkdir()
