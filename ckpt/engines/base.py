@@ -92,6 +92,41 @@ class Engine(Protocol):
         """Undo what a dead owner of `job` left behind in the engine (held trees, half-made containers). Idempotent."""
 
 
+class EarlyRestore(Protocol):
+    """A restore that stands ready, but for what the dump brings."""
+
+    def hold(self, rootfs_ready: MutateFs) -> HeldRestore:
+        """The rest of `Engine.restore`; the stage is complete now."""
+
+    def abort(self) -> None:
+        """Remove all that it made. Idempotent."""
+
+
+class SketchedDump(Protocol):
+    """What a held dump with `DumpOptions.sketched` offers besides."""
+
+    def needs_more(self) -> bool:
+        """Whether the container has by now what a sketch cannot have (files in /dev/shm); asked once, right after the dump."""
+
+    def complete(self, stage: Path) -> None:
+        """Wait for the engine, and write into the stage what it says now. Raises DumpFailed."""
+
+    def confirm(self, stage: Path) -> None:
+        """Wait for the engine. Raises DumpFailed when what it says is not what the sketch in the stage says."""
+
+
+class StartsEarly(Protocol):
+    """What an engine with `Capabilities.early` offers besides: its own share of dump and restore is done while the workload still runs."""
+
+    def sketch(self, container: Container, stage: Path, job: Job) -> bool:
+        """Write into the stage what only the engine knows, without a dump. False: this container cannot be restored from that."""
+
+    def begin_restore(
+        self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, volume_ready: Callable[[str, Path], None]
+    ) -> EarlyRestore:
+        """`Engine.restore` as far as a sketch goes. Raises RestoreFailed, with everything it made removed again."""
+
+
 class CarriesContainerImages(Protocol):
     """What an engine with `Capabilities.container_images` offers besides."""
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 LAZY_FROM_BYTES: Final = 64 << 20
 """Less memory is restored sooner than a lazy-pages daemon is started."""
 
+QUICK_BYTES: Final = 256 << 20
+
 Step = Callable[[str], None]
 
 
@@ -73,6 +75,8 @@ class MemoryMove:
         self._streams = False
         self.size_bytes: int | None = None
         """About as much memory as there is, where it is known."""
+        self.quick = False
+        """The pause will be short, however slow the link is: what waits for its end may wait."""
         self.lazily = False
         """The destination lets it run before its memory is in place."""
         self.stats: dict[str, float | int | str] = {}
@@ -98,8 +102,10 @@ class MemoryMove:
             from ckpt.ops import precopy
 
             precopy.throttle(self._container, self._limits)  # refused here rather than on the way
-        large = procmem.resident_bytes(tree.pids(self._container.pid or 0)) >= LAZY_FROM_BYTES
+        resident_bytes = procmem.resident_bytes(tree.pids(self._container.pid or 0))
+        large = resident_bytes >= LAZY_FROM_BYTES
         self.lazily = self._postcopy or (able and self._streams and (large if self._wanted is None else self._wanted))
+        self.quick = self._postcopy or resident_bytes < QUICK_BYTES or (self._limits is not None and self.lazily)
         self._emit(Figures(self._typed, {"lazy": self.lazily}))
 
     def send_ahead(self, peer: Peer, job: Job) -> None:

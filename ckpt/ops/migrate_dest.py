@@ -14,7 +14,7 @@ from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
-from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, Engine, HeldRestore
+from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, EarlyRestore, Engine, HeldRestore, StartsEarly
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
 from ckpt.host import announce
 from ckpt.host.run import Process
@@ -45,6 +45,7 @@ class Arrival:
         self.held: HeldRestore | None = None
         self.digests: dict[str, str] = {}
         self.keeper: lazy.Keeper | None = None
+        self.early: EarlyRestore | None = None
         self.trees = ahead_dest.Trees(engine, self.job)
         self.over = False
         self.pid: int | None = None
@@ -57,6 +58,8 @@ class Arrival:
         self.trees.close()
         if self.held is not None:
             self.held.abort()
+        elif self.early is not None:
+            self.early.abort()
         if self.keeper is not None:
             self.keeper.abort()
         self.drop_draft()
@@ -115,6 +118,7 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         "tree": receive_tree,
         "stage": receive_stage,
         "memory": lambda session, args: receive_memory(session, args, root),
+        "prepare": begin_restore,
         "restore": restore,
         "resume": resume,
         "finish": finish,
@@ -228,6 +232,39 @@ def receive_memory(session: Session, args: dict[str, Any], root: Path) -> dict[s
     return arriving.bridge(session, _arrival(session).job.directory)
 
 
+def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
+    """Begin the engine's restore of what is sketched in the stage, while the source still runs; with `undo` take it back."""
+    arrival = _arrival(session)
+    assert arrival.draft is not None
+    if args.get("undo"):
+        if arrival.early is not None:
+            arrival.early.abort()
+            arrival.early = None
+        return {}
+    manifest = manifest_file.loads(str(args["manifest"]).encode())
+    engine = cast(StartsEarly, arrival.engine)
+    for name, digest in arrival.digests.items():
+        if manifest.digests.get(name) != digest:
+            raise DigestMismatch(f"{name} did not arrive as it was sent")
+    arrival.early = engine.begin_restore(
+        arrival.draft.stage, manifest, _options(manifest, args), arrival.job, volume_ready=lambda name, directory: None
+    )
+    faults.point("destination-prepare")
+    return {}
+
+
+def _options(manifest: Manifest, args: dict[str, Any]) -> RestoreOptions:
+    return RestoreOptions(
+        name=args.get("name") or None,
+        publish=tuple(str(p) for p in args.get("publish", ())),
+        ignore_volumes=bool(args.get("ignore_volumes")),
+        tcp_established=manifest.tcp_established,
+        file_locks=manifest.file_locks,
+        checked=True,  # by `facts`, before the source froze
+        lazy=bool(args.get("memory")),
+    )
+
+
 def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """Check what arrived against the manifest, restore it, hold it: the answer means "prepared"."""
     arrival = _arrival(session)
@@ -237,15 +274,7 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     if arrival.digests != manifest.digests:
         wrong = sorted(name for name in {*arrival.digests, *manifest.digests} if arrival.digests.get(name) != manifest.digests.get(name))
         raise DigestMismatch(f"{wrong[0]} did not arrive as it was sent")
-    options = RestoreOptions(
-        name=args.get("name") or None,
-        publish=tuple(str(p) for p in args.get("publish", ())),
-        ignore_volumes=bool(args.get("ignore_volumes")),
-        tcp_established=manifest.tcp_established,
-        file_locks=manifest.file_locks,
-        checked=True,  # by `facts`, before the source froze
-        lazy=bool(args.get("memory")),
-    )
+    options = _options(manifest, args)
     try:
         if options.lazy:
             keep_memory(arrival, str(args["memory"]), _number(args, "images"))
@@ -288,9 +317,14 @@ def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> No
     stage = arrival.draft.stage
     arrival.trees.check(manifest, ignore_volumes=options.ignore_volumes)
     arrival.trees.close()
-    arrival.held = arrival.engine.restore(
-        stage, manifest, options, arrival.job, rootfs_ready=ahead_dest.fill_rootfs(stage), volume_ready=lambda name, directory: None
-    )
+    rootfs_ready = ahead_dest.fill_rootfs(stage)
+    if arrival.early is not None:
+        early, arrival.early = arrival.early, None
+        arrival.held = early.hold(rootfs_ready)
+    else:
+        arrival.held = arrival.engine.restore(
+            stage, manifest, options, arrival.job, rootfs_ready=rootfs_ready, volume_ready=lambda name, directory: None
+        )
     proof.check(arrival.held, manifest)
     if arrival.keeper is not None:
         arrival.job.write("held", **lazy.identity(arrival.held.init_pid, manifest.name))
