@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ckpt.archive._apply import allowed
-from ckpt.archive._chunks import READ_BYTES, ChunkReader
+from ckpt.archive.chunks import READ_BYTES, ChunkReader
 from ckpt.archive.rootfs import Survey
 from ckpt.errors import CkptError
 from ckpt.host.beneath import Gone, Tree

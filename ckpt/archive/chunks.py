@@ -18,8 +18,8 @@ class ChunkReader:
 
     def chunks(self, fd: int, size: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
         """The file in chunks that lie in `view`: offset, length, and where in the file there is data, not a hole."""
-        extents = _extents(fd, size)
-        extent = next(extents, None)
+        parts = extents(fd, size)
+        extent = next(parts, None)
         for at in range(0, size, READ_BYTES):
             length = min(READ_BYTES, size - at)
             pieces: list[tuple[int, int]] = []
@@ -35,7 +35,7 @@ class ChunkReader:
                         self.view[read - at : length] = bytes(length - (read - at))
                 if extent[1] > at + length:
                     break
-                extent = next(extents, None)
+                extent = next(parts, None)
             yield at, length, pieces
 
     def _read(self, fd: int, at: int, start: int, stop: int) -> int:
@@ -48,7 +48,7 @@ class ChunkReader:
         return start
 
 
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """The [start, end) of the parts that hold data. A file system that knows no holes has one."""
     position = 0
     while position < size:
