@@ -182,7 +182,7 @@ class PodmanRestore:
         """Create the named volumes that are missing, and fill them; one that exists is filled only by a restore in place."""
         podman = which("podman") or "podman"
         for name, _ in self.manifest.volumes:
-            if name in self.job.facts.get("created_volumes", []):
+            if name in self.job.facts.get("volumes_ahead", []):
                 continue  # made and filled before (a migration does that while the workload still runs)
             existed = run([podman, "volume", "exists", name], check=False).ok
             if existed and self.options.existing_volumes == "refuse":
@@ -331,13 +331,18 @@ def undo_restore(job: Job) -> None:
         made = facts.get("new_container_id") or (facts["container_name"] if facts.get("copy") else facts["container_id"])
         _podman("container", "rm", "--force", "--ignore", "--time", "0", str(made))
     traffic.unblock(job.directory)
-    drop_volumes(job)
+    drop_volumes(job, "created_volumes")
 
 
-def drop_volumes(job: Job) -> None:
-    """Remove the volumes that the job made, unless a container uses them by now. Idempotent."""
+def drop_volumes(job: Job, key: str) -> None:
+    """Remove volumes that the job made, unless a container uses them by now. Idempotent.
+
+    Args:
+        key: which, in the job's journal: "created_volumes" by a restore, "volumes_ahead" before one. The latter outlive the undoing of a
+            restore, for it may be tried again, and the source does not send their content twice.
+    """
     podman = which("podman") or "podman"
-    for volume in map(str, job.facts.get("created_volumes", [])):
+    for volume in map(str, job.facts.get(key, [])):
         if _podman("volume", "rm", volume):
             continue
         try:

@@ -150,7 +150,9 @@ class CarriesVolumes(Protocol):
     """What an engine with named volumes offers besides: they are filled before the container comes."""
 
     def make_volume(self, job: Job, name: str) -> Path:
-        """Make a named volume that is not there, journalled in `job` (`created_volumes`), so that it goes when the job is undone.
+        """Make a named volume that is not there, journalled in `job` (`volumes_ahead`), so that it goes when the job is undone.
+
+        It does not go with a restore of that job that is undone: that may be tried again.
 
         Returns:
             Its directory, for its content.
@@ -160,4 +162,4 @@ class CarriesVolumes(Protocol):
         """
 
     def drop_volumes(self, job: Job) -> None:
-        """Remove the volumes that were made for this job, unless a container uses them by now. Idempotent."""
+        """Remove the volumes of `make_volume`, unless a container uses them by now. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ class Trees:
         self._engine = engine
         self._job = job
         self._writers: dict[str, TreeWriter] = {}
+        self._places: dict[str, tuple[Path, os.stat_result]] = {}
         self._whole: set[str] = set()
 
     def receive(self, session: Session, stage: Path, args: dict[str, Any]) -> None:
@@ -63,19 +65,27 @@ class Trees:
         else:
             directory = stage / ROOTFS
             directory.mkdir(mode=0o700)
+        self._places[name] = directory, directory.stat()
         writer = self._writers[name] = TreeWriter(directory)
         return writer
 
     def check(self, manifest: Manifest, *, ignore_volumes: bool) -> None:
-        """Raise TransferFailed unless every tree that was begun, and every volume, is whole."""
+        """Raise TransferFailed unless every tree that was begun, and every volume, is whole and still there."""
         wanted = {*self._writers, *(() if ignore_volumes else (name for name, _ in manifest.volumes))}
         if missing := sorted(wanted - self._whole):
-            raise TransferFailed(f"{f'volume {missing[0]}' if missing[0] else 'the root file system'} did not all arrive")
+            raise TransferFailed(f"{_said(missing[0])} did not all arrive")
+        for name, (directory, facts) in self._places.items():
+            if not directory.is_dir() or not os.path.samestat(directory.stat(), facts):
+                raise TransferFailed(f"{_said(name)} arrived, and was removed since")
 
     def close(self) -> None:
         """End what writes. Idempotent."""
         for writer in self._writers.values():
             writer.close()
+
+
+def _said(name: str) -> str:
+    return f"volume {name}" if name else "the root file system"
 
 
 def fill_rootfs(stage: Path) -> Callable[[Path], None]:

@@ -63,7 +63,7 @@ class Arrival:
         if self.keeper is not None:
             self.keeper.abort()
         self.drop_draft()
-        if self.job.facts.get("created_volumes"):
+        if self.job.facts.get("volumes_ahead"):
             cast(CarriesVolumes, self.engine).drop_volumes(self.job)
         image_id = self.job.facts.get("loaded_image")
         if image_id:

@@ -117,3 +117,13 @@ def test_a_stream_that_makes_no_sense(trees: Trees, tmp_path: Path, content: byt
         trees.receive(cast(Session, Stream(content)), tmp_path / "stage", {"final": True})
     with pytest.raises(CkptError):
         trees.check(manifest(), ignore_volumes=False)
+
+
+def test_a_volume_that_was_removed_meanwhile(trees: Trees, tmp_path: Path) -> None:
+    trees.receive(lines(*FILE), tmp_path / "stage", {"volume": "data", "final": True})
+    (tmp_path / "volumes/data").rename(tmp_path / "away")
+    with pytest.raises(TransferFailed, match="removed since"):
+        trees.check(manifest("data"), ignore_volumes=False)
+    (tmp_path / "volumes/data").mkdir()
+    with pytest.raises(TransferFailed, match="removed since"):
+        trees.check(manifest("data"), ignore_volumes=False)
