@@ -121,6 +121,12 @@ class TreeSource:
         parked: dict[bytes, tuple[int, _Known]] = {}
         yield from self._park(seen, parked)
         yield from self._delete(seen)
+        if not self._live:
+            # The other end may follow on top of what is below the tree.
+            for name in self.deleted:
+                path = os.fsencode(name.lstrip("/"))
+                yield _line("delete", path)
+                self._touch(path)
         mains: dict[bytes, tuple[bytes, bool]] = {}
         dress: set[bytes] = set()
         for path, now in seen.items():

@@ -228,16 +228,22 @@ class PodmanRestore:
             self.process = spawn(argv, stdout=said, stderr=said, env=conf_override(self.job, dump=False), new_session=True)
         self.job.write("podman", engine_pid=self.process.pid)
 
+    def mounted(self) -> tuple[Path, dict[str, Any]]:
+        """Wait until podman has made the container; its mounted root, and its spec."""
+        directory = self.job.directory
+        if not _hold.wait_for(directory / "bundle", self.process, self.options.timeout_s):
+            raise self.failed()
+        told = json.loads((directory / "bundle").read_text())
+        if not self.container_id:
+            self.container_id = str(told["id"])
+            self.job.write("creating", new_container_id=self.container_id)
+        spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
+        return Path(told["bundle"], spec["root"]["path"]), spec
+
     def hold(self, rootfs_ready: Callable[[Path], None]) -> int:
         """Fill the mounted root, let CRIU restore, and wait until the tree is held; returns its first pid."""
         directory, limit = self.job.directory, self.options.timeout_s
-        if not _hold.wait_for(directory / "bundle", self.process, limit):
-            raise self.failed()
-        told = json.loads((directory / "bundle").read_text())
-        self.container_id = str(told["id"])
-        self.job.write("creating", new_container_id=self.container_id)
-        spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
-        root = Path(told["bundle"], spec["root"]["path"])
+        root, spec = self.mounted()
         rootfs_ready(root)
         if self.options.name and Path(self.manifest.runtime or "").name == "runc":
             self._own_cgroup(spec)
@@ -274,6 +280,13 @@ class PodmanEarlyRestore:
     def __init__(self, engine: Podman, attempt: PodmanRestore) -> None:
         self.engine = engine
         self.attempt = attempt
+
+    def root(self) -> Path:
+        try:
+            return self.attempt.mounted()[0]
+        except BaseException:
+            self.abort()
+            raise
 
     def hold(self, rootfs_ready: Callable[[Path], None]) -> PodmanHeldRestore:
         try:

@@ -33,6 +33,8 @@ class Trees:
         self._writers: dict[str, TreeWriter] = {}
         self._places: dict[str, tuple[Path, os.stat_result]] = {}
         self._whole: set[str] = set()
+        self._settled = False
+        """The root file system is followed in the container's own root."""
 
     def receive(self, session: Session, stage: Path, args: dict[str, Any]) -> None:
         """One round of one tree: `volume` names it, without one it is the root file system; `final`: after it the tree is whole.
@@ -69,6 +71,39 @@ class Trees:
         writer = self._writers[name] = TreeWriter(directory)
         return writer
 
+    def settle(self, stage: Path, root: Path) -> None:
+        """The container's root is mounted: bring what came so far, and follow what changes in it from now on.
+
+        Raises:
+            ArchiveInvalid, NoSpace, RestoreFailed: as `tree_receive.copy`.
+        """
+        if "" in self._writers:
+            tree_receive.copy(stage / ROOTFS, Path(os.devnull), root)
+            self._follow(root)
+            self._settled = True
+
+    def unsettle(self, stage: Path) -> None:
+        """That root goes. What came before it did is still in the stage, the rest has not been sent yet."""
+        if self._settled:
+            if "" in self._whole:
+                raise UsageError("the root file system is whole already")
+            self._follow(stage / ROOTFS)
+            self._settled = False
+
+    def fill(self, stage: Path) -> Callable[[Path], None]:
+        """What brings the root file system that arrived to a mounted root."""
+
+        def fill(root: Path) -> None:
+            if "" in self._places and not self._settled:
+                tree_receive.copy(stage / ROOTFS, stage / layout.DELETED_FILES, root)
+
+        return fill
+
+    def _follow(self, directory: Path) -> None:
+        self._writers[""].close()
+        self._writers[""] = TreeWriter(directory)
+        self._places[""] = directory, directory.stat()
+
     def check(self, manifest: Manifest, *, ignore_volumes: bool) -> None:
         """Raise TransferFailed unless every tree that was begun, and every volume, is whole and still there."""
         wanted = {*self._writers, *(() if ignore_volumes else (name for name, _ in manifest.volumes))}
@@ -86,13 +121,3 @@ class Trees:
 
 def _said(name: str) -> str:
     return f"volume {name}" if name else "the root file system"
-
-
-def fill_rootfs(stage: Path) -> Callable[[Path], None]:
-    """Brings what arrived to a mounted root."""
-
-    def fill(root: Path) -> None:
-        if (stage / ROOTFS).is_dir():
-            tree_receive.copy(stage / ROOTFS, stage / layout.DELETED_FILES, root)
-
-    return fill

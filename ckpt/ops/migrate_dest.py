@@ -237,6 +237,7 @@ def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival = _arrival(session)
     assert arrival.draft is not None
     if args.get("undo"):
+        arrival.trees.unsettle(arrival.draft.stage)
         if arrival.early is not None:
             arrival.early.abort()
             arrival.early = None
@@ -249,6 +250,7 @@ def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival.early = engine.begin_restore(
         arrival.draft.stage, manifest, _options(manifest, args), arrival.job, volume_ready=lambda name, directory: None
     )
+    arrival.trees.settle(arrival.draft.stage, arrival.early.root())
     faults.point("destination-prepare")
     return {}
 
@@ -317,7 +319,7 @@ def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> No
     stage = arrival.draft.stage
     arrival.trees.check(manifest, ignore_volumes=options.ignore_volumes)
     arrival.trees.close()
-    rootfs_ready = ahead_dest.fill_rootfs(stage)
+    rootfs_ready = arrival.trees.fill(stage)
     if arrival.early is not None:
         early, arrival.early = arrival.early, None
         arrival.held = early.hold(rootfs_ready)

@@ -377,7 +377,8 @@ def test_attributes(base: Path) -> None:
     writer.close()
 
 
-def test_an_overlay_is_brought_onto_its_image(base: Path) -> None:
+@pytest.mark.parametrize("settled", [False, True], ids=["at the end", "before the last round"])
+def test_an_overlay_is_brought_onto_its_image(base: Path, settled: bool) -> None:
     """The same as capture and apply make, for everything that a container can do."""
     for name in ("top", "bottom"):
         (base / name).mkdir()
@@ -390,13 +391,22 @@ def test_an_overlay_is_brought_onto_its_image(base: Path) -> None:
     send(source, writer, live=True)
     change(here.merged)
     send(source, writer, live=True)
+    if settled:
+        writer.close()
+        tree_receive.copy(replica, Path(os.devnull), there.merged)
+        writer = TreeWriter(there.merged)
     put(here.merged / "later", b"later")
     (here.merged / "data/keep").unlink()
+    (here.merged / "added/deep/er/file").rename(here.merged / "moved")
+    shutil.rmtree(here.merged / "nested")
+    (here.merged / "todir/inner/file").unlink()
+    put(here.merged / "nested/a/b/d", b"again")
     send(source, writer, live=False)
     writer.close()
     deleted = base / "deleted.files"
     rootfs.write_deleted(source.deleted, deleted)
-    tree_receive.copy(replica, deleted, there.merged)
+    if not settled:
+        tree_receive.copy(replica, deleted, there.merged)
     rootfs.capture(here.rootfs, base / "diff.tar", base / "deleted.old")
     assert json.loads(deleted.read_text()) == json.loads((base / "deleted.old").read_text())
     rootfs.apply(base / "diff.tar", base / "deleted.old", old.merged)

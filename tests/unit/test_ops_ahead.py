@@ -127,3 +127,29 @@ def test_a_volume_that_was_removed_meanwhile(trees: Trees, tmp_path: Path) -> No
     (tmp_path / "volumes/data").mkdir()
     with pytest.raises(TransferFailed, match="removed since"):
         trees.check(manifest("data"), ignore_volumes=False)
+
+
+def test_the_root_file_system_moves_to_the_container_and_back(trees: Trees, tmp_path: Path) -> None:
+    stage, root, other = tmp_path / "stage", tmp_path / "root", tmp_path / "other"
+    root.mkdir()
+    other.mkdir()
+    trees.receive(lines(*FILE), stage, {})
+    trees.settle(stage, root)
+    assert (root / "x").exists()
+    trees.unsettle(stage)
+    trees.receive(lines({"o": "park", "p": "x", "n": 0}, {"o": "unpark", "p": "y", "n": 0}, {"o": "settle"}, {"o": "done"}), stage, {"final": True})
+    assert (root / "x").exists() and not (stage / ROOTFS / "x").exists()
+    trees.check(manifest(), ignore_volumes=False)
+    trees.fill(stage)(other)
+    assert (other / "y").exists()
+
+
+def test_in_the_container_nothing_is_left_to_be_filled(trees: Trees, tmp_path: Path) -> None:
+    stage, root = tmp_path / "stage", tmp_path / "root"
+    root.mkdir()
+    trees.receive(lines(*FILE), stage, {})
+    trees.settle(stage, root)
+    trees.receive(lines({"o": "delete", "p": "x"}, {"o": "done"}), stage, {"final": True})
+    trees.check(manifest(), ignore_volumes=False)
+    trees.fill(stage)(root)
+    assert not list(root.iterdir())
