@@ -182,7 +182,7 @@ class PodmanRestore:
         """Create the named volumes that are missing, and fill them; one that exists is filled only by a restore in place."""
         podman = which("podman") or "podman"
         for name, _ in self.manifest.volumes:
-            if name in self.job.facts.get("created_volumes", []):
+            if name in self.job.facts.get("volumes_ahead", []):
                 continue  # made and filled before (a migration does that while the workload still runs)
             existed = run([podman, "volume", "exists", name], check=False).ok
             if existed and self.options.existing_volumes == "refuse":
@@ -228,19 +228,22 @@ class PodmanRestore:
             self.process = spawn(argv, stdout=said, stderr=said, env=conf_override(self.job, dump=False), new_session=True)
         self.job.write("podman", engine_pid=self.process.pid)
 
-    def reach_runtime(self) -> None:
-        """Wait until podman has made everything and calls the runtime. Raises RestoreFailed."""
-        if not _hold.wait_for(self.job.directory / "bundle", self.process, self.options.timeout_s):
+    def mounted(self) -> tuple[Path, dict[str, Any]]:
+        """Wait until podman has made the container; its mounted root, and its spec."""
+        directory = self.job.directory
+        if not _hold.wait_for(directory / "bundle", self.process, self.options.timeout_s):
             raise self.failed()
+        told = json.loads((directory / "bundle").read_text())
+        if not self.container_id:
+            self.container_id = str(told["id"])
+            self.job.write("creating", new_container_id=self.container_id)
+        spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
+        return Path(told["bundle"], spec["root"]["path"]), spec
 
     def hold(self, rootfs_ready: Callable[[Path], None]) -> int:
         """Fill the mounted root, let CRIU restore, and wait until the tree is held; returns its first pid."""
         directory, limit = self.job.directory, self.options.timeout_s
-        told = json.loads((directory / "bundle").read_text())
-        self.container_id = str(told["id"])
-        self.job.write("creating", new_container_id=self.container_id)
-        spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
-        root = Path(told["bundle"], spec["root"]["path"])
+        root, spec = self.mounted()
         rootfs_ready(root)
         if self.options.name and Path(self.manifest.runtime or "").name == "runc":
             self._own_cgroup(spec)
@@ -277,6 +280,13 @@ class PodmanEarlyRestore:
     def __init__(self, engine: Podman, attempt: PodmanRestore) -> None:
         self.engine = engine
         self.attempt = attempt
+
+    def root(self) -> Path:
+        try:
+            return self.attempt.mounted()[0]
+        except BaseException:
+            self.abort()
+            raise
 
     def hold(self, rootfs_ready: Callable[[Path], None]) -> PodmanHeldRestore:
         try:
@@ -334,13 +344,18 @@ def undo_restore(job: Job) -> None:
         made = facts.get("new_container_id") or (facts["container_name"] if facts.get("copy") else facts["container_id"])
         _podman("container", "rm", "--force", "--ignore", "--time", "0", str(made))
     traffic.unblock(job.directory)
-    drop_volumes(job)
+    drop_volumes(job, "created_volumes")
 
 
-def drop_volumes(job: Job) -> None:
-    """Remove the volumes that the job made, unless a container uses them by now. Idempotent."""
+def drop_volumes(job: Job, key: str) -> None:
+    """Remove volumes that the job made, unless a container uses them by now. Idempotent.
+
+    Args:
+        key: which, in the job's journal: "created_volumes" by a restore, "volumes_ahead" before one. The latter outlive the undoing of a
+            restore, for it may be tried again, and the source does not send their content twice.
+    """
     podman = which("podman") or "podman"
-    for volume in map(str, job.facts.get("created_volumes", [])):
+    for volume in map(str, job.facts.get(key, [])):
         if _podman("volume", "rm", volume):
             continue
         try:

@@ -95,6 +95,9 @@ class Engine(Protocol):
 class EarlyRestore(Protocol):
     """A restore that stands ready, but for what the dump brings."""
 
+    def root(self) -> Path:
+        """The container's mounted root, to be filled before `hold`. Raises RestoreFailed, with everything it made removed again."""
+
     def hold(self, rootfs_ready: MutateFs) -> HeldRestore:
         """The rest of `Engine.restore`; the stage is complete now."""
 
@@ -150,7 +153,9 @@ class CarriesVolumes(Protocol):
     """What an engine with named volumes offers besides: they are filled before the container comes."""
 
     def make_volume(self, job: Job, name: str) -> Path:
-        """Make a named volume that is not there, journalled in `job` (`created_volumes`), so that it goes when the job is undone.
+        """Make a named volume that is not there, journalled in `job` (`volumes_ahead`), so that it goes when the job is undone.
+
+        It does not go with a restore of that job that is undone: that may be tried again.
 
         Returns:
             Its directory, for its content.
@@ -160,4 +165,4 @@ class CarriesVolumes(Protocol):
         """
 
     def drop_volumes(self, job: Job) -> None:
-        """Remove the volumes that were made for this job, unless a container uses them by now. Idempotent."""
+        """Remove the volumes of `make_volume`, unless a container uses them by now. Idempotent."""

@@ -214,7 +214,7 @@ class Podman:
             self._pack_stub(job.directory / STUB, stage, manifest)
             _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy)
             attempt.start(job.directory / STUB)
-            attempt.reach_runtime()
+            attempt.mounted()
         except BaseException:
             undo_restore(job)
             raise
@@ -310,19 +310,19 @@ class Podman:
         }
 
     def make_volume(self, job: Job, name: str) -> Path:
-        made = list(job.facts.get("created_volumes", []))
+        made = list(job.facts.get("volumes_ahead", []))
         if podman("volume", "exists", name, check=False).ok:
             raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or use --ignore-volumes to use it as it is")
-        job.write("volume", created_volumes=[*made, name])
+        job.write("volume", volumes_ahead=[*made, name])
         try:
             podman("volume", "create", name)
         except CommandFailed as error:
-            job.write("volume", created_volumes=made)  # somebody was faster: it is not ours
+            job.write("volume", volumes_ahead=made)  # somebody was faster: it is not ours
             raise CkptError(f"volume {name} cannot be made: {error.reason}") from error
         return Path(podman("volume", "inspect", "--format", "{{.Mountpoint}}", name).text.strip())
 
     def drop_volumes(self, job: Job) -> None:
-        drop_volumes(job)
+        drop_volumes(job, "volumes_ahead")
 
     def remove_volumes(self, names: Sequence[str]) -> None:
         """Remove the named volumes that no container uses any more; one that is in use stays."""
@@ -337,7 +337,7 @@ class Podman:
             undo_restore(job)
         elif "init_pid" in facts:
             undo_dump(job, facts["init_pid"])
-        drop_volumes(job)
+        self.drop_volumes(job)
         if facts.get("loaded_image"):
             self.remove_container_image(str(facts["loaded_image"]))
 

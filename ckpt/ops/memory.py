@@ -107,7 +107,7 @@ class MemoryMove:
         if (self._postcopy or self._limits) and resident_bytes > (most_bytes := limits.piped_memory_bytes()):
             # CRIU would fail in the middle of the dump.
             hint = f"sysctl -w fs.pipe-max-size={4 << 20}, or a higher limit of open files (ulimit -n, LimitNOFILE=)"
-            message = f"CRIU can leave {most_bytes >> 20} MiB of memory in a frozen workload here, and {self._container.name} has {resident_bytes >> 20}"
+            message = f"{self._container.name} has {resident_bytes >> 20} MiB of memory, CRIU can leave {most_bytes >> 20} in a frozen workload"
             if self._postcopy or self._wanted:
                 raise FeatureMissing(message, where=where, hint=hint)
             self._emit(Notice(self._typed, f"{message}: its memory is restored before it runs there; {hint}"))

@@ -63,7 +63,7 @@ class Arrival:
         if self.keeper is not None:
             self.keeper.abort()
         self.drop_draft()
-        if self.job.facts.get("created_volumes"):
+        if self.job.facts.get("volumes_ahead"):
             cast(CarriesVolumes, self.engine).drop_volumes(self.job)
         image_id = self.job.facts.get("loaded_image")
         if image_id:
@@ -237,6 +237,7 @@ def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival = _arrival(session)
     assert arrival.draft is not None
     if args.get("undo"):
+        arrival.trees.unsettle(arrival.draft.stage)
         if arrival.early is not None:
             arrival.early.abort()
             arrival.early = None
@@ -251,6 +252,7 @@ def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival.early = engine.begin_restore(
         arrival.draft.stage, manifest, _options(manifest, args), arrival.job, volume_ready=lambda name, directory: None
     )
+    arrival.trees.settle(arrival.draft.stage, arrival.early.root())
     faults.point("destination-prepare")
     return {}
 
@@ -330,7 +332,7 @@ def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> No
     stage = arrival.draft.stage
     arrival.trees.check(manifest, ignore_volumes=options.ignore_volumes)
     arrival.trees.close()
-    rootfs_ready = ahead_dest.fill_rootfs(stage)
+    rootfs_ready = arrival.trees.fill(stage)
     if arrival.early is not None:
         early, arrival.early = arrival.early, None
         arrival.held = early.hold(rootfs_ready)
