@@ -25,6 +25,7 @@ from ckpt.ops import capture, faults, look, recover, statistics
 from ckpt.ops.early import EarlyStart
 from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
+from ckpt.ops.moments import Moment
 from ckpt.ops.resolve import resolve
 from ckpt.ops.result import Outcome, failure
 from ckpt.peer import client
@@ -256,9 +257,10 @@ class _Migration:
         options = replace(options, sketched=self.early.begun)
         self.step("dump")
         began_s = time.monotonic()
-        self.held = self.memory.dump(peer, stage, options, self.job, host.criu_version)
-        self.frozen_at_s = began_s
-        self.emit(Frozen(self.typed, began_s))
+        with Moment(self.container.pid, stopped=True) as stop:
+            self.held = self.memory.dump(peer, stage, options, self.job, host.criu_version)
+        self.frozen_at_s = stop.at_s or began_s
+        self.emit(Frozen(self.typed, self.frozen_at_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
         self.early.after_dump(peer, self.held, stage)
         self.step("capture")
@@ -290,7 +292,9 @@ class _Migration:
             self.emit(StepStarted(self.typed, "resume"))
             try:
                 faults.point("migrate-resume")
+                asked_s, ran_after_s = time.monotonic(), None
                 answer = peer.call("resume", timeout_s=60)
+                ran_after_s = answer.get("ran_after_s")
                 self.stats["container_id"] = str(answer.get("container_id", ""))
                 if answer.get("warning"):
                     self.emit(Notice(self.typed, f"{self.peer_name}: {answer['warning']}", warning=True))
@@ -301,7 +305,8 @@ class _Migration:
                     self.job.write("failed")
                     self.committed = False
                     raise
-            frozen_s = time.monotonic() - self.frozen_at_s
+            took_s = time.monotonic() - asked_s
+            frozen_s = asked_s - self.frozen_at_s + (min(ran_after_s, took_s) if isinstance(ran_after_s, float) else took_s)
             self.stats["downtime_s"] = frozen_s
             self.emit(Thawed(self.typed, frozen_s))
             self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")

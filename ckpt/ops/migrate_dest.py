@@ -7,6 +7,7 @@ process or the host is lost; from then on the restored workload is the live one,
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -20,6 +21,7 @@ from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import ContainerImage, Manifest, RestoreOptions
 from ckpt.ops import ahead_dest, faults, lazy, proof, recover
+from ckpt.ops.moments import Moment
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
 from ckpt.store.catalog import Catalog, Draft
@@ -351,11 +353,12 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival = _arrival(session)
     assert arrival.held is not None
     faults.point("destination-commit")
+    asked_s = time.monotonic()
     with recover.uninterrupted():
         arrival.job.write("commit")
         faults.point("destination-committed")
         try:
-            with announce.during(arrival.held.init_pid) as told:
+            with announce.during(arrival.held.init_pid) as told, Moment(arrival.held.init_pid, stopped=False) as go:
                 container = arrival.held.resume()
         except CkptError:
             arrival.job.write("failed")
@@ -367,7 +370,8 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     faults.point("destination-running")
     arrival.drop_draft()
     arrival.pid = container.pid
-    return {"container_id": container.id, "pid": container.pid, "warning": told.problem}
+    ran_after_s = None if go.at_s is None else go.at_s - asked_s
+    return {"container_id": container.id, "pid": container.pid, "warning": told.problem, "ran_after_s": ran_after_s}
 
 
 def finish(session: Session, args: dict[str, Any]) -> dict[str, Any]:
