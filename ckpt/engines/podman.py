@@ -214,6 +214,7 @@ class Podman:
             self._pack_stub(job.directory / STUB, stage, manifest)
             _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy)
             attempt.start(job.directory / STUB)
+            attempt.mounted()
         except BaseException:
             undo_restore(job)
             raise

@@ -247,6 +247,8 @@ def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     for name, digest in arrival.digests.items():
         if manifest.digests.get(name) != digest:
             raise DigestMismatch(f"{name} did not arrive as it was sent")
+    if args.get("memory"):
+        start_keeper(arrival, str(args["memory"]), waits=True)
     arrival.early = engine.begin_restore(
         arrival.draft.stage, manifest, _options(manifest, args), arrival.job, volume_ready=lambda name, directory: None
     )
@@ -290,27 +292,38 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def keep_memory(arrival: Arrival, memory: str, number: int | None) -> None:
+def start_keeper(arrival: Arrival, memory: str, *, newest: Path | None = None, waits: bool = False) -> None:
     """Start the keeper of the memory, which the restore leaves to CRIU's lazy-pages daemon."""
     from ckpt.criu import features
 
     assert arrival.draft is not None
-    if memory not in ("images", "chain", "source") or (memory == "chain") != (number is not None):
+    if memory not in ("images", "chain", "source"):
         raise UsageError(f"{memory!r} is no place where memory can be")
-    stage = arrival.draft.stage
-    newest = None if number is None else _ahead(stage, number)
-    if newest is not None and not newest.is_dir():
-        raise UsageError(f"there are no memory images number {number}")
     arrival.keeper = lazy.Keeper(
         arrival.job,
-        stage,
+        arrival.draft.stage,
         lease_fd=arrival.draft.fileno(),
         draft=True,
         verify=False,  # every frame had its check sum
         memory=cast(lazy.Memory, memory),
         criu_version=features.facts().version,
         newest=newest,
+        waits=waits,
     )
+
+
+def keep_memory(arrival: Arrival, memory: str, number: int | None) -> None:
+    """Let the keeper begin: the stage is complete."""
+    assert arrival.draft is not None
+    if (memory == "chain") != (number is not None):
+        raise UsageError(f"{memory!r} is no place where memory can be")
+    newest = None if number is None else _ahead(arrival.draft.stage, number)
+    if newest is not None and not newest.is_dir():
+        raise UsageError(f"there are no memory images number {number}")
+    if arrival.keeper is not None:
+        arrival.keeper.go(newest)
+    else:
+        start_keeper(arrival, memory, newest=newest)
 
 
 def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> None:

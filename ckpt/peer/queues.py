@@ -24,6 +24,7 @@ CONTENT: Final = frozenset({Kind.FILE, Kind.DATA, Kind.END, Kind.DONE})
 """What an upload consists of; in the order of the frames' `order`, whatever way they take."""
 STARVED_S: Final = 120.0
 """So long the queue may be full of frames that wait for one on another stream, while nothing at all comes."""
+_SIGNAL_S: Final = 0.5
 _LEAST_BYTES: Final = 512
 """What any frame counts at least, so that empty ones are bounded too."""
 
@@ -194,7 +195,8 @@ class Outbox:
         size_bytes = max(item.size_bytes, _LEAST_BYTES)
         with self._changed:
             while self._bytes and self._bytes + size_bytes > self._limit_bytes and not self._closed:
-                self._changed.wait()
+                # With a limit: a signal that comes just before Python begins to wait is seen only when it wakes up.
+                self._changed.wait(_SIGNAL_S)
             if self._closed:
                 return False
             self._content.append(item)
