@@ -229,7 +229,7 @@ class PodmanRestore:
         self.job.write("podman", engine_pid=self.process.pid)
 
     def mounted(self) -> tuple[Path, dict[str, Any]]:
-        """Wait until podman has made the container; its mounted root, and its spec."""
+        """Wait until podman has made everything and calls the runtime; the mounted root, and the spec. Raises RestoreFailed."""
         directory = self.job.directory
         if not _hold.wait_for(directory / "bundle", self.process, self.options.timeout_s):
             raise self.failed()
@@ -282,11 +282,7 @@ class PodmanEarlyRestore:
         self.attempt = attempt
 
     def root(self) -> Path:
-        try:
-            return self.attempt.mounted()[0]
-        except BaseException:
-            self.abort()
-            raise
+        return self.attempt.mounted()[0]
 
     def hold(self, rootfs_ready: Callable[[Path], None]) -> PodmanHeldRestore:
         try:

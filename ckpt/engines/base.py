@@ -96,7 +96,7 @@ class EarlyRestore(Protocol):
     """A restore that stands ready, but for what the dump brings."""
 
     def root(self) -> Path:
-        """The container's mounted root, to be filled before `hold`. Raises RestoreFailed, with everything it made removed again."""
+        """The container's mounted root: what is not the dump's can be brought there before `hold`."""
 
     def hold(self, rootfs_ready: MutateFs) -> HeldRestore:
         """The rest of `Engine.restore`; the stage is complete now."""
