@@ -71,7 +71,9 @@ def test_kill_9_of_the_peer(lab: Lab, way: tuple[str, ...], step: str) -> None:
     fault_on_b(lab, f"destination-{step}:kill")
     result = migrate(lab, way)
     settled(lab, before)
-    if step in ("committed", "running"):
+    if step == "pages" and "--postcopy" in way:
+        assert result.returncode == 0, "no memory goes over before the switchover"
+    elif step in ("committed", "running"):
         assert result.returncode in (0, 51), result
     else:
         assert result.returncode == 50, result
