@@ -32,6 +32,9 @@ PE_PARENT, PE_LAZY, PE_PRESENT = 1, 2, 4
 TYPE_PID, TYPE_SHMEM = 1, 2
 _TYPE_BITS: Final = 8
 
+ENTRY_PAGES: Final = 16384
+"""Neighbouring pages are joined to entries of at most so many. CRIU's own are not larger (they end with a pipe), and its lazy-pages daemon counts
+the bytes of an entry in an int: it fails with 2 GiB in one (collect_iovs in criu/uffd.c, 4.2.1)."""
 IMAGES_CAP: Final = 100_000
 """Images in one stream: each makes two files."""
 FIRST_PAGES_ID: Final = 0x10001
@@ -298,7 +301,7 @@ class PageWriter:
             flags = PE_PARENT
             self._parents += nr_pages
         start, count, run_flags = self._run
-        if count and run_flags == flags and start + count * PAGE_BYTES == vaddr:
+        if count and run_flags == flags and start + count * PAGE_BYTES == vaddr and count + nr_pages <= ENTRY_PAGES:
             self._run = (start, count + nr_pages, flags)
         else:
             self._end_run()
