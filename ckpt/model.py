@@ -119,6 +119,8 @@ class Capabilities:
     """A dump can send its memory pages to a page server."""
     lazy: bool = False
     """A restored workload can run at once, its memory brought behind it."""
+    early: bool = False
+    """A restore can be begun before its dump is (engines.base.StartsEarly)."""
     container_images: bool = False
     volumes: bool = False
 
@@ -136,6 +138,8 @@ class DumpOptions:
     timeout_s: float = 200.0
     page_server_port: int | None = None
     """CRIU sends the memory pages to a page server at this port of the loopback; its CRIU images are then without them."""
+    sketched: bool = False
+    """What the engine has to say of the container is in the stage already (engines.base.StartsEarly): the dump need not wait for it."""
     memory_stays: bool = False
     """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
 

@@ -12,7 +12,6 @@ The stream: one JSON object a line, `{"o": OPERATION, "p": PATH, …}`, "data" f
 from __future__ import annotations
 
 import base64
-import errno
 import json
 import os
 import secrets
@@ -24,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ckpt.archive._apply import allowed
+from ckpt.archive.chunks import READ_BYTES, ChunkReader
 from ckpt.archive.rootfs import Survey
 from ckpt.errors import CkptError
 from ckpt.host.beneath import Gone, Tree
 
-READ_BYTES: Final = 1 << 20
 BLOCK_BYTES: Final = 64 << 10
 """What changes is found in blocks of this size: as small as costs nothing measurable, 16 bytes of digest each are kept."""
 SETTLED_NS: Final = 100_000_000
@@ -81,7 +80,7 @@ class TreeSource:
         self._digest = xxh3_128_digest
         self._seed = secrets.randbits(64)  # so that nobody who writes the files can prepare two blocks of one digest
         self._known: dict[bytes, _Known] = {}
-        self._view = memoryview(bytearray(READ_BYTES))
+        self._reader = ChunkReader()
         self._zero_digests: dict[int, bytes] = {}
         self._tree: Tree
         self._touched: set[bytes] = set()
@@ -117,10 +116,17 @@ class TreeSource:
         tells = self._tree.tells_mapped_writes()
         if self._live and tells:
             self._tree.flush()
+        device = self._tree.lstat(b"").st_dev  # what is mounted beneath is of another file system, and was not flushed
         groups = self._groups(seen)
         parked: dict[bytes, tuple[int, _Known]] = {}
         yield from self._park(seen, parked)
         yield from self._delete(seen)
+        if not self._live:
+            # The other end may follow on top of what is below the tree.
+            for name in self.deleted:
+                path = os.fsencode(name.lstrip("/"))
+                yield _line("delete", path)
+                self._touch(path)
         mains: dict[bytes, tuple[bytes, bool]] = {}
         dress: set[bytes] = set()
         for path, now in seen.items():
@@ -142,7 +148,7 @@ class TreeSource:
                 continue
             try:
                 if now.kind == stat.S_IFREG:
-                    fresh = yield from self._file(path, now, group, parked.get(path), tells)
+                    fresh = yield from self._file(path, now, group, parked.get(path), tells and now.inode >> 64 == device)
                 else:
                     fresh = yield from self._special(path, now, group)
             except Gone:
@@ -266,7 +272,7 @@ class TreeSource:
                 yield _line("file", path, new=base is None)
             block = base.block if base else BLOCK_BYTES if found.st_size < _LARGE_BYTES else READ_BYTES
             digests = bytearray()
-            for at, length, pieces in self._chunks(fd, found.st_size):
+            for at, length, pieces in self._reader.chunks(fd, found.st_size):
                 fresh = self._digests(length, block, hole=not pieces)
                 was = base.digests[len(digests) : len(digests) + len(fresh)] if base else b""
                 digests += fresh
@@ -293,39 +299,8 @@ class TreeSource:
                 known = self._zero_digests[block] = self._digest(bytes(block), self._seed) * (READ_BYTES // block)
             return known
         if hole:
-            self._view[:length] = bytes(length)
-        return b"".join([self._digest(self._view[at : min(at + block, length)], self._seed) for at in range(0, length, block)])
-
-    def _chunks(self, fd: int, size: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """The file in chunks that lie in `_view`: offset, length, and where in the file there is data, not a hole."""
-        extents = _extents(fd, size)
-        extent = next(extents, None)
-        for at in range(0, size, READ_BYTES):
-            length = min(READ_BYTES, size - at)
-            pieces: list[tuple[int, int]] = []
-            while extent is not None and extent[0] < at + length:
-                start, stop = max(extent[0], at), min(extent[1], at + length)
-                if start < stop:
-                    if not pieces and stop - start < length:
-                        self._view[:length] = bytes(length)
-                    read = self._read(fd, at, start, stop)
-                    if read > start:
-                        pieces.append((start, read))
-                    if read < stop:  # it became shorter: what is missing reads as zeros over there
-                        self._view[read - at : length] = bytes(length - (read - at))
-                if extent[1] > at + length:
-                    break
-                extent = next(extents, None)
-            yield at, length, pieces
-
-    def _read(self, fd: int, at: int, start: int, stop: int) -> int:
-        """Read [start, stop) of the file; returns how far it came."""
-        while start < stop:
-            count = os.preadv(fd, [self._view[start - at : stop - at]], start)
-            if not count:
-                break
-            start += count
-        return start
+            self._reader.view[:length] = bytes(length)
+        return b"".join([self._digest(self._reader.view[at : min(at + block, length)], self._seed) for at in range(0, length, block)])
 
     def _run(self, at: int, start: int, stop: int, pieces: list[tuple[int, int]], *, old_size: int) -> Iterator[bytes | memoryview]:
         """The changed range [start, stop) of the chunk at `at`: its data, and zeros where it has holes now."""
@@ -334,7 +309,7 @@ class TreeSource:
             yield _line("hole", at=start, n=stop - start)
         for low, high in inside:
             yield _line("data", at=low, n=high - low)
-            yield self._view[low - at : high - at]
+            yield self._reader.view[low - at : high - at]
 
     def _meta(self, path: bytes, found: os.stat_result) -> list[Any]:
         xattrs = {key: base64.b64encode(value).decode() for key, value in sorted(self._tree.xattrs(path).items()) if allowed(key)}
@@ -389,24 +364,3 @@ def _runs(was: bytes, fresh: bytes) -> Iterator[tuple[int, int]]:
             start = -1
     if start >= 0:
         yield start, count
-
-
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """The [start, end) of the parts that hold data. A file system that knows no holes has one."""
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            start, end = position, size
-        if start >= size:
-            return
-        if end <= start:  # it became shorter in between
-            return
-        yield start, min(end, size)
-        position = end

@@ -2,7 +2,8 @@
 
 Writing 4 to /proc/PID/clear_refs takes the soft-dirty mark from every page; a write to a page sets it again, and bit 55 of the page's word in
 /proc/PID/pagemap shows it (Documentation/admin-guide/mm/soft-dirty.rst). Between reading the marks and taking them the processes must not run,
-or a write in between is lost: they are stopped by the freezer of their cgroup, for milliseconds, or this tracker is not used.
+or a write in between is lost: they are stopped by the freezer of their cgroup, for milliseconds, or this tracker is not used. PAGEMAP_SCAN
+(Linux 6.7) lists the marked pages faster than their words can be read.
 
 What a page's word proves. A page is *settled* when its word is, bit for bit, what it was at the last look with the mark taken off: present,
 not written since, **and in the same page frame**. The mark alone would not do: mremap(2) moves whole page tables without marking what is in
@@ -37,7 +38,7 @@ from typing import Final, Protocol
 from ckpt.criu import tree
 from ckpt.errors import PermissionDenied
 from ckpt.host.cgroup import Freezer, Knob, NotOwn
-from ckpt.host.procmem import PAGE, PM_PFN, PM_PRESENT, PM_SOFT_DIRTY, PageMap, Span, private_regions
+from ckpt.host.procmem import PAGE, PM_PFN, PM_PRESENT, PM_SOFT_DIRTY, SCANNED_END, PageMap, Span, private_regions, soft_dirty
 
 WINDOW_PAGES: Final = 512
 """Pages whose words are kept in one piece: what one page of the page table maps."""
@@ -60,6 +61,13 @@ class Kernel(Protocol):
             PermissionDenied: it may not be looked into.
         """
 
+    def marked(self, pid: int) -> list[memoryview] | None:
+        """Its pages with a mark, as ckpt.host.procmem.soft_dirty has them; None: they can be had from the words only.
+
+        Raises:
+            OSError: the process ended.
+        """
+
     def clear(self, pid: int) -> None:
         """Take the marks from all its pages. Raises OSError when the process ended."""
 
@@ -75,10 +83,15 @@ class Linux:
 
     Args:
         before_stop: called before the processes are stopped, with what sets them free again.
+        ioctl: False keeps it from using PAGEMAP_SCAN.
     """
 
-    def __init__(self, before_stop: Callable[[Knob], None] | None = None) -> None:
+    def __init__(self, before_stop: Callable[[Knob], None] | None = None, *, ioctl: bool = True) -> None:
         self._before_stop = before_stop
+        self._scans = ioctl and scan_works()
+
+    def marked(self, pid: int) -> list[memoryview] | None:
+        return soft_dirty(pid) if self._scans else None
 
     def words(self, pid: int, windows: Collection[int]) -> dict[int, bytes]:
         found: dict[int, bytes] = {}
@@ -188,20 +201,34 @@ class SoftDirty:
         self._memories = memories
 
     def _stop_and_look(self, pids: Collection[int], memories: dict[int, Memory]) -> tuple[dict[int, dict[int, bytes]], set[int]]:
+        """Only the marks must be read while they stand still; the frames behind them can be looked up later (a page that got another one
+        meanwhile is read, as one that got it before)."""
         wanted: dict[int, Collection[int]] = {pid: self._present(pid) for pid in memories}
         words: dict[int, dict[int, bytes]] = {}
+        marked: dict[int, list[memoryview]] = {}
         taken: set[int] = set()
         try:
             with self._kernel.stopped(pids):
                 began = time.perf_counter()
-                words = self._words(memories, wanted)
-                for pid in words:
+                for pid, memory in memories.items():
+                    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                        found = self._kernel.marked(pid)
+                        if found is None:
+                            words |= self._words({pid: memory}, wanted)
+                        elif tree.same(pid, memory.start_ticks):
+                            marked[pid] = found
+                for pid in (*words, *marked):
                     with contextlib.suppress(OSError):
                         taken.add(pid)
                         self._kernel.clear(pid)
             self.stopped_s = time.perf_counter() - began
         except NotOwn as error:
             self.reason = str(error)
+            return {}, taken
+        words |= self._words({pid: memories[pid] for pid in marked}, wanted)
+        for pid, ranges in marked.items():
+            if pid in words:
+                _mark(words[pid], memories[pid].windows, ranges)
         return words, taken
 
     def _words(self, memories: dict[int, Memory], windows: dict[int, Collection[int]]) -> dict[int, dict[int, bytes]]:
@@ -282,11 +309,44 @@ def works() -> bool:
     return frames and marks == [True, True, False, False, True, False]
 
 
+@functools.cache
+def scan_works() -> bool:
+    """Whether PAGEMAP_SCAN tells the marks (Linux 6.7): tried on a page of our own; only on x86-64, whose addresses and words it is written for."""
+    if os.uname().machine != "x86_64":
+        return False
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area[0] = 1
+        inside = ctypes.c_char.from_buffer(area)
+        address = ctypes.addressof(inside)
+        del inside
+        try:
+            found = soft_dirty("self")
+        except OSError:
+            return False
+        return any(start <= address < end for answer in found for start, end in zip(answer[0::3], answer[1::3], strict=True))
+
+
 def _unmarked(words: bytes) -> bytes:
     """The words without their marks; that of a page that is not in memory is replaced by one that no page ever has."""
     value = int.from_bytes(words, sys.byteorder)
     absent = (value >> 63 & _LANES) ^ _LANES
     return (value & ~(_LANES * PM_SOFT_DIRTY) | absent * _NEVER).to_bytes(len(words), sys.byteorder)
+
+
+def _mark(words: dict[int, bytes], windows: Collection[int], marked: list[memoryview]) -> None:
+    """Put marks that were taken back into the words of these windows; what is beyond the marks' reach counts as marked."""
+    lanes: dict[int, int] = {number: _LANES for number in windows if (number + 1) * _WINDOW_BYTES > SCANNED_END}
+    for answer in marked:
+        for start, end in zip(answer[0::3], answer[1::3], strict=True):
+            first, last = start // PAGE, end // PAGE
+            for number in range(first // WINDOW_PAGES, -(-last // WINDOW_PAGES)):
+                if number in windows:
+                    low, high = max(first - number * WINDOW_PAGES, 0), min(last - number * WINDOW_PAGES, WINDOW_PAGES)
+                    lanes[number] = lanes.get(number, 0) | (_LANES >> 64 * (WINDOW_PAGES - high + low)) << 64 * low
+    for number, some in lanes.items():
+        if number in words:
+            value = int.from_bytes(words[number], "little") | some * PM_SOFT_DIRTY
+            words[number] = value.to_bytes(len(words[number]), "little")
 
 
 def _runs(windows: list[int]) -> Iterator[tuple[int, int]]:

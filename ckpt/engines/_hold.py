@@ -89,6 +89,13 @@ def arm(
     part.rename(job.directory / "shim.json")
 
 
+def arm_sketch(job: Job) -> None:
+    """Let the shim answer the engine's next `checkpoint` without making one."""
+    part = job.directory / "shim.json.part"
+    part.write_text(json.dumps({"verb": "checkpoint", "sketch": True}))
+    part.rename(job.directory / "shim.json")
+
+
 def disarm(job: Job) -> None:
     """From now on the shim is the real runtime, also for what conmon starts later with this job in its environment."""
     (job.directory / "shim.json").unlink(missing_ok=True)

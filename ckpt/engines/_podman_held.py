@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 UNDO_LIMIT_S: Final = _hold.UNDO_LIMIT_S
 _RUNTIMES: Final = ("crun", "runc")
+EXPORT_LIMIT_S: Final = 200.0
+STUB: Final = "stub.tar"
+SHM_TAR: Final = "devshm-checkpoint.tar"
+SKETCHED: Final = ("config.dump", "spec.dump", "network.status")
+STUB_MEMBERS: Final = (*SKETCHED, SHM_TAR, "ctr.log")
 
 
 def conf_override(job: Job, *, dump: bool) -> dict[str, str]:
@@ -54,6 +59,36 @@ def _podman(*args: str, timeout_s: float = UNDO_LIMIT_S) -> bool:
         return False
 
 
+def unpack_stub(stub: Path, stage: Path) -> None:
+    """What podman exported, into the stage; the stub goes."""
+    import tarfile
+
+    with tarfile.open(stub) as tar:
+        for member in tar:
+            if member.isreg() and member.name in STUB_MEMBERS and (source := tar.extractfile(member)):
+                fd = os.open(stage / member.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                with os.fdopen(fd, "wb") as out, source:
+                    while block := source.read(1 << 20):
+                        out.write(block)
+    stub.unlink()
+
+
+def shm_in_use(container: Container) -> bool:
+    """Whether there are files in the container's /dev/shm, which podman carries along itself."""
+    try:
+        with os.scandir(f"/proc/{container.pid}/root/dev/shm") as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def dump_failed(container: Container, job: Job, work: Path) -> DumpFailed:
     """What CRIU, the runtime or podman said, as one error with a cause and a next step."""
     said = (job.directory / "podman.log", job.directory / "runtime.log")
@@ -64,7 +99,9 @@ def dump_failed(container: Container, job: Job, work: Path) -> DumpFailed:
 class PodmanHeldDump:
     """A held dump of a podman container."""
 
-    def __init__(self, container: Container, job: Job, work: Path, frozen_at_s: float) -> None:
+    def __init__(self, container: Container, job: Job, work: Path, frozen_at_s: float, process: Process | None = None) -> None:
+        self.process = process
+        """podman's own command; it exports what it knows of the container while the dump is held."""
         self.container = container
         self.job = job
         self.work = work
@@ -75,8 +112,30 @@ class PodmanHeldDump:
         """CRIU's stats-dump, there once the verdict has been given."""
         return self.work / "stats-dump"
 
+    def needs_more(self) -> bool:
+        return shm_in_use(self.container)
+
+    def complete(self, stage: Path) -> None:
+        self._wait_for_podman()
+        unpack_stub(self.job.directory / STUB, stage)
+
+    def confirm(self, stage: Path) -> None:
+        self._wait_for_podman()
+        now = self.job.directory / "podman-now"
+        now.mkdir(mode=0o700, exist_ok=True)
+        unpack_stub(self.job.directory / STUB, now)
+        changed = [name for name in SKETCHED if _bytes(now / name) != _bytes(stage / name)]
+        if changed:
+            raise DumpFailed(f"{self.container.name} was changed while it was migrated ({', '.join(changed)})", hint="try again")
+
+    def _wait_for_podman(self) -> None:
+        if self.process is not None and _hold.exited(self.process, EXPORT_LIMIT_S) != 0:
+            raise dump_failed(self.container, self.job, self.work)
+
     def resume(self) -> None:
         self.job.decide("1")
+        if self.process is not None:
+            _hold.exited(self.process, UNDO_LIMIT_S)
         code = _hold.runtime_exit(self.job, UNDO_LIMIT_S)
         _hold.disarm(self.job)
         if code is None or not self.container.pid or not _hold.alive(self.container.pid):
@@ -123,7 +182,7 @@ class PodmanRestore:
         """Create the named volumes that are missing, and fill them; one that exists is filled only by a restore in place."""
         podman = which("podman") or "podman"
         for name, _ in self.manifest.volumes:
-            if name in self.job.facts.get("created_volumes", []):
+            if name in self.job.facts.get("volumes_ahead", []):
                 continue  # made and filled before (a migration does that while the workload still runs)
             existed = run([podman, "volume", "exists", name], check=False).ok
             if existed and self.options.existing_volumes == "refuse":
@@ -169,16 +228,22 @@ class PodmanRestore:
             self.process = spawn(argv, stdout=said, stderr=said, env=conf_override(self.job, dump=False), new_session=True)
         self.job.write("podman", engine_pid=self.process.pid)
 
+    def mounted(self) -> tuple[Path, dict[str, Any]]:
+        """Wait until podman has made everything and calls the runtime; the mounted root, and the spec. Raises RestoreFailed."""
+        directory = self.job.directory
+        if not _hold.wait_for(directory / "bundle", self.process, self.options.timeout_s):
+            raise self.failed()
+        told = json.loads((directory / "bundle").read_text())
+        if not self.container_id:
+            self.container_id = str(told["id"])
+            self.job.write("creating", new_container_id=self.container_id)
+        spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
+        return Path(told["bundle"], spec["root"]["path"]), spec
+
     def hold(self, rootfs_ready: Callable[[Path], None]) -> int:
         """Fill the mounted root, let CRIU restore, and wait until the tree is held; returns its first pid."""
         directory, limit = self.job.directory, self.options.timeout_s
-        if not _hold.wait_for(directory / "bundle", self.process, limit):
-            raise self.failed()
-        told = json.loads((directory / "bundle").read_text())
-        self.container_id = str(told["id"])
-        self.job.write("creating", new_container_id=self.container_id)
-        spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
-        root = Path(told["bundle"], spec["root"]["path"])
+        root, spec = self.mounted()
         rootfs_ready(root)
         if self.options.name and Path(self.manifest.runtime or "").name == "runc":
             self._own_cgroup(spec)
@@ -207,6 +272,32 @@ class PodmanRestore:
         said = (self.job.directory / "podman.log",)
         log_path = self.job.directory / "criu" / "restore.log"
         return _hold.failure(RestoreFailed, f"{self.name} cannot be restored", log_path, verb="restore", said=said, silent="no answer in time")
+
+
+class PodmanEarlyRestore:
+    """A restore by podman, up to where the runtime begins its own."""
+
+    def __init__(self, engine: Podman, attempt: PodmanRestore) -> None:
+        self.engine = engine
+        self.attempt = attempt
+
+    def root(self) -> Path:
+        return self.attempt.mounted()[0]
+
+    def hold(self, rootfs_ready: Callable[[Path], None]) -> PodmanHeldRestore:
+        try:
+            init_pid = self.attempt.hold(rootfs_ready)
+        except BaseException:
+            undo_restore(self.attempt.job)
+            raise
+        finally:
+            (self.attempt.job.directory / STUB).unlink(missing_ok=True)
+        return PodmanHeldRestore(self.engine, self.attempt, init_pid)
+
+    def abort(self) -> None:
+        undo_restore(self.attempt.job)
+        self.attempt.job.forget_verdict()
+        (self.attempt.job.directory / STUB).unlink(missing_ok=True)
 
 
 class PodmanHeldRestore:
@@ -249,13 +340,18 @@ def undo_restore(job: Job) -> None:
         made = facts.get("new_container_id") or (facts["container_name"] if facts.get("copy") else facts["container_id"])
         _podman("container", "rm", "--force", "--ignore", "--time", "0", str(made))
     traffic.unblock(job.directory)
-    drop_volumes(job)
+    drop_volumes(job, "created_volumes")
 
 
-def drop_volumes(job: Job) -> None:
-    """Remove the volumes that the job made, unless a container uses them by now. Idempotent."""
+def drop_volumes(job: Job, key: str) -> None:
+    """Remove volumes that the job made, unless a container uses them by now. Idempotent.
+
+    Args:
+        key: which, in the job's journal: "created_volumes" by a restore, "volumes_ahead" before one. The latter outlive the undoing of a
+            restore, for it may be tried again, and the source does not send their content twice.
+    """
     podman = which("podman") or "podman"
-    for volume in map(str, job.facts.get("created_volumes", [])):
+    for volume in map(str, job.facts.get(key, [])):
         if _podman("volume", "rm", volume):
             continue
         try:

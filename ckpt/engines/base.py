@@ -92,6 +92,44 @@ class Engine(Protocol):
         """Undo what a dead owner of `job` left behind in the engine (held trees, half-made containers). Idempotent."""
 
 
+class EarlyRestore(Protocol):
+    """A restore that stands ready, but for what the dump brings."""
+
+    def root(self) -> Path:
+        """The container's mounted root: what is not the dump's can be brought there before `hold`."""
+
+    def hold(self, rootfs_ready: MutateFs) -> HeldRestore:
+        """The rest of `Engine.restore`; the stage is complete now."""
+
+    def abort(self) -> None:
+        """Remove all that it made. Idempotent."""
+
+
+class SketchedDump(Protocol):
+    """What a held dump with `DumpOptions.sketched` offers besides."""
+
+    def needs_more(self) -> bool:
+        """Whether the container has by now what a sketch cannot have (files in /dev/shm); asked once, right after the dump."""
+
+    def complete(self, stage: Path) -> None:
+        """Wait for the engine, and write into the stage what it says now. Raises DumpFailed."""
+
+    def confirm(self, stage: Path) -> None:
+        """Wait for the engine. Raises DumpFailed when what it says is not what the sketch in the stage says."""
+
+
+class StartsEarly(Protocol):
+    """What an engine with `Capabilities.early` offers besides: its own share of dump and restore is done while the workload still runs."""
+
+    def sketch(self, container: Container, stage: Path, job: Job) -> bool:
+        """Write into the stage what only the engine knows, without a dump. False: this container cannot be restored from that."""
+
+    def begin_restore(
+        self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, volume_ready: Callable[[str, Path], None]
+    ) -> EarlyRestore:
+        """`Engine.restore` as far as a sketch goes. Raises RestoreFailed, with everything it made removed again."""
+
+
 class CarriesContainerImages(Protocol):
     """What an engine with `Capabilities.container_images` offers besides."""
 
@@ -115,7 +153,9 @@ class CarriesVolumes(Protocol):
     """What an engine with named volumes offers besides: they are filled before the container comes."""
 
     def make_volume(self, job: Job, name: str) -> Path:
-        """Make a named volume that is not there, journalled in `job` (`created_volumes`), so that it goes when the job is undone.
+        """Make a named volume that is not there, journalled in `job` (`volumes_ahead`), so that it goes when the job is undone.
+
+        It does not go with a restore of that job that is undone: that may be tried again.
 
         Returns:
             Its directory, for its content.
@@ -125,4 +165,4 @@ class CarriesVolumes(Protocol):
         """
 
     def drop_volumes(self, job: Job) -> None:
-        """Remove the volumes that were made for this job, unless a container uses them by now. Idempotent."""
+        """Remove the volumes of `make_volume`, unless a container uses them by now. Idempotent."""

@@ -21,14 +21,19 @@ from typing import Any, BinaryIO, Final, cast
 from ckpt.criu import action
 from ckpt.engines import _hold
 from ckpt.engines._podman_held import (
+    SHM_TAR,
+    STUB,
+    STUB_MEMBERS,
+    PodmanEarlyRestore,
     PodmanHeldDump,
-    PodmanHeldRestore,
     PodmanRestore,
     conf_override,
     drop_volumes,
     dump_failed,
+    shm_in_use,
     undo_dump,
     undo_restore,
+    unpack_stub,
 )
 from ckpt.engines._podman_inspect import container_from_inspect, state_of
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
@@ -40,7 +45,6 @@ from ckpt.store.job import Job
 QUERY_TIMEOUT_S: Final = 60.0
 HOLD_LIMIT_S: Final = 240.0
 """Podman gives up on a runtime that does not answer within its container-create timeout (containers.conf(5))."""
-_STUB_MEMBERS: Final = ("config.dump", "spec.dump", "network.status", "devshm-checkpoint.tar", "ctr.log")
 
 
 def podman(*args: str | os.PathLike[str], check: bool = True, timeout_s: float = QUERY_TIMEOUT_S) -> Result:
@@ -73,7 +77,9 @@ class Podman:
         if os.geteuid() != 0:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
-        return Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True, lazy=True)
+        return Capabilities(
+            True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True, lazy=True, early=True
+        )
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -131,53 +137,53 @@ class Podman:
     def dump(self, container: Container, stage: Path, options: DumpOptions, job: Job) -> HeldDump:
         work = job.directory / "criu"
         _hold.arm(job, "checkpoint", stage / "checkpoint", work, page_server_port=options.page_server_port, memory_stays=options.memory_stays)
-        stub = job.directory / "stub.tar"
         flags = [*(["--tcp-established"] if options.tcp_established else []), *(["--file-locks"] if options.file_locks else [])]
-        argv: list[str | os.PathLike[str]] = [which("podman") or "podman", "container", "checkpoint", "--leave-running"]
-        argv += ["--export", stub, "--compress", "none", "--ignore-rootfs", "--ignore-volumes", *flags, container.id]
-        said_path = job.directory / "podman.log"
-        with said_path.open("wb") as said:
-            process = spawn(argv, stdout=said, stderr=said, env=conf_override(job, dump=True), new_session=True)
+        process = self._start_checkpoint(container, job, flags)
         whose = {"engine": self.name, "container_id": container.id, "container_name": container.name, "init_pid": container.pid}
         job.write("dumping", **whose, engine_pid=process.pid, memory_stays=options.memory_stays)
-        held = PodmanHeldDump(container, job, work, frozen_at_s=time.monotonic())
+        held = PodmanHeldDump(container, job, work, frozen_at_s=time.monotonic(), process=process)
         try:
             if not _hold.wait_for(job.held_path, process, min(options.timeout_s, HOLD_LIMIT_S)):
                 raise dump_failed(container, job, work)
             held.frozen_at_s = time.monotonic()
-            end = time.monotonic() + options.timeout_s
-            while process.poll() is None and time.monotonic() < end:
-                time.sleep(_hold.POLL_S)
-            if process.poll() != 0:
-                raise dump_failed(container, job, work)
-            self._unpack_stub(stub, stage)
+            if not options.sketched:
+                held.complete(stage)
         except BaseException:
             _hold.end_process(process)
             undo_dump(job, container.pid)
             raise
         return held
 
-    def _unpack_stub(self, stub: Path, stage: Path) -> None:
-        import tarfile
+    def _start_checkpoint(self, container: Container, job: Job, flags: Sequence[str]) -> Process:
+        argv: list[str | os.PathLike[str]] = [which("podman") or "podman", "container", "checkpoint", "--leave-running"]
+        argv += ["--export", job.directory / STUB, "--compress", "none", "--ignore-rootfs", "--ignore-volumes", *flags, container.id]
+        with (job.directory / "podman.log").open("wb") as said:
+            return spawn(argv, stdout=said, stderr=said, env=conf_override(job, dump=True), new_session=True)
 
-        with tarfile.open(stub) as tar:
-            for member in tar:
-                if member.isreg() and member.name in _STUB_MEMBERS and (source := tar.extractfile(member)):
-                    fd = os.open(stage / member.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-                    with os.fdopen(fd, "wb") as out, source:
-                        while block := source.read(1 << 20):
-                            out.write(block)
-        stub.unlink()
+    def sketch(self, container: Container, stage: Path, job: Job) -> bool:
+        if shm_in_use(container):
+            return False  # podman puts those files back before CRIU starts, and they are read when it is frozen
+        _hold.arm_sketch(job)
+        try:
+            process = self._start_checkpoint(container, job, [])
+            if _hold.exited(process, QUERY_TIMEOUT_S) != 0:
+                _hold.end_process(process)
+                return False
+            unpack_stub(job.directory / STUB, stage)
+            (stage / SHM_TAR).unlink(missing_ok=True)
+        finally:
+            _hold.disarm(job)
+        return True
 
     def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest) -> None:
         import tarfile
 
         with tarfile.open(stub, "w", format=tarfile.PAX_FORMAT) as tar:
-            for name in _STUB_MEMBERS:
+            for name in STUB_MEMBERS:
                 if (stage / name).exists():
                     tar.add(stage / name, name, recursive=False)
-            for name in ("checkpoint", "checkpoint/inventory.img"):
-                tar.add(stage / name, name, recursive=False)
+            # podman looks whether this one is there, no more; the runtime is shown the stage's.
+            tar.addfile(tarfile.TarInfo("checkpoint/inventory.img"))
         stub.chmod(0o600)
 
     def restore(
@@ -190,27 +196,29 @@ class Podman:
         rootfs_ready: MutateFs,
         volume_ready: Callable[[str, Path], None],
     ) -> HeldRestore:
-        work = job.directory / "criu"
+        early = self.begin_restore(stage, manifest, options, job, volume_ready=volume_ready)
+        return early.hold(rootfs_ready)
+
+    def begin_restore(
+        self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, volume_ready: Callable[[str, Path], None]
+    ) -> PodmanEarlyRestore:
         attempt = PodmanRestore(job, manifest, options)
         job.write(
             "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
         )
         if not options.checked or options.name:
             self._refuse(manifest, options)
-        stub = job.directory / "stub.tar"
         try:
             if not options.ignore_volumes:
                 attempt.make_volumes(volume_ready)
-            self._pack_stub(stub, stage, manifest)
-            _hold.arm(job, "restore", stage / "checkpoint", work, lazy=options.lazy)
-            attempt.start(stub)
-            init_pid = attempt.hold(rootfs_ready)
+            self._pack_stub(job.directory / STUB, stage, manifest)
+            _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy)
+            attempt.start(job.directory / STUB)
+            attempt.mounted()
         except BaseException:
             undo_restore(job)
             raise
-        finally:
-            stub.unlink(missing_ok=True)
-        return PodmanHeldRestore(self, attempt, init_pid)
+        return PodmanEarlyRestore(self, attempt)
 
     def _refuse(self, manifest: Manifest, options: RestoreOptions) -> None:
         """Raise for a restore that podman could not do, or that could not be undone without harm to another container."""
@@ -302,19 +310,19 @@ class Podman:
         }
 
     def make_volume(self, job: Job, name: str) -> Path:
-        made = list(job.facts.get("created_volumes", []))
+        made = list(job.facts.get("volumes_ahead", []))
         if podman("volume", "exists", name, check=False).ok:
             raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or use --ignore-volumes to use it as it is")
-        job.write("volume", created_volumes=[*made, name])
+        job.write("volume", volumes_ahead=[*made, name])
         try:
             podman("volume", "create", name)
         except CommandFailed as error:
-            job.write("volume", created_volumes=made)  # somebody was faster: it is not ours
+            job.write("volume", volumes_ahead=made)  # somebody was faster: it is not ours
             raise CkptError(f"volume {name} cannot be made: {error.reason}") from error
         return Path(podman("volume", "inspect", "--format", "{{.Mountpoint}}", name).text.strip())
 
     def drop_volumes(self, job: Job) -> None:
-        drop_volumes(job)
+        drop_volumes(job, "volumes_ahead")
 
     def remove_volumes(self, names: Sequence[str]) -> None:
         """Remove the named volumes that no container uses any more; one that is in use stays."""
@@ -329,7 +337,7 @@ class Podman:
             undo_restore(job)
         elif "init_pid" in facts:
             undo_dump(job, facts["init_pid"])
-        drop_volumes(job)
+        self.drop_volumes(job)
         if facts.get("loaded_image"):
             self.remove_container_image(str(facts["loaded_image"]))
 

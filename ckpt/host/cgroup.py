@@ -6,6 +6,7 @@ Its own is a cgroup below the root that holds all its processes and nobody else'
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -38,8 +39,11 @@ class Knob:
 
     def restore(self) -> None:
         """Set it back; nothing is done when the cgroup is gone."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             self.write(self.value)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
 
 
 class NotOwn(Exception):

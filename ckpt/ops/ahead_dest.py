@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,10 @@ class Trees:
         self._engine = engine
         self._job = job
         self._writers: dict[str, TreeWriter] = {}
+        self._places: dict[str, tuple[Path, os.stat_result]] = {}
         self._whole: set[str] = set()
+        self._settled = False
+        """The root file system is followed in the container's own root."""
 
     def receive(self, session: Session, stage: Path, args: dict[str, Any]) -> None:
         """One round of one tree: `volume` names it, without one it is the root file system; `final`: after it the tree is whole.
@@ -63,14 +67,51 @@ class Trees:
         else:
             directory = stage / ROOTFS
             directory.mkdir(mode=0o700)
+        self._places[name] = directory, directory.stat()
         writer = self._writers[name] = TreeWriter(directory)
         return writer
 
+    def settle(self, stage: Path, root: Path) -> None:
+        """The container's root is mounted: bring what came so far, and follow what changes in it from now on.
+
+        Raises:
+            ArchiveInvalid, NoSpace, RestoreFailed: as `tree_receive.copy`.
+        """
+        if "" in self._writers:
+            tree_receive.copy(stage / ROOTFS, Path(os.devnull), root)
+            self._follow(root)
+            self._settled = True
+
+    def unsettle(self, stage: Path) -> None:
+        """That root goes. What came before it did is still in the stage, the rest has not been sent yet."""
+        if self._settled:
+            if "" in self._whole:
+                raise UsageError("the root file system is whole already")
+            self._follow(stage / ROOTFS)
+            self._settled = False
+
+    def fill(self, stage: Path) -> Callable[[Path], None]:
+        """What brings the root file system that arrived to a mounted root."""
+
+        def fill(root: Path) -> None:
+            if "" in self._places and not self._settled:
+                tree_receive.copy(stage / ROOTFS, stage / layout.DELETED_FILES, root)
+
+        return fill
+
+    def _follow(self, directory: Path) -> None:
+        self._writers[""].close()
+        self._writers[""] = TreeWriter(directory)
+        self._places[""] = directory, directory.stat()
+
     def check(self, manifest: Manifest, *, ignore_volumes: bool) -> None:
-        """Raise TransferFailed unless every tree that was begun, and every volume, is whole."""
+        """Raise TransferFailed unless every tree that was begun, and every volume, is whole and still there."""
         wanted = {*self._writers, *(() if ignore_volumes else (name for name, _ in manifest.volumes))}
         if missing := sorted(wanted - self._whole):
-            raise TransferFailed(f"{f'volume {missing[0]}' if missing[0] else 'the root file system'} did not all arrive")
+            raise TransferFailed(f"{_said(missing[0])} did not all arrive")
+        for name, (directory, facts) in self._places.items():
+            if not directory.is_dir() or not os.path.samestat(directory.stat(), facts):
+                raise TransferFailed(f"{_said(name)} arrived, and was removed since")
 
     def close(self) -> None:
         """End what writes. Idempotent."""
@@ -78,11 +119,5 @@ class Trees:
             writer.close()
 
 
-def fill_rootfs(stage: Path) -> Callable[[Path], None]:
-    """Brings what arrived to a mounted root."""
-
-    def fill(root: Path) -> None:
-        if (stage / ROOTFS).is_dir():
-            tree_receive.copy(stage / ROOTFS, stage / layout.DELETED_FILES, root)
-
-    return fill
+def _said(name: str) -> str:
+    return f"volume {name}" if name else "the root file system"

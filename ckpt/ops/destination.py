@@ -60,6 +60,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         "engine": {"usable": False, "reason": "not asked for"},
         "pages": _takes_pages(),
         "lazy": False,
+        "early": False,
         "container_image": None,
         "names": [],
         "ports_busy": _ports_busy(request),
@@ -78,6 +79,7 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         return report
     capabilities = engine.probe()
     report["engine"] = asdict(capabilities)
+    report["early"] = capabilities.early
     report["lazy"] = capabilities.lazy and bool(criu.lazy_pages)
     if not capabilities.usable:
         return report

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Literal
 
 import ckpt
-from ckpt.criu import action, lazy, pagefeed, tree
+from ckpt.criu import action, bindings, lazy, pagefeed, tree
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
 from ckpt.store.job import Job
@@ -40,6 +40,7 @@ _BODY: Final = (
 )
 
 
+_GO: Final = b"g"
 Memory = Literal["images", "chain", "source"]
 
 
@@ -57,6 +58,7 @@ class Keeper:
         memory: Memory = "images",
         criu_version: str = "",
         newest: Path | None = None,
+        waits: bool = False,
     ) -> None:
         """Start it; the daemon is on its way (`criu.lazy.wait_listening`).
 
@@ -67,19 +69,28 @@ class Keeper:
             memory: where it is: in the stage's CRIU images; "chain", in the images `newest` and their parents; "source", still on the
                 source of a migration (see postcopy.py).
             criu_version: of this host, for the last two.
+            waits: for `go`, because the stage is not complete.
 
         Raises:
             CommandFailed, OSError: it cannot be started.
         """
         self._job = job
         lazy.work_dir(job.directory).mkdir(mode=0o700, exist_ok=True)
-        plan = {"stage": str(stage), "fd": lease_fd, "draft": draft, "verify": verify, "memory": memory, "criu_version": criu_version}
-        job.write("lazy", lazy={**plan, "newest": str(newest or "")})
+        self._plan = {"stage": str(stage), "fd": lease_fd, "draft": draft, "verify": verify, "memory": memory, "criu_version": criu_version}
+        job.write("lazy", lazy={**self._plan, "newest": str(newest or ""), "waits": waits})
         parent = str(Path(ckpt.__file__).resolve().parent.parent)
         argv = [sys.executable or "/usr/bin/python3", "-I", "-c", _BODY, parent, str(job.directory)]
         with open(job.directory / "keeper.log", "ab") as log:
             self._process = run.spawn(argv, stdin=run.PIPE, stderr=log, cwd="/", pass_fds=(lease_fd,), new_session=True)
         job.write("lazy", keeper_pid=self._process.pid)
+
+    def go(self, newest: Path | None) -> None:
+        """The stage is complete: start the daemon. `newest` as for `memory` "chain"."""
+        self._job.write("lazy", lazy={**self._plan, "newest": str(newest or "")})
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it is dead: `wait_listening` finds that
+            self._process.stdin.write(_GO)
+            self._process.stdin.flush()
 
     def check(self) -> None:
         """Raise RestoreFailed when the daemon is no longer there to serve."""
@@ -133,6 +144,11 @@ def keeper_main(directory: str) -> int:
         plan = _facts(journal)["lazy"]
         stage = Path(plan["stage"])
         try:
+            if plan.get("waits"):
+                bindings.load("images.pagemap_pb2")  # takes a moment, and the source is frozen later
+                if os.read(0, 1) != _GO:
+                    return 0
+                plan = _facts(journal)["lazy"]
             return _keep(_Served(job, journal, stage, bool(plan["verify"])), plan)
         finally:
             if plan["draft"]:

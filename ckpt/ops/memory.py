@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ckpt.criu import tree
 from ckpt.engines.base import Engine, HeldDump
 from ckpt.errors import CkptError, FeatureMissing, NeedsContinue
-from ckpt.events import BytesMoved, Emit, Figures
-from ckpt.host import procmem
+from ckpt.events import BytesMoved, Emit, Figures, Notice
+from ckpt.host import limits, procmem
 from ckpt.model import Container, DumpOptions, PrecopyLimits
 from ckpt.ops import faults
 from ckpt.peer.client import Peer
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 LAZY_FROM_BYTES: Final = 64 << 20
 """Less memory is restored sooner than a lazy-pages daemon is started."""
+
+QUICK_BYTES: Final = 256 << 20
 
 Step = Callable[[str], None]
 
@@ -73,6 +75,8 @@ class MemoryMove:
         self._streams = False
         self.size_bytes: int | None = None
         """About as much memory as there is, where it is known."""
+        self.quick = False
+        """The pause will be short, however slow the link is: what waits for its end may wait."""
         self.lazily = False
         """The destination lets it run before its memory is in place."""
         self.stats: dict[str, float | int | str] = {}
@@ -98,8 +102,18 @@ class MemoryMove:
             from ckpt.ops import precopy
 
             precopy.throttle(self._container, self._limits)  # refused here rather than on the way
-        large = procmem.resident_bytes(tree.pids(self._container.pid or 0)) >= LAZY_FROM_BYTES
+        resident_bytes = procmem.resident_bytes(tree.pids(self._container.pid or 0))
+        large = resident_bytes >= LAZY_FROM_BYTES
+        if (self._postcopy or self._limits) and resident_bytes > (most_bytes := limits.piped_memory_bytes()):
+            # CRIU would fail in the middle of the dump.
+            hint = f"sysctl -w fs.pipe-max-size={4 << 20}, or a higher limit of open files (ulimit -n, LimitNOFILE=)"
+            message = f"{self._container.name} has {resident_bytes >> 20} MiB of memory, CRIU can leave {most_bytes >> 20} in a frozen workload"
+            if self._postcopy or self._wanted:
+                raise FeatureMissing(message, where=where, hint=hint)
+            self._emit(Notice(self._typed, f"{message}: its memory is restored before it runs there; {hint}"))
+            able = False
         self.lazily = self._postcopy or (able and self._streams and (large if self._wanted is None else self._wanted))
+        self.quick = self._postcopy or resident_bytes < QUICK_BYTES or (self._limits is not None and self.lazily)
         self._emit(Figures(self._typed, {"lazy": self.lazily}))
 
     def send_ahead(self, peer: Peer, job: Job) -> None:

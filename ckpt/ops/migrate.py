@@ -20,10 +20,12 @@ from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue
 from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce, traffic
 from ckpt.host.run import Process
-from ckpt.model import Carriage, Container, DumpOptions, Manifest, PrecopyLimits, Target
+from ckpt.model import Carriage, Container, DumpOptions, HostFacts, Manifest, PrecopyLimits, Target
 from ckpt.ops import capture, faults, look, recover, statistics
+from ckpt.ops.early import EarlyStart
 from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
+from ckpt.ops.moments import Moment
 from ckpt.ops.resolve import resolve
 from ckpt.ops.result import Outcome, failure
 from ckpt.peer import client
@@ -39,7 +41,7 @@ RESTORE_LIMIT_S: Final = 230.0
 ASK_LIMIT_S: Final = 20.0
 """After `commit`, for this long the destination is asked again how it ended before the answer is left to --continue."""
 STEPS: Final = (
-    *("check", "begin", "container-image", "files", "precopy", "dump", "pages", "capture", "transfer", "restore"),
+    *("check", "begin", "container-image", "files", "precopy", "prepare", "dump", "pages", "capture", "transfer", "restore"),
     *("commit", "resume", "follow", "end", "remove"),
 )
 """The plan, in order; `commit` is the point of no return. Each is also a fault point `migrate-STEP` for the tests."""
@@ -78,6 +80,7 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
         "container-image": "bring the container image along, by id, if it is missing there",
         "files": "send its root file system and volumes while it runs, then again what changed",
         "precopy": "send its memory while it runs, then again what changed" if options.precopy else "(not asked for)",
+        "prepare": "let the engine there make ready for it, where that cannot be in the way of the original",
         "dump": "freeze the workload and dump it, held",
         "pages": "leave its memory here for now" if options.postcopy else "send its memory while it is frozen; none of it is written here",
         "capture": "send what changed in them since, still frozen",
@@ -113,6 +116,7 @@ class _Migration:
             typed, engine, container, emit, step=self.step, done=self.done, precopy=options.precopy, postcopy=options.postcopy, lazy=options.lazy
         )
         self.files: FilesAhead | None = None
+        self.early = EarlyStart(engine, container)
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
@@ -137,15 +141,16 @@ class _Migration:
                     self.memory.send_ahead(peer, cast(Job, self.job))
                     if self.files is not None and self.options.precopy:
                         self.files.ahead()  # what was written while the memory went over
-                    manifest = self.dump_and_send(peer, dump_options)
+                    host = capture.host_facts()  # asks CRIU for its version: not while the workload is frozen
+                    self.prepare(peer, report, dump_options, host)
+                    manifest = self.dump_and_send(peer, dump_options, host)
                     self.step("restore")
                     self.memory.begin_to_follow(peer)
-                    answer = {"manifest": manifest_file.dumps(manifest).decode(), "name": self.options.name, "publish": list(self.options.publish)}
                     peer.call(
-                        "restore",
-                        {**answer, "ignore_volumes": self.options.ignore_volumes, **self.memory.restore_args()},
-                        timeout_s=self.options.timeout_s,
+                        "restore", {"manifest": manifest_file.dumps(manifest).decode(), **self.restore_args()}, timeout_s=self.options.timeout_s
                     )
+                    assert self.held is not None and self.draft is not None
+                    self.early.confirm(self.held, self.draft.stage)
                     self.done("restore", "held there")
                 except BaseException:
                     with suppress(CkptError):
@@ -231,17 +236,33 @@ class _Migration:
         self.files.ahead()
         self.done("files", f"{self.files.ahead_bytes / (1 << 20):.1f} MiB")
 
-    def dump_and_send(self, peer: Peer, options: DumpOptions) -> Manifest:
+    def restore_args(self) -> dict[str, Any]:
+        """How it is to be restored there."""
+        asked = self.options
+        given = {"name": asked.name, "publish": list(asked.publish), "ignore_volumes": asked.ignore_volumes}
+        return {**given, **self.memory.restore_args()}
+
+    def prepare(self, peer: Peer, report: dict[str, Any], options: DumpOptions, host: HostFacts) -> None:
+        """Let the destination's engine begin, so that less is left for the pause."""
+        self.step("prepare")
+        if self.memory.quick and self.early.possible(report):
+            assert self.job is not None and self.draft is not None
+            self.early.begin(peer, self.draft.stage, options, host, self.job, self.restore_args())
+        self.done("prepare", "stands ready" if self.early.begun else "not possible before the dump")
+
+    def dump_and_send(self, peer: Peer, options: DumpOptions, host: HostFacts) -> Manifest:
         """Freeze, dump, read what belongs to it, send everything; the dump stays held."""
         assert self.job is not None and self.draft is not None
         stage = self.draft.stage
-        host = capture.host_facts()  # asks CRIU for its version: not while the workload is frozen
+        options = replace(options, sketched=self.early.begun)
         self.step("dump")
         began_s = time.monotonic()
-        self.held = self.memory.dump(peer, stage, options, self.job, host.criu_version)
-        self.frozen_at_s = began_s
-        self.emit(Frozen(self.typed, began_s))
+        with Moment(self.container.pid, stopped=True) as stop:
+            self.held = self.memory.dump(peer, stage, options, self.job, host.criu_version)
+        self.frozen_at_s = stop.at_s or began_s
+        self.emit(Frozen(self.typed, self.frozen_at_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
+        self.early.after_dump(peer, self.held, stage)
         self.step("capture")
         if self.files is not None:
             self.files.finish(stage)
@@ -249,7 +270,7 @@ class _Migration:
             self.stats["files_rounds"] = self.files.rounds
         self.done("capture")
         manifest = capture.describe(stage, self.container, options, host=host, digests={})
-        members = [name for name in layout.stage_members(stage) if (stage / name).is_file()]
+        members = [name for name in layout.stage_members(stage) if (stage / name).is_file() and name not in self.early.digests]
         sizes = {name: (stage / name).stat().st_size for name in members}
         total_bytes = sum(sizes.values())
         self.emit(Figures(self.typed, statistics.of_members(sizes)))
@@ -258,7 +279,8 @@ class _Migration:
             upload.send_stage(stage, members, on_bytes=lambda done: self.emit(BytesMoved(self.typed, "transfer", done, total_bytes)))
         self.stats.update(peer.statistics())
         self.done("transfer", f"{total_bytes / (1 << 20):.1f} MiB")
-        return replace(manifest, id=self.draft.id, digests={name: f"sha256:{digest}" for name, digest in upload.digests.items()})
+        sent = {name: f"sha256:{digest}" for name, digest in upload.digests.items()}
+        return replace(manifest, id=self.draft.id, digests={**self.early.digests, **sent})
 
     def switch_over(self, peer: Peer) -> None:
         assert self.job is not None and self.held is not None
@@ -270,7 +292,9 @@ class _Migration:
             self.emit(StepStarted(self.typed, "resume"))
             try:
                 faults.point("migrate-resume")
+                asked_s, ran_after_s = time.monotonic(), None
                 answer = peer.call("resume", timeout_s=60)
+                ran_after_s = answer.get("ran_after_s")
                 self.stats["container_id"] = str(answer.get("container_id", ""))
                 if answer.get("warning"):
                     self.emit(Notice(self.typed, f"{self.peer_name}: {answer['warning']}", warning=True))
@@ -281,7 +305,8 @@ class _Migration:
                     self.job.write("failed")
                     self.committed = False
                     raise
-            frozen_s = time.monotonic() - self.frozen_at_s
+            took_s = time.monotonic() - asked_s
+            frozen_s = asked_s - self.frozen_at_s + (min(ran_after_s, took_s) if isinstance(ran_after_s, float) else took_s)
             self.stats["downtime_s"] = frozen_s
             self.emit(Thawed(self.typed, frozen_s))
             self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")

@@ -7,6 +7,7 @@ process or the host is lost; from then on the restored workload is the live one,
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -14,12 +15,13 @@ from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
-from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, Engine, HeldRestore
+from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, EarlyRestore, Engine, HeldRestore, StartsEarly
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
 from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import ContainerImage, Manifest, RestoreOptions
 from ckpt.ops import ahead_dest, faults, lazy, proof, recover
+from ckpt.ops.moments import Moment
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
 from ckpt.store.catalog import Catalog, Draft
@@ -45,6 +47,7 @@ class Arrival:
         self.held: HeldRestore | None = None
         self.digests: dict[str, str] = {}
         self.keeper: lazy.Keeper | None = None
+        self.early: EarlyRestore | None = None
         self.trees = ahead_dest.Trees(engine, self.job)
         self.over = False
         self.pid: int | None = None
@@ -57,10 +60,12 @@ class Arrival:
         self.trees.close()
         if self.held is not None:
             self.held.abort()
+        elif self.early is not None:
+            self.early.abort()
         if self.keeper is not None:
             self.keeper.abort()
         self.drop_draft()
-        if self.job.facts.get("created_volumes"):
+        if self.job.facts.get("volumes_ahead"):
             cast(CarriesVolumes, self.engine).drop_volumes(self.job)
         image_id = self.job.facts.get("loaded_image")
         if image_id:
@@ -115,6 +120,7 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         "tree": receive_tree,
         "stage": receive_stage,
         "memory": lambda session, args: receive_memory(session, args, root),
+        "prepare": begin_restore,
         "restore": restore,
         "resume": resume,
         "finish": finish,
@@ -228,6 +234,43 @@ def receive_memory(session: Session, args: dict[str, Any], root: Path) -> dict[s
     return arriving.bridge(session, _arrival(session).job.directory)
 
 
+def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
+    """Begin the engine's restore of what is sketched in the stage, while the source still runs; with `undo` take it back."""
+    arrival = _arrival(session)
+    assert arrival.draft is not None
+    if args.get("undo"):
+        arrival.trees.unsettle(arrival.draft.stage)
+        if arrival.early is not None:
+            arrival.early.abort()
+            arrival.early = None
+        return {}
+    manifest = manifest_file.loads(str(args["manifest"]).encode())
+    engine = cast(StartsEarly, arrival.engine)
+    for name, digest in arrival.digests.items():
+        if manifest.digests.get(name) != digest:
+            raise DigestMismatch(f"{name} did not arrive as it was sent")
+    if args.get("memory"):
+        start_keeper(arrival, str(args["memory"]), waits=True)
+    arrival.early = engine.begin_restore(
+        arrival.draft.stage, manifest, _options(manifest, args), arrival.job, volume_ready=lambda name, directory: None
+    )
+    arrival.trees.settle(arrival.draft.stage, arrival.early.root())
+    faults.point("destination-prepare")
+    return {}
+
+
+def _options(manifest: Manifest, args: dict[str, Any]) -> RestoreOptions:
+    return RestoreOptions(
+        name=args.get("name") or None,
+        publish=tuple(str(p) for p in args.get("publish", ())),
+        ignore_volumes=bool(args.get("ignore_volumes")),
+        tcp_established=manifest.tcp_established,
+        file_locks=manifest.file_locks,
+        checked=True,  # by `facts`, before the source froze
+        lazy=bool(args.get("memory")),
+    )
+
+
 def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """Check what arrived against the manifest, restore it, hold it: the answer means "prepared"."""
     arrival = _arrival(session)
@@ -237,15 +280,7 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     if arrival.digests != manifest.digests:
         wrong = sorted(name for name in {*arrival.digests, *manifest.digests} if arrival.digests.get(name) != manifest.digests.get(name))
         raise DigestMismatch(f"{wrong[0]} did not arrive as it was sent")
-    options = RestoreOptions(
-        name=args.get("name") or None,
-        publish=tuple(str(p) for p in args.get("publish", ())),
-        ignore_volumes=bool(args.get("ignore_volumes")),
-        tcp_established=manifest.tcp_established,
-        file_locks=manifest.file_locks,
-        checked=True,  # by `facts`, before the source froze
-        lazy=bool(args.get("memory")),
-    )
+    options = _options(manifest, args)
     try:
         if options.lazy:
             keep_memory(arrival, str(args["memory"]), _number(args, "images"))
@@ -259,27 +294,38 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def keep_memory(arrival: Arrival, memory: str, number: int | None) -> None:
+def start_keeper(arrival: Arrival, memory: str, *, newest: Path | None = None, waits: bool = False) -> None:
     """Start the keeper of the memory, which the restore leaves to CRIU's lazy-pages daemon."""
     from ckpt.criu import features
 
     assert arrival.draft is not None
-    if memory not in ("images", "chain", "source") or (memory == "chain") != (number is not None):
+    if memory not in ("images", "chain", "source"):
         raise UsageError(f"{memory!r} is no place where memory can be")
-    stage = arrival.draft.stage
-    newest = None if number is None else _ahead(stage, number)
-    if newest is not None and not newest.is_dir():
-        raise UsageError(f"there are no memory images number {number}")
     arrival.keeper = lazy.Keeper(
         arrival.job,
-        stage,
+        arrival.draft.stage,
         lease_fd=arrival.draft.fileno(),
         draft=True,
         verify=False,  # every frame had its check sum
         memory=cast(lazy.Memory, memory),
         criu_version=features.facts().version,
         newest=newest,
+        waits=waits,
     )
+
+
+def keep_memory(arrival: Arrival, memory: str, number: int | None) -> None:
+    """Let the keeper begin: the stage is complete."""
+    assert arrival.draft is not None
+    if (memory == "chain") != (number is not None):
+        raise UsageError(f"{memory!r} is no place where memory can be")
+    newest = None if number is None else _ahead(arrival.draft.stage, number)
+    if newest is not None and not newest.is_dir():
+        raise UsageError(f"there are no memory images number {number}")
+    if arrival.keeper is not None:
+        arrival.keeper.go(newest)
+    else:
+        start_keeper(arrival, memory, newest=newest)
 
 
 def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> None:
@@ -288,9 +334,14 @@ def prepare(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> No
     stage = arrival.draft.stage
     arrival.trees.check(manifest, ignore_volumes=options.ignore_volumes)
     arrival.trees.close()
-    arrival.held = arrival.engine.restore(
-        stage, manifest, options, arrival.job, rootfs_ready=ahead_dest.fill_rootfs(stage), volume_ready=lambda name, directory: None
-    )
+    rootfs_ready = arrival.trees.fill(stage)
+    if arrival.early is not None:
+        early, arrival.early = arrival.early, None
+        arrival.held = early.hold(rootfs_ready)
+    else:
+        arrival.held = arrival.engine.restore(
+            stage, manifest, options, arrival.job, rootfs_ready=rootfs_ready, volume_ready=lambda name, directory: None
+        )
     proof.check(arrival.held, manifest)
     if arrival.keeper is not None:
         arrival.job.write("held", **lazy.identity(arrival.held.init_pid, manifest.name))
@@ -302,11 +353,12 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival = _arrival(session)
     assert arrival.held is not None
     faults.point("destination-commit")
+    asked_s = time.monotonic()
     with recover.uninterrupted():
         arrival.job.write("commit")
         faults.point("destination-committed")
         try:
-            with announce.during(arrival.held.init_pid) as told:
+            with announce.during(arrival.held.init_pid) as told, Moment(arrival.held.init_pid, stopped=False) as go:
                 container = arrival.held.resume()
         except CkptError:
             arrival.job.write("failed")
@@ -318,7 +370,8 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     faults.point("destination-running")
     arrival.drop_draft()
     arrival.pid = container.pid
-    return {"container_id": container.id, "pid": container.pid, "warning": told.problem}
+    ran_after_s = None if go.at_s is None else go.at_s - asked_s
+    return {"container_id": container.id, "pid": container.pid, "warning": told.problem, "ran_after_s": ran_after_s}
 
 
 def finish(session: Session, args: dict[str, Any]) -> dict[str, Any]:

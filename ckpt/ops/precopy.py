@@ -25,7 +25,7 @@ from ckpt.ops.pages import MEMBER, VERB
 from ckpt.peer.client import Peer
 from ckpt.store.job import Job
 
-FIXED_S: Final = 1.0
+FIXED_S: Final = 0.5
 """What a switchover takes besides the memory: freezing, the engine's restore, the two journals (tests/bench)."""
 GAIN: Final = 0.85
 """A round that leaves more than this part of what the round before left gains nothing any more."""

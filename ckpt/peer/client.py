@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from ckpt.transports import ssh, ssh_cipher
 CALL_TIMEOUT_S: Final = 60.0
 UPLOAD_TIMEOUT_S: Final = 300.0
 _GIVE_UP_S: Final = 10.0
+_SIGNAL_S: Final = 0.5
 _LEAVE_S: Final = 5.0
 
 
@@ -172,8 +174,11 @@ class Peer:
         return channel, pending
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        end_s = time.monotonic() + timeout_s
         with self._changed:
-            self._changed.wait_for(lambda: condition() or self._ended, timeout_s)
+            # In short steps: a signal that comes just before Python begins to wait is seen only when it wakes up.
+            while not (condition() or self._ended) and (left_s := end_s - time.monotonic()) > 0:
+                self._changed.wait(min(left_s, _SIGNAL_S))
             return condition()
 
     def _result(self, verb: str, channel: int, pending: _Pending, timeout_s: float) -> dict[str, Any]:

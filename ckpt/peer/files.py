@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol, cast
 
+from ckpt.archive.chunks import extents
 from ckpt.errors import TransferFailed
 from ckpt.peer.frames import CHUNK_BYTES, PIPE_BYTES, Buffer, Frame, Kind
 
@@ -91,7 +92,7 @@ def send_file(carrier: Carrier, stage: Path, member: str, *, on_bytes: Callable[
         carrier.control(Kind.FILE, {"path": member, "mode": stat.S_IMODE(about.st_mode), "size": about.st_size})
         digest = hashlib.sha256()
         done = 0
-        for start, end in _extents(fd, about.st_size):
+        for start, end in extents(fd, about.st_size):
             _hash_zeros(digest, start - done)
             if start > done:
                 on_bytes(start - done)
@@ -163,26 +164,6 @@ def _fill(stream: Readable | BinaryIO, buffer: bytearray) -> int:
             break
         done += count
     return done
-
-
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """The (start, end) of the parts that hold data. A file system that knows no holes has one extent."""
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                start, end = position, size
-            else:
-                raise
-        if start >= size:
-            return
-        yield start, min(end, size)
-        position = end
 
 
 class _Digest(Protocol):

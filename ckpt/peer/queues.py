@@ -22,6 +22,9 @@ T = TypeVar("T")
 QUEUE_BYTES: Final = 8 << 20
 CONTENT: Final = frozenset({Kind.FILE, Kind.DATA, Kind.END, Kind.DONE})
 """What an upload consists of; in the order of the frames' `order`, whatever way they take."""
+STARVED_S: Final = 120.0
+"""So long the queue may be full of frames that wait for one on another stream, while nothing at all comes."""
+_SIGNAL_S: Final = 0.5
 _LEAST_BYTES: Final = 512
 """What any frame counts at least, so that empty ones are bounded too."""
 
@@ -77,8 +80,9 @@ class ByteQueue(Generic[T]):
 class Inbox:
     """The frames of one upload as they arrive, got in their order, whichever stream brought them."""
 
-    def __init__(self, limit_bytes: int = QUEUE_BYTES) -> None:
+    def __init__(self, limit_bytes: int = QUEUE_BYTES, *, starved_s: float = STARVED_S) -> None:
         self._limit_bytes = limit_bytes
+        self._starved_s = starved_s
         self._frames: dict[int, Frame] = {}
         self._urgent: deque[Frame] = deque()
         self._next = 0
@@ -87,7 +91,7 @@ class Inbox:
         self._changed = threading.Condition()
 
     def put(self, frame: Frame) -> None:
-        """Keep a frame; waits for room, but for the one that is due. Raises TransferFailed for one that came before."""
+        """Keep a frame; waits for room, but for the one that is due. Raises TransferFailed for one that came before, or when one does not come."""
         with self._changed:
             if frame.kind not in CONTENT:
                 self._urgent.append(frame)
@@ -95,7 +99,8 @@ class Inbox:
                 return
             size_bytes = max(len(frame.payload), _LEAST_BYTES)
             while self._bytes and self._bytes + size_bytes > self._limit_bytes and frame.order != self._next and not self._closed:
-                self._changed.wait()
+                if not self._changed.wait(self._starved_s) and self._next not in self._frames and not self._closed:
+                    raise TransferFailed("damaged data arrived: a part of an upload is missing")
             if self._closed:
                 return
             if frame.order < self._next or frame.order in self._frames:
@@ -190,7 +195,8 @@ class Outbox:
         size_bytes = max(item.size_bytes, _LEAST_BYTES)
         with self._changed:
             while self._bytes and self._bytes + size_bytes > self._limit_bytes and not self._closed:
-                self._changed.wait()
+                # With a limit: a signal that comes just before Python begins to wait is seen only when it wakes up.
+                self._changed.wait(_SIGNAL_S)
             if self._closed:
                 return False
             self._content.append(item)

@@ -164,6 +164,17 @@ class Job:
             merged.update(entry)
         return merged
 
+    def forget_verdict(self) -> None:
+        """Take back a verdict that nobody read: it would answer the next hold of this job."""
+        if self._verdict_fd is not None:
+            os.set_blocking(self._verdict_fd, False)
+            try:
+                os.read(self._verdict_fd, 64)
+            except BlockingIOError:
+                pass
+            finally:
+                os.set_blocking(self._verdict_fd, True)
+
     def decide(self, verdict: Verdict) -> None:
         """Answer the waiting action-script: "0" success (dump: source ends; restore: goes on), "1" failure."""
         if self._verdict_fd is None:

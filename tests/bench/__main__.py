@@ -116,7 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plan", choices=PLANS, default="quick", help="quick: most bars, crun; full: all bars and the plot; trial: small sizes")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing that would end later than this")
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these of podman, ckpt, precopy, postcopy, criu")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only cases with one of these in their name (--list shows them)")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only these cases, or those with one of these in their name (--list shows them)")
     parser.add_argument("--repeat", type=int, metavar="N", help="so many of each instead of what the plan says")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep each result there as a line of JSON, and go on from what it holds")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write medians, ratios and bars as JSON there")
@@ -129,7 +129,9 @@ def arguments() -> argparse.Namespace:
 
 def chosen_plan(options: argparse.Namespace) -> Plan:
     found = plan(options.plan)
-    entries = [entry for entry in found.entries if not options.only or any(part in entry.case.name for part in options.only)]
+    names = {entry.case.name for entry in found.entries}
+    asked = {name for part in options.only or [""] for name in names if name == part or (part not in names and part in name)}
+    entries = [entry for entry in found.entries if entry.case.name in asked]
     if options.repeat:
         entries = [type(entry)(entry.case, entry.ways, options.repeat) for entry in entries]
     return Plan(found.name, tuple(entries), found.sizes)

@@ -32,20 +32,20 @@ def goes_on(host: Host, since: int, mib: int = MIB) -> None:
 @pytest.mark.parametrize("flags", [["--precopy"], []], ids=["round", "frozen"])
 def test_ctrl_c_while_memory_goes_over(lab: Lab, flags: list[str]) -> None:
     at = start_hog(lab.a)
-    words = ["ckpt", "migrate", *flags, "--bwlimit", "8M", "--compress", "none", "web", "root@b"]
+    words = ["ckpt", "migrate", *flags, "--bwlimit", "4M", "--compress", "none", "web", "root@b"]
     moving = lab.a.popen(["sh", "-c", f"exec {' '.join(words)} 2>{SAID}"])
     step = "precopy" if flags else "pages"
 
     def told() -> list[str]:
         lines = lab.a.run(["cat", SAID], check=False).stdout.splitlines()
-        return [line for line in lines if line.startswith(f"web: {step}: ") and "MiB/s" in line]
+        return [line for line in lines if line.startswith(f"web: {step}: ") and "iB/s" in line]
 
     wait_until(lambda: len(told()) >= 2, "its rate is told")
     asked_s = time.monotonic()
     moving.send_signal(signal.SIGINT)
     moving.communicate(timeout=30)
     assert moving.returncode == 130
-    assert time.monotonic() - asked_s < 5, "it does not wait for what is queued"
+    assert time.monotonic() - asked_s < 8, "it does not wait for what is queued"
     said = lab.a.run(["cat", SAID]).stdout
     assert "web: stopped; web is running here, nothing is left on root@b" in said
     lines = told()

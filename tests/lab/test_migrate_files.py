@@ -153,3 +153,17 @@ def test_volumes_are_left_alone_when_asked(lab: Lab) -> None:
     wait_until(lambda: last_tick(lab.b) > at, "it counts there")
     assert lab.b.run(["podman", "exec", "web", "cat", "/vol/mine"]).stdout == "mine"
     assert lab.b.run(["podman", "exec", "web", "ls", "/vol"]).stdout.split() in (["mine"], ["mine", "now"])
+
+
+def test_volumes_outlive_an_early_start_that_comes_to_nothing(lab: Lab) -> None:
+    """The destination's engine made ready for a container without files in /dev/shm; then it got one, and begins anew."""
+    at = start_writer(lab.a, "mkdir /vol/kept; echo content >/vol/kept/file; touch /ready")
+    moving = lab.a.popen([*MOVE, "--format", "json"], env={"CKPT_FAULT": f"migrate-dump:gate={GATE}"})
+    wait_until(lambda: lab.a.exists(f"{GATE}.reached"), "the destination stands ready")
+    lab.a.run(["podman", "exec", "web", "sh", "-c", "echo shared >/dev/shm/file"])
+    lab.a.write_file(GATE, "")
+    _, said = moving.communicate(timeout=60)
+    assert moving.returncode == 0, said
+    wait_until(lambda: last_tick(lab.b) > at, "it counts there")
+    assert lab.b.run(["podman", "exec", "web", "cat", "/vol/kept/file", "/dev/shm/file"]).stdout == "content\nshared\n"
+    assert_clean(lab.a, lab.b)

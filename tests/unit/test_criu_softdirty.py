@@ -32,7 +32,8 @@ SWAPPED = 1 << 62
 class Stopping(Linux):
     """The real system; the processes are stopped by a signal, which a test may do."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ioctl: bool = True) -> None:
+        super().__init__(ioctl=ioctl)
         self.looks = 0
         self.refuse = self.holds = False
 
@@ -65,7 +66,7 @@ class Simulated(Stopping):
     """Marks by content: set on every present page that is not as it was when they were last taken."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(ioctl=False)
         self._clean: dict[int, dict[int, bytes]] = {}
 
     def words(self, pid: int, windows: Collection[int]) -> dict[int, bytes]:
@@ -102,13 +103,15 @@ class Simulated(Stopping):
             return b""
 
 
-@pytest.fixture(params=["kernel", "simulated"])
+@pytest.fixture(params=["kernel", "kernel-words", "simulated"])
 def kernel(request: pytest.FixtureRequest) -> Stopping:
     if request.param == "simulated":
         return Simulated()
     if not softdirty.works():
         pytest.skip("this kernel has no soft-dirty marks")
-    return Stopping()
+    if request.param == "kernel" and not softdirty.scan_works():
+        pytest.skip("this kernel has no PAGEMAP_SCAN for its soft-dirty marks")
+    return Stopping(ioctl=request.param == "kernel")
 
 
 @pytest.fixture(params=[True, False], ids=["PAGEMAP_SCAN", "pagemap"])
@@ -337,6 +340,26 @@ def test_words() -> None:
     # Not ended: the marks of what was not read are gone.
     memory.look({3: words(frame, frame + 1)}, taken=True)
     assert memory.settled(span) is False
+
+
+def test_marks_are_put_back() -> None:
+    frame = PM_PRESENT | 0x1234
+    span = Span(3 * WINDOW_PAGES * PAGE, 2 * WINDOW_PAGES)
+    full = struct.pack(f"={WINDOW_PAGES}Q", *range(frame, frame + WINDOW_PAGES))
+    memory = Memory(1)
+    memory.look({3: full, 4: full, 5: full}, taken=True)
+    memory.end()
+    now = {3: full, 4: full, 5: full}
+    low, high = span.vaddr + 510 * PAGE, span.vaddr + 514 * PAGE
+    softdirty._mark(now, memory.windows, [memoryview(struct.pack("=6Q", 0, 8 * PAGE, 0, low, high, 0)).cast("Q")])
+    memory.look(now, taken=True)
+    assert memory.settled(Span(span.vaddr, 510)) is True and memory.settled(Span(low, 4)) is False
+    assert memory.settled(Span(low - PAGE, 6)) == [True, False, False, False, False, True]
+    assert memory.settled(Span(high, 510)) is True and memory.settled(Span(5 * WINDOW_PAGES * PAGE, 512)) is True
+    beyond = softdirty.SCANNED_END // (WINDOW_PAGES * PAGE)
+    words = {beyond: full}
+    softdirty._mark(words, {beyond}, [])
+    assert all(word & PM_SOFT_DIRTY for (word,) in struct.iter_unpack("=Q", words[beyond]))
 
 
 def test_a_kernel_without_marks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

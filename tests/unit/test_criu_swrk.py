@@ -69,6 +69,9 @@ def test_version_features_and_facts(criu) -> None:  # type: ignore[no-untyped-de
     assert swrk.version() == (4, 2, 1)
     facts = features.facts()
     assert facts.working and facts.version == "4.2.1" and facts.lazy_pages and not facts.mem_dirty_track
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swrk, "_ask", None)  # it was asked, that is enough
+        assert features.facts() is facts and features.version_text() == "4.2.1"
     criu(body, check="Error (criu/vdso.c:401): vdso: Unexpected rt vDSO area bounds")
     facts = features.facts()
     assert not facts.working and "vDSO" in facts.reason and "4.2.1" in facts.hint

@@ -17,11 +17,13 @@ import pytest
 from ckpt.errors import CkptError, FeatureMissing, TransferFailed
 from ckpt.host import cgroup
 from ckpt.host.cgroup import CpuLimit
-from ckpt.model import Container, PrecopyLimits
-from ckpt.ops import knobs, recover
+from ckpt.model import PrecopyLimits
+from ckpt.ops import knobs
 from ckpt.ops.converge import STEPS, Throttle
 from ckpt.ops.precopy import Precopy, Round
 from ckpt.store.job import Job
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=["cpu.max", "cpu.cfs_quota_us"])
@@ -75,28 +77,6 @@ def test_never_more_than_it_had(limit: Path, job: Job, spinning: subprocess.Pope
     time.sleep(0.2)
     throttle.step(job)
     assert quota_us(limit) <= 1500
-
-
-def test_a_killed_ckpt_is_cleaned_up_after(limit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rolled_back: list[str] = []
-
-    class Engine:
-        name = "toy"
-
-        def rollback(self, job: Job) -> None:
-            rolled_back.append(job.id)
-
-        def describe(self, container: Container) -> Container:
-            return container
-
-    monkeypatch.setattr(recover.registry, "by_name", lambda name: Engine())
-    before = limit.read_text().strip()
-    job = Job.create(tmp_path, "migrate-source", engine="toy", container_id="c1", name="web")
-    Throttle(lambda: [os.getpid()], "web").step(job)
-    assert limit.read_text() != before
-    job.release()  # its owner is dead
-    recover.sweep(tmp_path)
-    assert limit.read_text() == before and rolled_back == [job.id]
 
 
 def test_what_cannot_be_set_back_is_tried_again(tmp_path: Path, job: Job) -> None:
@@ -163,8 +143,9 @@ def test_set_back_when_a_round_fails(limit: Path, job: Job) -> None:
     assert limit.read_text() == before
 
 
-def test_the_kernel_obeys(spinning: subprocess.Popen[bytes]) -> None:
-    """On a real hierarchy with the cpu controller, in a cgroup of its own."""
+@pytest.fixture
+def own_cgroup(spinning: subprocess.Popen[bytes]) -> Iterator[Path]:
+    """A cgroup of a real hierarchy with the cpu controller, with the spinning process in it."""
     point = cpu_hierarchy()
     if point is None or os.geteuid() != 0:
         pytest.skip("no cpu controller to be had here, or not root")
@@ -172,18 +153,51 @@ def test_the_kernel_obeys(spinning: subprocess.Popen[bytes]) -> None:
     own.mkdir()
     try:
         (own / "cgroup.procs").write_text(str(spinning.pid))
-        limit = CpuLimit.of([spinning.pid])
-        before = limit.knob.path.read_text()
-        assert limit.knob.path.parent == own
-        limit.set(0.05)
-        assert used_s(spinning.pid, 1.0) < 0.2
-        limit.knob.restore()
-        assert limit.knob.path.read_text() == before
+        yield own
     finally:
         os.kill(spinning.pid, signal.SIGKILL)
         spinning.wait()
         with contextlib.suppress(OSError):
             own.rmdir()
+
+
+def test_the_kernel_obeys(own_cgroup: Path, spinning: subprocess.Popen[bytes]) -> None:
+    limit = CpuLimit.of([spinning.pid])
+    before = limit.knob.path.read_text()
+    assert limit.knob.path.parent == own_cgroup
+    limit.set(0.05)
+    assert used_s(spinning.pid, 1.0) < 0.2
+    limit.knob.restore()
+    assert limit.knob.path.read_text() == before
+
+
+SLOWS = """
+import sys, time
+from pathlib import Path
+from ckpt.ops import recover
+from ckpt.ops.converge import Throttle
+from ckpt.store.job import Job
+job = Job.create(Path(sys.argv[1]), "migrate-source", engine="podman", container_id="c1", name="web")
+guard = recover.start_guard(job)
+assert guard is not None and Throttle(lambda: [int(sys.argv[2])], "web").step(job)
+print("slowed", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_the_guard_of_a_killed_ckpt_sets_it_back(own_cgroup: Path, spinning: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    limit = CpuLimit.of([spinning.pid]).knob
+    argv = [sys.executable, "-c", SLOWS, str(tmp_path), str(spinning.pid)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}) as owner:
+        try:
+            assert owner.stdout is not None and owner.stdout.readline() == b"slowed\n"
+            assert limit.path.read_text().strip() != limit.value
+        finally:
+            owner.kill()
+    deadline = time.monotonic() + 60
+    while limit.path.read_text().strip() != limit.value or any((tmp_path / "jobs").iterdir()):
+        assert time.monotonic() < deadline, limit.path.read_text()
+        time.sleep(0.02)
 
 
 def cpu_hierarchy() -> Path | None:

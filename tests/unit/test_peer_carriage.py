@@ -54,7 +54,7 @@ def test_the_limit_is_about_what_the_link_carries(tmp_path: Path) -> None:
     with serving({"stage": receiver(tmp_path / "into")}, carriage=Carriage(MIB, PACK)) as s:
         began_s = time.monotonic()
         s.peer.send_stage(tmp_path, ["f"])
-        assert time.monotonic() - began_s < 2, "8 MiB that compress to almost nothing"
+        assert time.monotonic() - began_s < 4, "8 MiB that compress to almost nothing"
 
 
 def test_calls_pass_content_that_waits(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_calls_pass_content_that_waits(tmp_path: Path) -> None:
         began_s = time.monotonic()
         for _ in range(10):
             assert s.peer.call("ask") == {"ok": True}
-        assert time.monotonic() - began_s < 1 and not done.is_set()
+        assert time.monotonic() - began_s < 3 and not done.is_set()
         # 5 s are to go: the end of the link is not waited for that long.
         s.peer.link.interrupt()
         thread.join(2)
@@ -100,7 +100,7 @@ def test_an_interrupted_sender_does_not_wait_for_what_is_queued(tmp_path: Path) 
                 began_s = time.monotonic()
                 up.send_stream("f", noise)  # 16 s for its first piece
         assert s.peer.call("ask") == {}
-        assert time.monotonic() - began_s < 1.5
+        assert time.monotonic() - began_s < 6
         timer.join()
     assert not list(into.iterdir())
 
@@ -128,7 +128,7 @@ def test_a_stream_of_a_rate() -> None:
     data = os.urandom(MIB)
     began_s = time.monotonic()
     assert LimitedWriter(out, 2 * MIB).write(data) == MIB
-    assert 0.4 < time.monotonic() - began_s < 0.8
+    assert 0.4 < time.monotonic() - began_s < 1.5
     assert out.getvalue() == data
 
 
@@ -171,6 +171,13 @@ def test_the_part_that_is_due_always_finds_room() -> None:
     inbox.put(part(0, 500))
     assert [inbox.get().order for _ in range(4)] == [0, 1, 2, 3]
     thread.join(2)
+
+
+def test_a_part_that_never_comes() -> None:
+    inbox = Inbox(limit_bytes=1000, starved_s=0.1)
+    inbox.put(part(1, 600))
+    with pytest.raises(errors.TransferFailed, match="missing"):
+        inbox.put(part(2, 600))
 
 
 def test_control_first_and_the_goodbye_last() -> None:
