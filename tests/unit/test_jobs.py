@@ -39,6 +39,7 @@ class Engine:
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "engines", lambda: (Engine(),))
+    monkeypatch.setattr("ckpt.cli.main._catch_signals", lambda: None)  # pytest's handlers stay
 
 
 def begun(root: Path, kind: str, *states: str, **facts: Any) -> Job:
