@@ -34,6 +34,7 @@ FAILED: Final = "lazy.failed"
 START_LIMIT_S: Final = 30.0
 END_LIMIT_S: Final = 10.0
 POLL_S: Final = 0.003
+_NICE: Final = 10
 
 
 def require() -> None:
@@ -81,6 +82,9 @@ class Daemon:
             raise
         finally:
             os.close(theirs)
+        if page_server_port is not None:
+            with suppress(OSError):  # it polls without a pause while it waits for an answer (handle_requests in criu/uffd.c)
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICE)
         self.pidfd = os.pidfd_open(self._process.pid)
         """Readable when it has ended."""
 

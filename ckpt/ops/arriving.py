@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from bisect import bisect_right, insort
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, Final, cast
 from ckpt.criu.pagefeed import Piece, lazy_runs
 from ckpt.criu.pagestream import PAGE_BYTES
 from ckpt.errors import CkptError, TransferFailed
-from ckpt.ops.postcopy import BLOCK_PAGES, END, MEMBER, WORDS
+from ckpt.ops.postcopy import BLOCK_PAGES, END, MEMBER, SWITCH_S, WORDS
 from ckpt.peer.server import Session
 
 SOCKET: Final = "memory.sock"
@@ -29,7 +30,7 @@ CONNECT_LIMIT_S: Final = 60.0
 ASKED_CAP_PAGES: Final = 1024
 _TICK_S: Final = 0.5
 _CONNECT_S: Final = 0.005
-_ACK_BYTES: Final = 512 << 10
+_ACK_BYTES: Final = 256 << 10
 
 
 class Arriving:
@@ -222,7 +223,7 @@ def _start(block: tuple[int, int, int]) -> int:
 def _receive(source: socket.socket, view: memoryview) -> bool:
     while view:
         try:
-            count = source.recv_into(view)
+            count = source.recv_into(view, 0, socket.MSG_WAITALL)
         except OSError:
             return False
         if not count:
@@ -296,6 +297,7 @@ def bridge(session: Session, job_dir: Path) -> dict[str, Any]:
     Returns:
         `{"complete": True}` when the keeper has all memory.
     """
+    sys.setswitchinterval(SWITCH_S)
     between = _Bridge(session, job_dir)
     try:
         sinks = {MEMBER: cast(BinaryIO, between)}

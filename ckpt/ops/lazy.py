@@ -40,6 +40,8 @@ _BODY: Final = (
 )
 
 
+_SWITCH_S: Final = 0.0002
+"""Between the thread that takes in and the one that answers page faults: with Python's 5 ms each fault may wait so long."""
 _GO: Final = b"g"
 Memory = Literal["images", "chain", "source"]
 
@@ -217,6 +219,8 @@ def _feed(served: _Served, plan: dict[str, Any], stack: ExitStack) -> int | None
     stack.callback(feed.close)
     if plan["memory"] == "source":
         from ckpt.ops import arriving
+
+        sys.setswitchinterval(_SWITCH_S)
 
         def patience_s() -> float:
             return arriving.PATIENCE_S if served.committed else arriving.EARLY_PATIENCE_S

@@ -20,9 +20,11 @@ from __future__ import annotations
 import os
 import queue
 import struct
+import sys
 import threading
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -36,13 +38,19 @@ from ckpt.peer.frames import CHUNK_BYTES, Kind
 VERB: Final = "memory"
 MEMBER: Final = "memory"
 BLOCK_PAGES: Final = 64
+TOGETHER_PAGES: Final = 256
 WORDS: Final = struct.Struct("<QQQ")
 END: Final = WORDS.pack(0, 0, 0)
 _LIMIT_S: Final = 60.0
 _TICK_S: Final = 0.5
+SWITCH_S: Final = 0.0002
+"""Python's threads take turns this often (sys.setswitchinterval): with its 5 ms a page fault would wait so long at every station on its way."""
+_RATE_S: Final = 0.1
 _WINDOW_BYTES: Final = 2 << 20
-_WINDOW_S: Final = 0.03
-"""So much time of the link may be on its way: a page fault waits for it."""
+_CALM_BYTES: Final = 512 << 10
+_CALM_S: Final = 0.02
+_WINDOW_S: Final = 0.005
+"""So much time of the link may be on its way beyond its own delay: a page fault waits behind it."""
 
 
 class _Memory:
@@ -79,13 +87,20 @@ class _Memory:
         return self.starts[at], self.counts[at]
 
     def take_next(self) -> tuple[int, int] | None:
-        """The next block that was not sent; None: there are no more."""
+        """The next blocks that were not sent; None: there are no more."""
         at = self.sent.find(0, self.next)
         if at < 0:
+            at = self.sent.find(0)
+        if at < 0:
             return None
-        self.sent[at] = 1
-        self.next = at + 1
-        return self.starts[at], self.counts[at]
+        start, count = self.starts[at], 0
+        # Neighbours together: the keeper's work is by the message, and it answers page faults meanwhile.
+        while at < len(self.starts) and not self.sent[at] and self.starts[at] == start + count * PAGE_BYTES and count < TOGETHER_PAGES:
+            self.sent[at] = 1
+            count += self.counts[at]
+            at += 1
+        self.next = at
+        return start, count
 
     def read(self, vaddr: int, view: memoryview) -> None:
         """Also what the process itself may not read: /proc/PID/mem does not look at the protection. Raises TransferFailed."""
@@ -123,8 +138,12 @@ class Follow:
         self._got = 0
         self._window_bytes = _WINDOW_BYTES
         self._rate_from = (0.0, 0)
+        self._on_way: deque[tuple[int, float]] = deque()
+        self._delay_s = 1.0
+        self._calm_until_s = 0.0
         self.sent_bytes = 0
         self.complete = False
+        sys.setswitchinterval(SWITCH_S)
         self._upload: Upload = peer.upload(VERB, args, on_told=self._told.put)
         self._upload.__enter__()
         self._thread = threading.Thread(target=self._run, name="ckpt-follow", daemon=True)
@@ -169,7 +188,7 @@ class Follow:
         blocks = self._in_order()
         ended = begun = False
         while True:
-            told = self._next(wait=ended or not begun or self.sent_bytes - self._got > self._window_bytes)
+            told = self._next(wait=ended or not begun or self.sent_bytes - self._got > self._window())
             if told is not None:
                 if "done" in told:
                     return
@@ -211,20 +230,28 @@ class Follow:
         if memory is None or not isinstance(vaddr, int) or vaddr % PAGE_BYTES or not 0 <= vaddr < 1 << 64:
             raise TransferFailed(f"the destination asked for memory of process {pid} at {vaddr}, which there is not")
         assert isinstance(pid, int)
+        self._calm_until_s = time.monotonic() + _CALM_S
         if (block := memory.take(vaddr)) is not None:
             self._put(pid, *block)
         self._flush()
         return True
 
     def _acknowledged(self, got: int) -> None:
-        """What is on its way may take so long: the window follows the rate."""
+        """What is on its way keeps the link busy and no more: the window follows its rate and its shortest delay."""
         self._got = got
-        now_s, (then_s, before) = time.monotonic(), self._rate_from
-        if now_s - then_s > 4 * _WINDOW_S:
+        now_s = time.monotonic()
+        while self._on_way and self._on_way[0][0] <= got:
+            self._delay_s = min(self._delay_s, now_s - self._on_way.popleft()[1])
+        then_s, before = self._rate_from
+        if now_s - then_s > _RATE_S:
             if then_s:
                 rate = max(0, got - before) / (now_s - then_s)
-                self._window_bytes = max(_WINDOW_BYTES, int(rate * _WINDOW_S))
+                self._window_bytes = max(_WINDOW_BYTES, int(rate * (_WINDOW_S + 1.5 * self._delay_s)))
             self._rate_from = (now_s, got)
+
+    def _window(self) -> int:
+        """How much may be on its way: little while page faults come, each of which waits behind it."""
+        return _CALM_BYTES if time.monotonic() < self._calm_until_s else self._window_bytes
 
     def _put(self, pid: int, vaddr: int, count: int) -> None:
         self._words(WORDS.pack(pid, vaddr, count))
@@ -236,6 +263,7 @@ class Follow:
             self._filled += part
             done += part
         self.sent_bytes += total
+        self._on_way.append((self.sent_bytes, time.monotonic()))
         self._on_bytes(self.sent_bytes)
 
     def _words(self, words: bytes) -> None:
