@@ -12,11 +12,14 @@ from tests.lab.harness import Lab
 from tests.lab.harness.host import HostResult
 
 DESTINATION_STEPS = ("begin", "container-image", "tree", "pages", "stage", "prepared", "commit", "committed", "running")
-pytestmark = pytest.mark.parametrize(
-    ("lab_options", "way"),
-    [({"runtime": "crun"}, ()), ({"runtime": "runc"}, ("--precopy", "--lazy")), ({"runtime": "crun"}, ("--postcopy",))],
-    ids=["crun", "runc-precopy", "crun-postcopy"],
-)
+WAYS = [
+    pytest.param({"runtime": "crun"}, (), id="crun"),
+    pytest.param({"runtime": "runc"}, ("--precopy", "--lazy"), id="runc-precopy"),
+    pytest.param({"runtime": "crun"}, ("--postcopy",), id="crun-postcopy"),
+]
+EVERY_WAY = pytest.mark.parametrize(("lab_options", "way"), WAYS)
+ONE_WAY = pytest.mark.parametrize(("lab_options", "way"), WAYS[:1])
+"""For what does not depend on how the memory goes."""
 GATE = "/tmp/gate"
 COMMIT = STEPS.index("commit")
 
@@ -55,6 +58,7 @@ def settled(lab: Lab, before: int) -> None:
         assert not lab.b.run(["podman", "images", "-q"]).stdout.split(), "a container image was left on b"
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("step", STEPS)
 def test_kill_9_of_ckpt_on_the_source(lab: Lab, way: tuple[str, ...], step: str) -> None:
     start_counter(lab.a)
@@ -64,6 +68,7 @@ def test_kill_9_of_ckpt_on_the_source(lab: Lab, way: tuple[str, ...], step: str)
     settled(lab, before)
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("step", DESTINATION_STEPS)
 def test_kill_9_of_the_peer(lab: Lab, way: tuple[str, ...], step: str) -> None:
     start_counter(lab.a)
@@ -81,6 +86,7 @@ def test_kill_9_of_the_peer(lab: Lab, way: tuple[str, ...], step: str) -> None:
         assert state(lab.a) == "running"
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("step", [step for step in STEPS if step not in ("check", "remove")])
 def test_cut_link(lab: Lab, way: tuple[str, ...], step: str) -> None:
     start_counter(lab.a)
@@ -99,6 +105,7 @@ def test_cut_link(lab: Lab, way: tuple[str, ...], step: str) -> None:
     settled(lab, before)
 
 
+@ONE_WAY
 @pytest.mark.parametrize("offset", [10, 1_000, 20_000, 90_000])
 def test_corrupted_byte_on_the_wire(lab: Lab, way: tuple[str, ...], offset: int) -> None:
     start_counter(lab.a)
@@ -123,6 +130,7 @@ def test_corrupted_byte_on_the_wire(lab: Lab, way: tuple[str, ...], offset: int)
     assert state(lab.a) == "running"
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("where", ["a", "b"])
 def test_full_disk(lab: Lab, way: tuple[str, ...], where: str) -> None:
     """The disk fills up behind the check's back."""
@@ -141,6 +149,7 @@ def test_full_disk(lab: Lab, way: tuple[str, ...], where: str) -> None:
     assert state(lab.a) == "running"
 
 
+@EVERY_WAY
 def test_restore_that_fails_on_the_destination(lab: Lab, way: tuple[str, ...], lab_options: dict[str, str]) -> None:
     runtime = lab_options["runtime"]
     start_counter(lab.a)
@@ -159,6 +168,7 @@ def test_restore_that_fails_on_the_destination(lab: Lab, way: tuple[str, ...], l
     assert state(lab.a) == "running"
 
 
+@ONE_WAY
 @pytest.mark.parametrize("step", [step for step in STEPS[: COMMIT + 1] if step != "check"])
 def test_ctrl_c_before_the_switchover(lab: Lab, way: tuple[str, ...], step: str) -> None:
     start_counter(lab.a)
