@@ -11,7 +11,7 @@ from tests.lab.counting import assert_clean, assert_never_back, last_tick, start
 from tests.lab.harness import Lab
 from tests.lab.harness.host import HostResult
 
-DESTINATION_STEPS = ("begin", "container-image", "tree", "pages", "stage", "prepared", "commit", "committed", "running")
+DESTINATION_STEPS = ("begin", "container-image", "tree", "pages", "prepare", "stage", "prepared", "commit", "committed", "running")
 WAYS = [
     pytest.param({"runtime": "crun"}, (), id="crun"),
     pytest.param({"runtime": "runc"}, ("--precopy", "--lazy"), id="runc-precopy"),
