@@ -165,16 +165,24 @@ class Arriving:
                 continue
             if count > ASKED_CAP_PAGES or vaddr % PAGE_BYTES or not _receive(bridge, data := buffer[: count * PAGE_BYTES]):
                 return False
-            os.pwrite(self._file, data, self._end)
-            with self._changed:
-                self._add(pid, vaddr, count)
-                self._changed.notify_all()
+            self._store(pid, vaddr, count, data)
             got += count * PAGE_BYTES
             if got - told >= _ACK_BYTES:
                 told = got
                 with self._changed:
                     self._say(WORDS.pack(0, got, 1))
         return False
+
+    def _store(self, pid: int, vaddr: int, count: int, data: memoryview) -> None:
+        """Keep what is new of it; after a break the source sends everything again. Raises OSError."""
+        with self._changed:
+            here = self._here(pid, vaddr, count)
+        if sum(piece.length for piece in here) == len(data):
+            return
+        os.pwrite(self._file, data, self._end)
+        with self._changed:
+            self._add(pid, vaddr, count)
+            self._changed.notify_all()
 
     def _add(self, pid: int, vaddr: int, count: int) -> None:
         """Note the pages that were written to the file's end, but for those that are here already: the tree may have them, changed, by now."""

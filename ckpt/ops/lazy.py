@@ -223,7 +223,8 @@ def _feed(served: _Served, plan: dict[str, Any], stack: ExitStack) -> int | None
         sys.setswitchinterval(_SWITCH_S)
 
         def patience_s() -> float:
-            return arriving.PATIENCE_S if served.committed else arriving.EARLY_PATIENCE_S
+            # Not `served.committed`: this is another thread, and the open journal has one position.
+            return arriving.PATIENCE_S if action.committed(os.fspath(served.job.directory)) else arriving.EARLY_PATIENCE_S
 
         source = arriving.Arriving(served.job.directory, served.stage / "checkpoint", served.stage, patience_s=patience_s)
         stack.callback(source.close)

@@ -71,6 +71,7 @@ def lab() -> Iterator[Lab]:
                 for path in package.rglob("*.py"):
                     if path.parts[len(package.parts)] in (
                         "__init__.py",
+                        "archive",
                         "config.py",
                         "errors.py",
                         "events.py",
