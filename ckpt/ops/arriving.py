@@ -29,6 +29,7 @@ CONNECT_LIMIT_S: Final = 60.0
 """For the keeper to come: the restore starts it."""
 ASKED_CAP_PAGES: Final = 1024
 _TICK_S: Final = 0.5
+_LAST_WORDS_S: Final = 10.0
 _CONNECT_S: Final = 0.005
 _ACK_BYTES: Final = 256 << 10
 
@@ -258,7 +259,13 @@ class _Bridge:
         """What comes over the link goes to the keeper."""
         if not self._connected.is_set():
             raise TransferFailed("memory came that nobody asked for")
-        self._keeper.sendall(data)
+        try:
+            self._keeper.sendall(data)
+        except OSError:
+            # A keeper that has everything closes, and the source may have sent something before it heard of that.
+            self._thread.join(_LAST_WORDS_S)
+            if not self.complete:
+                raise
         return len(data)
 
     def flush(self) -> None: ...

@@ -131,3 +131,32 @@ def test_closing_ends_it(tmp_path: Path, store: Arriving) -> None:
     store.close()
     assert bridge.hear() == (-1, -1, -1)
     assert store.pieces(7, BASE, 1) == []
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_comes_after_the_last_word_is_dropped(tmp_path: Path, complete: bool) -> None:
+    """A page fault may make the source send something more, or its end again, before it hears that the keeper has everything."""
+    told: list[dict[str, object]] = []
+
+    class Session:
+        def tell(self, value: dict[str, object]) -> None:
+            told.append(value)
+
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(os.fspath(tmp_path / SOCKET))
+    listener.listen(1)
+    between = arriving._Bridge(Session(), tmp_path)  # type: ignore[arg-type]
+    keeper, _ = listener.accept()
+    keeper.sendall(WORDS.pack(0, 0, 1) + (END if complete else b""))
+    keeper.close()
+    assert between._connected.wait(10)
+    try:
+        if complete:
+            assert between.write(END) == len(END) and between.write(page(1)) == PAGE_BYTES
+            assert told == [{"got": 0}, {"done": True}]
+        else:
+            with pytest.raises(OSError):
+                between.write(END)
+    finally:
+        between.close()
+        listener.close()
