@@ -166,7 +166,10 @@ class Arriving:
                 continue
             if count > ASKED_CAP_PAGES or vaddr % PAGE_BYTES or not _receive(bridge, data := buffer[: count * PAGE_BYTES]):
                 return False
-            self._store(pid, vaddr, count, data)
+            try:
+                self._store(pid, vaddr, count, data)
+            except OSError:
+                return False  # a full disk: the source is told to try again, and there is time to make room
             got += count * PAGE_BYTES
             if got - told >= _ACK_BYTES:
                 told = got
@@ -180,7 +183,9 @@ class Arriving:
             here = self._here(pid, vaddr, count)
         if sum(piece.length for piece in here) == len(data):
             return
-        os.pwrite(self._file, data, self._end)
+        done = 0
+        while done < len(data):  # a disk that is nearly full takes a part
+            done += os.pwrite(self._file, data[done:], self._end + done)
         with self._changed:
             self._add(pid, vaddr, count)
             self._changed.notify_all()

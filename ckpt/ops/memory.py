@@ -137,7 +137,7 @@ class MemoryMove:
             return self._unless_it_fails(held, lambda: self._step("pages"))
         if self._ahead is not None and self.lazily:
             held = self._engine.dump(self._container, stage, replace(options, memory_stays=True), job)
-            return self._unless_it_fails(held, lambda: self._send_last(peer))
+            return self._unless_it_fails(held, self._send_last)
         if self._streams:
             return self._dump_streamed(peer, stage, options, job, criu_version)
         return self._engine.dump(self._container, stage, options, job)
@@ -150,7 +150,7 @@ class MemoryMove:
             raise
         return held
 
-    def _send_last(self, peer: Peer) -> None:
+    def _send_last(self) -> None:
         """What of the frozen memory differs from what the rounds brought there."""
         assert self._ahead is not None
         self._step("pages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -98,6 +99,25 @@ def test_the_next_bridge_goes_on(tmp_path: Path, store: Arriving) -> None:
     second.bring(1, page(3))
     reader.join(10)
     assert got == [page(3)], "half an answer is none"
+
+
+def test_a_full_disk_ends_the_bridge_only(tmp_path: Path, store: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written in part is not there: it would be read as zeros."""
+    real, full = os.pwrite, [True]
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if full[0] and len(data) < 2 * PAGE_BYTES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data[: len(data) - PAGE_BYTES] if full[0] else data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    first = Bridge(tmp_path)
+    first.bring(0, page(1) * 3)
+    assert first.hear() == (-1, -1, -1)
+    full[0] = False
+    second = Bridge(tmp_path)
+    second.bring(0, page(2) * 3)
+    assert content(store, 0, 3) == page(2) * 3
 
 
 def test_it_is_over_when_all_is_there(tmp_path: Path, store: Arriving, needed: list[tuple[int, int, int]]) -> None:
