@@ -101,16 +101,24 @@ class IncompatibleHost(CkptError):
     slug, exit_code, summary = "incompatible-host", 33, "the host cannot run this checkpoint"
 
 
+class PolicyRefused(CkptError):
+    slug, exit_code, summary = "policy", 34, "the checkpoint asks for more than this host allows"
+
+
 class CannotConnect(CkptError):
-    slug, exit_code, summary = "cannot-connect", 40, "cannot connect to the destination"
+    slug, exit_code, summary = "cannot-connect", 40, "cannot connect to the other end; trying again may help"
 
 
 class TransferFailed(CkptError):
-    slug, exit_code, summary = "transfer-failed", 41, "the transfer failed"
+    slug, exit_code, summary = "transfer-failed", 41, "the transfer failed; trying again may help"
 
 
 class PeerVersion(CkptError):
     slug, exit_code, summary = "peer-version", 42, "ckpt on the other host speaks another version"
+
+
+class RemoteRefused(CkptError):
+    slug, exit_code, summary = "refused", 43, "the other end refused for good: trying again does not help"
 
 
 class MigrationRolledBack(CkptError):

@@ -19,6 +19,8 @@ from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.model import Manifest
 
 MANIFEST: Final = "artifacts/ckpt.json"
+SIGNATURE: Final = "artifacts/ckpt.json.sig"
+"""An OpenSSH signature (PROTOCOL.sshsig) over the bytes of the manifest; no digest of it is in the manifest."""
 CONFIG: Final = "config.dump"
 SPEC: Final = "spec.dump"
 NETWORK_STATUS: Final = "network.status"
@@ -37,6 +39,7 @@ FOREIGN: Final = frozenset({"dump.log", "restore.log", "bind.mounts", "status", 
 DIGEST_PREFIX: Final = "sha256:"
 CHUNK_BYTES: Final = 1 << 20
 
+_BULK_IMAGES: Final = ("checkpoint/pages-", "checkpoint/ghost-file-", "checkpoint/tmpfs-")
 _DIRECTORIES: Final = tuple(name for name in ORDER if name.endswith("/"))
 _BAD: Final = re.compile(r"[\x00-\x1f\x7f/\\\ud800-\udfff]")
 
@@ -88,6 +91,13 @@ def digest_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 def is_pages(name: str) -> bool:
     """Whether a member holds memory pages: nearly all bytes of a checkpoint."""
     return name.startswith("checkpoint/pages-")
+
+
+def is_bulk(name: str) -> bool:
+    """Whether a member may be large: memory pages, files, logs. A store keeps those in chunks; all others are plain files, a few KiB each."""
+    if name in (ROOTFS_DIFF, DEVSHM, "ctr.log") or name.startswith("volumes/"):
+        return not name.endswith("/")
+    return name.startswith(_BULK_IMAGES)
 
 
 def digest_members(stage: Path, on_bytes: Callable[[int], None] | None = None, *, only: Callable[[str], bool] | None = None) -> dict[str, str]:

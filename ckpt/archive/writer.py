@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, Protocol
 
-from ckpt.archive.layout import CHUNK_BYTES, stage_members
+from ckpt.archive.layout import CHUNK_BYTES
+from ckpt.archive.members import Members
 from ckpt.errors import CkptError, NoSpace
 from ckpt.host import run
 
@@ -140,7 +141,7 @@ def _header(name: str, size: int, mtime: float) -> bytes:
 
 
 def write(
-    stage: Path,
+    members: Members,
     out: BinaryIO,
     *,
     compress: Compression = "zstd",
@@ -148,7 +149,7 @@ def write(
     threads: int = -1,
     on_bytes: OnBytes | None = None,
 ) -> int:
-    """Stream the members of `stage` into `out` as a tar, compressed.
+    """Stream the members into `out` as a tar, compressed.
 
     Args:
         level: of the compressor; None: the fast one (memory pages gain little from more).
@@ -167,8 +168,8 @@ def write(
     try:
         sink = _open_sink(counter, compress, _LEVELS[compress] if level is None else level, threads)
         buffer = memoryview(bytearray(CHUNK_BYTES))
-        for name in stage_members(stage):
-            _write_member(stage, name, sink, buffer, on_bytes)
+        for name in members.names():
+            _write_member(members, name, sink, buffer, on_bytes)
         sink.write(bytes(2 * _BLOCK))
         sink.close()
         sink = None
@@ -183,34 +184,28 @@ def write(
     return counter.count
 
 
-def _write_member(stage: Path, name: str, sink: _Sink, buffer: memoryview, on_bytes: OnBytes | None) -> None:
+def _write_member(members: Members, name: str, sink: _Sink, buffer: memoryview, on_bytes: OnBytes | None) -> None:
+    size_bytes = members.size_bytes(name)
     if name.endswith("/"):
-        try:
-            mtime = (stage / name).stat().st_mtime
-        except FileNotFoundError:
-            mtime = 0
-        sink.write(_header(name, 0, mtime))
+        sink.write(_header(name, 0, members.mtime_s(name)))
         return
-    fd = os.open(stage / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with io.FileIO(fd) as file:
-        facts = os.fstat(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        sink.write(_header(name, facts.st_size, facts.st_mtime))
-        left = facts.st_size
+    with members.open(name) as file:
+        sink.write(_header(name, size_bytes, members.mtime_s(name)))
+        left = size_bytes
         while left:
-            count = file.readinto(buffer[: min(left, CHUNK_BYTES)])
+            count = file.readinto(buffer[: min(left, CHUNK_BYTES)])  # type: ignore[attr-defined]
             if not count:
                 raise CkptError(f"{name} became shorter while it was archived")
             sink.write(buffer[:count])
             left -= count
             if on_bytes:
                 on_bytes(count)
-    if rest := -facts.st_size % _BLOCK:
+    if rest := -size_bytes % _BLOCK:
         sink.write(bytes(rest))
 
 
 def write_file(
-    stage: Path,
+    members: Members,
     path: Path,
     *,
     compress: Compression = "zstd",
@@ -228,7 +223,7 @@ def write_file(
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with io.FileIO(fd, "w") as raw:
-            size = write(stage, raw, compress=compress, level=level, threads=threads, on_bytes=on_bytes)
+            size = write(members, raw, compress=compress, level=level, threads=threads, on_bytes=on_bytes)
             os.fsync(fd)
         os.rename(temporary, path)
     except BaseException as error:

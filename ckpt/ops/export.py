@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from ckpt.archive import layout, writer
 from ckpt.archive import manifest as manifest_file
+from ckpt.archive.members import StageMembers
 from ckpt.errors import TargetNotFound, UsageError
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Checkpoint, DumpOptions, Manifest, Target
@@ -74,6 +75,7 @@ def export(
 
 
 def _write(stage: Path, output: Path | Literal["-"], compress: str, level: int | None, label: str, emit: Emit) -> Figures:
+    members = StageMembers(stage)
     total, done = durable.tree_size_bytes(stage), 0
 
     def on_bytes(count: int) -> None:
@@ -83,14 +85,14 @@ def _write(stage: Path, output: Path | Literal["-"], compress: str, level: int |
 
     kind = cast(writer.Compression, compress)
     if output == "-":
-        size = writer.write(stage, sys.stdout.buffer, compress=kind, level=level, on_bytes=on_bytes)
+        size = writer.write(members, sys.stdout.buffer, compress=kind, level=level, on_bytes=on_bytes)
         sys.stdout.buffer.flush()
     elif _is_special(Path(output)):
         # A FIFO or device cannot be replaced by a finished file; its reader sees the end of the stream.
         with open(output, "wb") as out:
-            size = writer.write(stage, out, compress=kind, level=level, on_bytes=on_bytes)
+            size = writer.write(members, out, compress=kind, level=level, on_bytes=on_bytes)
     else:
-        size = writer.write_file(stage, Path(output), compress=kind, level=level, on_bytes=on_bytes)
+        size = writer.write_file(members, Path(output), compress=kind, level=level, on_bytes=on_bytes)
     return {"archive_bytes": size, "path": str(output)}
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO, Final, TypedDict, cast
 
 from ckpt.archive import manifest as manifest_file
 from ckpt.archive import writer
+from ckpt.archive.members import StageMembers
 from ckpt.engines.base import CarriesContainerImages, Engine, HeldDump
 from ckpt.errors import CannotConnect, CkptError, FeatureMissing, MigrationRolledBack, NeedsContinue, RestoreFailed, TransferFailed
 from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
@@ -109,7 +110,7 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         emit(StepStarted(typed, "transfer"))
         sent_bytes = there.send(
             ["sh", "-c", f"umask 077; cat > {remote_file}"],
-            lambda out: writer.write(draft.stage, _limited(out, options.carriage), **_packing(options.carriage), on_bytes=on_bytes),
+            lambda out: writer.write(StageMembers(draft.stage), _limited(out, options.carriage), **_packing(options.carriage), on_bytes=on_bytes),
         )
         emit(StepDone(typed, "transfer", f"{sent_bytes / (1 << 20):.1f} MiB"))
         emit(StepStarted(typed, "restore"))

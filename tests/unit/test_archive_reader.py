@@ -23,6 +23,7 @@ import pytest
 import zstandard
 
 from ckpt.archive import layout, manifest, reader, writer
+from ckpt.archive.members import StageMembers
 from ckpt.archive.reader import Limits, extract, foreign_manifest, peek
 from ckpt.errors import ArchiveInvalid, CkptError, DigestMismatch, NoSpace
 from ckpt.model import ContainerImage, HostMount, Manifest, PortMapping, Process
@@ -76,7 +77,7 @@ def stage(tmp_path: Path) -> Path:
 
 def archive(stage: Path, **options: object) -> bytes:
     out = io.BytesIO()
-    size = writer.write(stage, out, **options)  # type: ignore[arg-type]
+    size = writer.write(StageMembers(stage), out, **options)  # type: ignore[arg-type]
     assert size == len(out.getvalue())
     return out.getvalue()
 
@@ -222,7 +223,7 @@ def test_archives_of_other_tars(stage: Path, tmp_path: Path, style: str) -> None
 
 def test_write_file_is_whole_or_absent(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out.tar.zst"
-    assert writer.write_file(stage, target) == target.stat().st_size
+    assert writer.write_file(StageMembers(stage), target) == target.stat().st_size
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     before = target.read_bytes()
 
@@ -231,7 +232,7 @@ def test_write_file_is_whole_or_absent(stage: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(writer, "_write_member", full)
     with pytest.raises(NoSpace):
-        writer.write_file(stage, target)
+        writer.write_file(StageMembers(stage), target)
     assert target.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["out.tar.zst", "stage"]
 
 
@@ -239,7 +240,7 @@ def test_write_file_is_whole_or_absent(stage: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("compress", ["zstd", "gzip", "none"])
 def test_a_full_device(stage: Path, compress: str) -> None:
     with open("/dev/full", "wb", buffering=0) as out, pytest.raises(NoSpace):
-        writer.write(stage, out, compress=compress)  # type: ignore[arg-type]
+        writer.write(StageMembers(stage), out, compress=compress)  # type: ignore[arg-type]
 
 
 def test_a_member_that_shrinks(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,14 +497,14 @@ def test_random_damage_raises_only_our_errors(stage: Path, tmp_path: Path) -> No
 def test_peek_sees_without_unpacking(stage: Path, tmp_path: Path) -> None:
     for compress in ("zstd", "none"):
         path = tmp_path / f"a.{compress}"
-        writer.write_file(stage, path, compress=compress)  # type: ignore[arg-type]
+        writer.write_file(StageMembers(stage), path, compress=compress)  # type: ignore[arg-type]
         found = peek(path)
         assert found.compression == compress and found.archive_bytes == path.stat().st_size
         assert found.manifest == manifest.loads((stage / layout.MANIFEST).read_bytes())
         assert found.config == CONFIG and found.spec == SPEC and found.stats == b"\x40\x59\x10\x55"
         assert found.sizes["checkpoint/pages-1.img"] == 4_500_000
     shutil.rmtree(stage / "artifacts")
-    writer.write_file(stage, tmp_path / "b")
+    writer.write_file(StageMembers(stage), tmp_path / "b")
     assert peek(tmp_path / "b").manifest.foreign == "podman"
 
 
@@ -513,12 +514,13 @@ def test_memory_does_not_grow_with_the_archive(tmp_path: Path) -> None:
 import io, os, resource, sys
 from pathlib import Path
 from ckpt.archive import reader, writer
+from ckpt.archive.members import StageMembers
 stage, out, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 block = os.urandom(1 << 19) + bytes(1 << 19)
 with (stage / "checkpoint/pages-1.img").open("wb") as file:
     for _ in range(size):
         file.write(block)
-writer.write_file(stage, out / "a", threads=2)
+writer.write_file(StageMembers(stage), out / "a", threads=2)
 with (out / "a").open("rb") as file:
     reader.extract(file, out / "s")
 reader.peek(out / "a")
