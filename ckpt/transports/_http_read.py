@@ -25,6 +25,7 @@ class Reading:
         self._patience = Patience(wire.location, wire.options)
         self._done = 0
         self._ended = False
+        self._late = False
         self._sha256 = hashlib.sha256()
         self._response: Any = None
         self.size_bytes: int | None = None
@@ -57,17 +58,20 @@ class Reading:
 
     def _some(self, size: int) -> bytes:
         wire = self._wire
+        if self._late:
+            raise wire.late()
         wire.guard()
         try:
             piece: bytes = self._response.raw.read(size, decode_content=False)
+            self._late = wire.watch.fired
         except urllib3.exceptions.IncompleteRead:
-            raise Broken("the connection ended before all was there") from None
+            raise wire.late() if wire.watch.fired else Broken("the connection ended before all was there") from None
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise wire.broken(error) from None
         finally:
             wire.watch.disarm()
-        if not piece and self.size_bytes is not None and self._done < self.size_bytes:
-            raise Broken("the connection ended before all was there")
+        if not piece and (self._late or (self.size_bytes is not None and self._done < self.size_bytes)):
+            raise wire.late() if self._late else Broken("the connection ended before all was there")
         return piece
 
     def _check(self) -> None:
@@ -101,6 +105,7 @@ class Reading:
     def _again(self, problem: Broken) -> None:
         where, options = self._wire.location, self._wire.options
         self.close()
+        self._late = False
         self._patience.wait(problem)
         if self._done == 0:
             self._open()

@@ -104,6 +104,8 @@ class Wire:
         self._session.headers.update({"User-Agent": f"ckpt/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"})
         # Without an authentication of ours requests would look into ~/.netrc.
         self._session.auth = lambda request: request
+        # Redirects are followed here; requests would read the whole content of each first, however much that is.
+        self._session.get_redirect_target = lambda response: None  # type: ignore[method-assign, assignment]
         adapter = _adapter(self)
         self._session.mount("https://", adapter)
         self._session.mount("http://", adapter)
@@ -148,10 +150,14 @@ class Wire:
             limit = min(limit, left)
         self.watch.arm(limit)
 
+    def late(self) -> Broken:
+        """Of a connection that was cut because its time was over."""
+        return Broken(f"nothing, or next to nothing, came or went in time ({self.options.idle_timeout_s:g} s)")
+
     def broken(self, error: BaseException) -> Exception:
         """What an exception of the libraries means."""
         if self.watch.fired:
-            return Broken(f"nothing, or next to nothing, came or went for {self.options.idle_timeout_s:g} s")
+            return self.late()
         for cause in _chain(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
                 why = cause.verify_message or "verification failed"
@@ -171,10 +177,11 @@ class Wire:
                 return Broken("the host name is not known", connected=False)
             if isinstance(cause, ConnectionRefusedError):
                 return Broken("connection refused, nothing listens there", connected=False)
-            if isinstance(cause, urllib3.exceptions.ConnectTimeoutError):
+        for cause in _chain(error):
+            if isinstance(cause, urllib3.exceptions.ConnectTimeoutError) and not isinstance(cause, urllib3.exceptions.NewConnectionError):
                 return Broken("no answer in time", connected=False)
             if isinstance(cause, TimeoutError | urllib3.exceptions.TimeoutError):
-                return Broken(f"nothing came or went for {self.options.idle_timeout_s:g} s")
+                return Broken(f"nothing came or went in time ({self.options.idle_timeout_s:g} s)")
         if isinstance(error, requests.exceptions.SSLError):
             return Broken("the TLS connection failed")
         for cause in _chain(error):
@@ -220,8 +227,8 @@ class Wire:
         raise RemoteRefused(f"{self.location} redirects more than {REDIRECTS} times")
 
     def _redirected(self, old: str, to: str) -> str:
-        new = urljoin(old, to)
         try:
+            new = urljoin(old, to)
             parts = urlsplit(new)
             host, _ = parts.hostname, parts.port
         except ValueError:
@@ -316,7 +323,7 @@ def _adapter(wire: Wire) -> HTTPAdapter:
             wire.opened(self)
             try:
                 super().send(data)  # type: ignore[misc]
-            except ConnectionResetError:
+            except (ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 # urllib3 goes on to read the answer after this one.
                 raise BrokenPipeError from None
 
