@@ -16,6 +16,7 @@ from ckpt.errors import BusyError, CkptError, DumpFailed, NeedsContinue, TargetN
 from ckpt.events import BytesMoved, Notice, StepDone, StepStarted
 from ckpt.model import Carriage, Checkpoint, Compression, Container, ContainerImage, DumpOptions, Finding, Manifest, Process, Target
 from ckpt.ops.result import Outcome, failure
+from ckpt.transports.base import Location
 
 MANIFEST = Manifest(
     id="c0ffee" * 5, name="web", engine="podman", container_id="ab" * 32, created_s=1.7e9, generation=2, size_bytes=1 << 20, freeze_s=0.212,
@@ -247,15 +248,15 @@ def test_checkpoint_to_an_archive(fake: Fake, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr("ckpt.cli.checkpoint._qualified", lambda target: f"podman:{target}")
     seen = fake("export.export", Outcome("podman:web", True, None, CONTAINER))
     assert main(["checkpoint", "web", "-e", "w.tar.gz", "-c", "GZIP", "--level", "3", "-R"]) == 0
-    assert seen["args"] == ("podman:web", Path("w.tar.gz"))
+    assert seen["args"] == ("podman:web", Location.parse("w.tar.gz"))
     assert (seen["compress"], seen["level"], seen["leave_running"]) == ("gzip", 3, True)
     assert capsys.readouterr().out == "web\n"
 
 
 def test_checkpoint_several_to_a_directory(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written: list[Path] = []
+    written: list[Location] = []
 
-    def export(ref: str, output: Path, **kwargs: Any) -> Outcome:
+    def export(ref: str, output: Location, **kwargs: Any) -> Outcome:
         written.append(output)
         if ref == "podman:a":
             raise DumpFailed("a cannot")
@@ -263,7 +264,7 @@ def test_checkpoint_several_to_a_directory(fake: Fake, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("ckpt.ops.export.export", export)
     assert main(["checkpoint", "podman:a", "runc:b", "-e", str(tmp_path)]) == 20
-    assert written == [tmp_path / "a.tar.zst", tmp_path / "b.tar.zst"]
+    assert [one.path for one in written] == [tmp_path / "a.tar.zst", tmp_path / "b.tar.zst"]
     assert capsys.readouterr() == ("runc:b\n", "error: a cannot\n")
     written.clear()
     assert main(["checkpoint", "podman:a", "runc:b", "-e", str(tmp_path), "--fail-fast"]) == 20
@@ -273,14 +274,14 @@ def test_checkpoint_several_to_a_directory(fake: Fake, monkeypatch: pytest.Monke
 def test_export_to_stdout_prints_nothing_else_there(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     seen = fake("export.export", DONE, events=(StepDone("web", "archive"),))
     assert main(["export", "web@2", "-o", "-", "--format", "jsonl"]) == 0
-    assert seen["args"] == ("web@2", "-")
+    assert seen["args"] == ("web@2", Location.parse("-"))
     assert capsys.readouterr().out == ""
 
 
 def test_import_prints_the_new_name(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     seen = fake("import_.import_", Outcome("web.tar.zst", True, CHECKPOINT))
     assert main(["import", "web.tar.zst", "-n", "web"]) == 0
-    assert (seen["args"], seen["name"]) == ((Path("web.tar.zst"),), "web")
+    assert (seen["args"], seen["name"]) == ((Location.parse("web.tar.zst"),), "web")
     assert capsys.readouterr().out == "web@2\n"
 
 
@@ -289,7 +290,7 @@ def test_restore_options(fake: Fake) -> None:
     args = ["restore", "web@2", "-n", "w2", "-p", "80:80", "-p", "81:81", "-k", "--pod", "p", "--ignore-static-ip", "--ignore-rootfs"]
     assert main(args) == 0
     options = seen["options"]
-    assert (seen["args"], seen["keep"], seen["import_file"]) == ((("web@2",),), True, None)
+    assert (seen["args"], seen["keep"], seen["import_from"]) == ((("web@2",),), True, None)
     assert (options.name, options.publish, options.pod) == ("w2", ("80:80", "81:81"), "p")
     assert (options.ignore_static_ip, options.ignore_static_mac, options.ignore_rootfs, options.tcp_established) == (True, False, True, None)
 
