@@ -285,6 +285,55 @@ def test_import_prints_the_new_name(fake: Fake, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "web@2\n"
 
 
+def test_export_takes_its_destination_either_way(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = fake("export.export", DONE)
+    assert main(["export", "web@2", "b:web.tar", "--ssh-option", "Port=2222"]) == 0
+    assert seen["args"] == ("web@2", Location.parse("b:web.tar")) and seen["carrier"].ssh_options == ("Port=2222",)
+    for bad in (["export", "web@2"], ["export", "web@2", "x", "-o", "y"], ["export", "web@2", "ftp://x/y"], ["export", "web@2", "https://x/?a#b"]):
+        assert main(bad) == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_how_to_reach_a_server(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config/ckpt").mkdir(parents=True)
+    (tmp_path / "config/ckpt/ckpt.toml").write_text(
+        '[http."https://b:7443"]\ntoken_file = "/etc/b"\nca_file = "/etc/ca"\n[http."https://b:7443/in"]\ntoken_command = ["pass", "b"]\n'
+    )
+    seen = fake("import_.import_", Outcome("x", True, CHECKPOINT))
+    for url, file, command, ca in (
+        ("https://b:7443/web.tar", Path("/etc/b"), (), Path("/etc/ca")),
+        ("https://b:7443/in/web.tar", None, ("pass", "b"), None),
+        ("https://b:7443/inner", Path("/etc/b"), (), Path("/etc/ca")),
+        ("https://b/web.tar", None, (), None),
+        ("https://b:7443@c/web.tar", None, (), None),
+    ):
+        assert main(["import", url]) == 0
+        assert (seen["carrier"].token_file, seen["carrier"].token_command, seen["carrier"].ca_file) == (file, command, ca)
+    assert main(["import", "https://b:7443/x", "--token-command", "pass 'my b'", "--insecure", "--digest", "sha256:" + "AB" * 32]) == 0
+    assert (seen["carrier"].token_file, seen["carrier"].token_command, seen["carrier"].insecure) == (None, ("pass", "my b"), True)
+    assert seen["digest"] == "ab" * 32
+    for bad in (["--digest", "md5:00"], ["--token-command", "'"], ["--token-command", "a", "--token-file", "b"], ["--client-key", "k"]):
+        assert main(["import", "https://b/x", *bad]) == 2
+
+
+def test_a_bug_s_log_has_no_secrets(fake: Fake, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    url = "https://me:" + "sesame" + "@b/x?X-Amz-Signature=" + "sesame"
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"about {url}")
+
+    import ckpt.ops.import_
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(ckpt.ops.import_, "import_", broken)
+        assert main(["import", url]) == 70
+    [log] = (tmp_path / "log").iterdir()
+    assert "sesame" not in capsys.readouterr().err
+    shown = log.read_text()
+    assert "sesame" not in shown.replace('"sesame"', "") and "https://b/x?..." in shown
+
+
 def test_restore_options(fake: Fake) -> None:
     seen = fake("restore.restore", [])
     args = ["restore", "web@2", "-n", "w2", "-p", "80:80", "-p", "81:81", "-k", "--pod", "p", "--ignore-static-ip", "--ignore-rootfs"]

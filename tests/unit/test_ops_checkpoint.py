@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ckpt.errors import BusyError, DigestMismatch, DumpFailed, FeatureMissing, TargetNotFound, UsageError
+from ckpt.errors import BusyError, CkptError, DigestMismatch, DumpFailed, FeatureMissing, TargetNotFound, UsageError
 from ckpt.events import Event, Frozen, Thawed, ignore
 from ckpt.model import Container, DumpOptions, RestoreOptions, Target
 from ckpt.ops.checkpoint import checkpoint
@@ -290,3 +290,42 @@ def test_rm(world: World) -> None:
     assert list_(store_root=world.root) == [] and broken(store_root=world.root) == []
     with pytest.raises(UsageError):
         rm([], store_root=world.root, emit=ignore)
+
+
+def test_over_http_and_back(world: World) -> None:
+    """A container ends only when the other end has all; whatever breaks before that, it runs on, and the exit code says whether to try again."""
+    from ckpt.errors import RemoteRefused, TransferFailed
+    from ckpt.events import Notice
+    from ckpt.transports.base import CarrierOptions
+    from tests.unit.web_double import serving
+
+    web = world.engine.start("web")
+    quick = CarrierOptions(chunk_bytes=4096, retry_limit_s=0.3, idle_timeout_s=5)
+    with serving() as server:
+        to = Location.parse(f"{server.url}/web.tar")
+
+        def go() -> Outcome:
+            return export("web", to, compress="none", options=OPTIONS, carrier=quick, store_root=world.root, emit=world.events.append)
+
+        for method, status, kind in (("OPTIONS", 401, RemoteRefused), ("POST", 413, RemoteRefused), ("PATCH", 500, TransferFailed)):
+            server.answers = {method: [(status, {}, b"")] * 9}
+            with pytest.raises(kind) as caught:
+                go()
+            assert caught.value.where is None if method == "OPTIONS" else "running" in (caught.value.where or "")
+            assert world.state(web) == "running" and server.objects == {} and server.uploads == {}
+        server.answers, server.cuts_in = {}, [1, 3000, 2, 4095]
+        out = go()
+        assert out.ok and world.state(web) == "exited" and out.stats["path"] == "web@3"
+        assert sum("going on" in event.text for event in world.events if isinstance(event, Notice)) >= 2
+        digest = hashlib.sha256(server.objects["/web.tar"]).hexdigest()
+        assert out.stats["digest"] == f"sha256:{digest}"
+        server.cuts_out = [100, 5000]
+        back = import_(to, digest=digest, carrier=quick, store_root=world.root, emit=ignore)
+        assert back.ok and back.checkpoint and back.checkpoint.ref == "web@1"
+        server.objects["/web.tar"] += b"x"
+        with pytest.raises(CkptError):
+            import_(to, carrier=quick, store_root=world.root, emit=ignore)
+        server.objects["/web.tar"] = server.objects["/web.tar"][:-1]
+        (again,) = restore([], import_from=to, digest=digest, options=RestoreOptions(), store_root=world.root, emit=ignore)
+        assert again.ok, again.error
+    assert world.state(web) == "running" and len(list_(store_root=world.root)) == 1 and world.leftovers() == []
