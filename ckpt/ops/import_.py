@@ -46,7 +46,7 @@ def import_(
         catalog = Catalog(store_root)
         catalog.sweep()
         began = time.monotonic()
-        draft = catalog.begin(name or "import")
+        draft = catalog.begin(name or "import", origin="import")
         try:
             manifest = unpack(archive, draft, label, emit)
             draft.name = name or manifest.name
