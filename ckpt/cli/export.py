@@ -61,6 +61,7 @@ def command(
     token_command: str | None,
     header_file: Path | None,
     ca_file: Path | None,
+    fingerprint: str | None,
     client_cert: Path | None,
     client_key: Path | None,
     insecure: bool,
@@ -80,7 +81,7 @@ def command(
         raise UsageError("say where to, once", hint="ckpt export CHECKPOINT FILE; - is stdout")
     place = destination(session, dest or output or "")
     carriage = carrier(
-        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file,
+        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file, fingerprint=fingerprint,
         client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
     )  # fmt: skip
     if "@" not in ref:

@@ -130,6 +130,8 @@ class CarrierOptions:
     """`Name: value` lines to add to requests; may hold secrets."""
     ca_file: Path | None = None
     """Trust these certificate authorities instead of the system's."""
+    fingerprint: str | None = None
+    """`sha256:HEX` of the server's certificate, which then needs no authority."""
     client_cert: Path | None = None
     client_key: Path | None = None
     insecure: bool = False
