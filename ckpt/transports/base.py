@@ -61,7 +61,12 @@ class Location:
             return _url(cls, found[1].lower(), text)
         if _SCP.match(text):
             return cls(SSH, text, text)
-        return cls(FILE, text, text, Path(text))
+        return cls.of(Path(text)) if not text.endswith("/") else cls(FILE, text, text, Path(text))
+
+    @classmethod
+    def of(cls, path: Path) -> Location:
+        """A file of this host, whatever it is called."""
+        return cls(FILE, str(path), str(path), path)
 
     @property
     def split(self) -> SplitResult:
