@@ -61,7 +61,7 @@ class Location:
             return _url(cls, found[1].lower(), text)
         if _SCP.match(text):
             return cls(SSH, text, text)
-        return cls.of(Path(text)) if not text.endswith("/") else cls(FILE, text, text, Path(text))
+        return cls(FILE, text, text, Path(text))
 
     @classmethod
     def of(cls, path: Path) -> Location:
