@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,6 +174,21 @@ class Catalog:
         finally:
             os.close(fd)
 
+    def amend(self, checkpoint: Checkpoint, change: Callable[[Entry], Entry]) -> Checkpoint:
+        """Change what the store knows about a checkpoint (tags, note, pin).
+
+        Raises:
+            TargetNotFound: it is gone.
+        """
+        with self.storage("change the store"), self._locked():
+            try:
+                now = _read(checkpoint.directory)
+            except FileNotFoundError:
+                raise TargetNotFound(f"{checkpoint.ref} is no longer in the store") from None
+            entry = change(now.entry)
+            entries.write(checkpoint.directory, entry)
+        return replace(now, entry=entry)
+
     def sweep(self) -> list[str]:
         """Remove what dead owners left in `tmp/`; returns the names of the removed directories. Never touches a living draft."""
         if not self.drafts.is_dir():
@@ -224,7 +239,7 @@ class Catalog:
         return list(self.listing().checkpoints)
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, an id or the unique beginning of one.
+        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, NAME@TAG, an id or the unique beginning of one.
 
         Raises:
             TargetNotFound: none, or several, with what is close.
@@ -238,6 +253,9 @@ class Catalog:
             versions = [c for c in known if c.manifest.name == name]
             if versions and generation == "latest":
                 return versions[-1]
+            tagged = [c for c in versions if generation in c.entry.tags]
+            if tagged:
+                return tagged[-1]
             if versions and generation.isascii() and generation.isdigit():
                 for candidate in versions:
                     if candidate.manifest.generation == int(generation):
