@@ -21,6 +21,7 @@ VERBS: Final = {
     "list": "ckpt.cli.list_",
     "inspect": "ckpt.cli.inspect",
     "rewind": "ckpt.cli.rewind",
+    "copy": "ckpt.cli.copy",
     "prune": "ckpt.cli.prune",
     "tag": "ckpt.cli.tag",
     "note": "ckpt.cli.note",

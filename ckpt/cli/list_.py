@@ -25,7 +25,8 @@ from ckpt.errors import UsageError
 @click.argument("name", required=False, shell_complete=completion.checkpoints)
 @click.option(
     "-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE",
-    help="Only those with this name, engine, runtime, host, image, container, tag, origin or pinned; * matches anything. since=TIME, before=TIME. Repeatable.",
+    help="Only those with this name, engine, runtime, host, image, container, tag, origin or pinned (* matches anything), "
+    "or made since=TIME or before=TIME. Repeatable.",
 )  # fmt: skip
 @click.option("--sort", metavar="ORDER", default="name", help="name (default), created, size, unique or engine.")
 @click.option("-r", "--reverse", is_flag=True, help="The other way round.")

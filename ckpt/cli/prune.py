@@ -58,7 +58,14 @@ def size_bytes(text: str) -> int:
 @click.option("--orphans", is_flag=True, help="Also remove what belongs to no checkpoint.")
 @click.option("-n", "--dry-run", is_flag=True, help="Remove nothing, show what would become of each, and why.")
 def command(
-    session: Session, names: tuple[str, ...], keep_within: str | None, max_size: str | None, orphans: bool, dry_run: bool, **keep: Any
+    session: Session,
+    names: tuple[str, ...],
+    keep_within: str | None,
+    keep_tags: tuple[str, ...],
+    max_size: str | None,
+    orphans: bool,
+    dry_run: bool,
+    **counts: Any,
 ) -> int:
     """Remove checkpoints that no rule keeps.
 
@@ -95,11 +102,10 @@ def command(
 
     def lines(rows: Sequence[Row]) -> Iterator[str]:
         if rows:
-            body = [
-                ("keep" if row["keep"] else "would go" if dry_run else "removed" if row["removed"] else "in use", row["ref"], units.when(row["created_s"]),
-                 units.size(row["size_bytes"]), ", ".join(row["reasons"]))
-                for row in rows
-            ]  # fmt: skip
+            body = []
+            for row in rows:
+                fate = "keep" if row["keep"] else "would go" if dry_run else "removed" if row["removed"] else "in use"
+                body.append((fate, row["ref"], units.when(row["created_s"]), units.size(row["size_bytes"]), ", ".join(row["reasons"])))
             yield from columns(("", "CHECKPOINT", "CREATED", "SIZE", "WHY"), body)
         gone = sum(not row["keep"] for row in rows) - len(stays)
         what = [units.plural(gone, "checkpoint"), *([units.plural(done.orphans, "orphan")] if done.orphans else [])]

@@ -22,10 +22,7 @@ def tag(refs: Sequence[str], add: Sequence[str], remove: Sequence[str], *, store
     """
     if not add and not remove:
         raise UsageError("which tags?", hint="--add TAG, --remove TAG")
-    for text in add:
-        entries.check_tag(text)
-        if text == "latest" or text.isdigit():
-            raise UsageError(f"{text!r} cannot be a tag: NAME@{text} means something already")
+    check(add)
 
     def change(entry: Entry) -> Entry:
         tags = [text for text in dict.fromkeys([*entry.tags, *add]) if text not in remove]
@@ -34,6 +31,29 @@ def tag(refs: Sequence[str], add: Sequence[str], remove: Sequence[str], *, store
         return replace(entry, tags=tuple(tags))
 
     return _change(refs, change, store_root)
+
+
+def check(tags: Sequence[str], note: str = "") -> None:
+    """Raise UsageError for a text that cannot be a tag, or a note."""
+    for text in tags:
+        entries.check_tag(text)
+        if text == "latest" or text.isdigit():
+            raise UsageError(f"{text!r} cannot be a tag: NAME@{text} means something already")
+    entries.check_note(note)
+
+
+def made(outcomes: Sequence[Outcome], tags: Sequence[str], note: str, *, store_root: Path = DEFAULT_ROOT) -> list[Outcome]:
+    """Mark the checkpoints that were just made. One that cannot be marked is a warning: it is safe in the store."""
+    catalog, marked = Catalog(store_root), []
+    for outcome in outcomes:
+        if outcome.checkpoint is not None:
+            try:
+                found = catalog.amend(outcome.checkpoint, lambda entry: replace(entry, tags=tuple(dict.fromkeys(tags)), note=note))
+                outcome = replace(outcome, checkpoint=found)
+            except CkptError as error:
+                outcome = replace(outcome, warnings=(*outcome.warnings, f"not marked: {error.message}"))
+        marked.append(outcome)
+    return marked
 
 
 def note(refs: Sequence[str], text: str, *, store_root: Path = DEFAULT_ROOT) -> list[Outcome]:
