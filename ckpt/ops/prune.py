@@ -44,33 +44,27 @@ def prune(names: Sequence[str], rules: Rules, *, orphans: bool = False, dry_run:
     for name in names:
         if all(c.manifest.name != name for c in known):
             raise TargetNotFound(f"there is no checkpoint of {name!r} in the store", hint="ckpt list shows what is there")
+    footprint = catalog.footprint()
     verdicts: list[Verdict] = []
     if rules.selects or rules.max_size_bytes is not None:
-        verdicts = decide(
-            known,
-            rules,
-            now_s=time.time(),
-            footprint=lambda some: catalog.footprint_bytes(some),
-            judged=lambda c: not names or c.manifest.name in names,
-        )
+        verdicts = decide(known, rules, now_s=time.time(), footprint=footprint, judged=lambda c: not names or c.manifest.name in names)
         verdicts = [v for v in verdicts if not names or v.checkpoint.manifest.name in names]
     doomed = [v.checkpoint for v in verdicts if not v.keep]
-    before = catalog.footprint_bytes(known)
     failed: list[tuple[Checkpoint, CkptError]] = []
-    swept = 0
-    if not dry_run:
-        for checkpoint in doomed:
-            try:
-                catalog.remove(checkpoint)
-            except TargetNotFound:
-                continue  # somebody else was sooner
-            except BusyError as error:
-                failed.append((checkpoint, error))
-                emit(Notice(checkpoint.ref, f"stays for now: {error.message}", warning=True))
-        if orphans:
-            swept = len(catalog.sweep())
-            catalog.collect()
-        freed = before - catalog.footprint_bytes([c for c in known if c not in doomed or any(c is f for f, _ in failed)])
-    else:
-        freed = before - catalog.footprint_bytes([c for c in known if c not in doomed])
+    swept = freed = 0
+    if dry_run and orphans:
+        freed += catalog.collect(dry_run=True).freed_bytes
+    for checkpoint in doomed if not dry_run else ():
+        try:
+            catalog.remove(checkpoint)
+        except TargetNotFound:
+            continue  # somebody else was sooner
+        except BusyError as error:
+            failed.append((checkpoint, error))
+            emit(Notice(checkpoint.ref, f"stays for now: {error.message}", warning=True))
+    if orphans and not dry_run:
+        swept = len(catalog.sweep())
+        freed += catalog.collect().freed_bytes
+    gone = {c.manifest.id for c in doomed} - {c.manifest.id for c, _ in failed}
+    freed += footprint(known) - footprint([c for c in known if c.manifest.id not in gone])
     return Pruned(verdicts, freed, failed, swept)
