@@ -148,6 +148,8 @@ class _Attempt:
         self.job.write("dumping", draft=self.draft.id)
         faults.point("dumping")
         self.emit(StepStarted(self.label, "dump"))
+        if self.streams:
+            self.draft.prepare()
         self.frozen_at_s = time.monotonic()
         self._dump(self.draft, host.criu_version)
         self.emit(Frozen(self.label, self.frozen_at_s))
@@ -169,7 +171,7 @@ class _Attempt:
             host=host,
             engine_version=version,
             freeze_s=self.freeze_s,
-            digests={**layout.digest_members(self.draft.stage), **self.draft.digests()},
+            digests=dict(sorted({**layout.digest_members(self.draft.stage), **self.draft.digests}.items())),
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
         faults.point("described")

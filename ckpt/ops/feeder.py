@@ -23,6 +23,7 @@ import ckpt
 from ckpt.criu import pagechunks, pagefeed
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
+from ckpt.ops.unpack import PageMember
 from ckpt.store.catalog import Catalog
 
 START_LIMIT_S: Final = 30.0
@@ -92,7 +93,8 @@ def feeder_main(text: str) -> int:
     plan = json.loads(text)
     catalog = Catalog(Path(plan["root"]))
     checkpoint = catalog.find(str(plan["checkpoint_id"]))
-    pages = pagechunks.PageChunks(Path(plan["images"]), lambda name: catalog.page_reader(checkpoint, f"checkpoint/{name}"))
+    reader = catalog.page_reader(checkpoint)
+    pages = pagechunks.PageChunks(Path(plan["images"]), lambda name: PageMember(reader, name))
     feed = pagefeed.Feed(str(plan["criu_version"]))
     os.write(1, b"%d\n" % feed.port)
     came = threading.Event()

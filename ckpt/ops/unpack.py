@@ -5,11 +5,29 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt.archive import layout
 from ckpt.events import BytesMoved, Emit, StepDone, StepStarted
 from ckpt.model import Checkpoint, Manifest
 from ckpt.store.catalog import Catalog
+
+if TYPE_CHECKING:
+    from ckpt.store.reading import PageReader
+
+
+class PageMember:
+    """A pages file in the store, as `criu.pagechunks` reads it."""
+
+    def __init__(self, pages: PageReader, leaf: str) -> None:
+        self._pages = pages
+        self._name = f"checkpoint/{leaf}"
+        self.size_bytes = pages.size_bytes(self._name)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Raises DigestMismatch, OSError."""
+        data = memoryview(bytearray(length))
+        return data[: self._pages.read_into(self._name, offset, data)]
 
 
 def unpack(catalog: Catalog, checkpoint: Checkpoint, stage: Path, *, lazy: bool, emit: Emit, label: str) -> float:
@@ -36,21 +54,23 @@ def unpack(catalog: Catalog, checkpoint: Checkpoint, stage: Path, *, lazy: bool,
 
     with catalog.storage("unpack the checkpoint"):
         found = catalog.materialize(checkpoint, stage, only=_not_pages if lazy else None, on_bytes=on_bytes)
-        _compare(found, manifest, catalog.members(checkpoint).names() if lazy else [])
-        if manifest.digests == {}:
-            layout.require_members(stage)
         if lazy:
             from ckpt.criu import pagechunks
 
-            pagechunks.write_eager(stage / "checkpoint", lambda name: catalog.page_reader(checkpoint, f"checkpoint/{name}"))
+            with catalog.members(checkpoint) as members:
+                _compare(found, manifest, stage, members.names())
+                pagechunks.write_eager(stage / "checkpoint", lambda name: PageMember(members.pages, name))
+        else:
+            _compare(found, manifest, stage, [])
     took_s = time.monotonic() - began
     emit(StepDone(label, "verify", _verified(manifest, lazy), took_s))
     return took_s
 
 
-def _compare(found: dict[str, str], manifest: Manifest, left: list[str]) -> None:
+def _compare(found: dict[str, str], manifest: Manifest, stage: Path, left: list[str]) -> None:
     """`left`: what is in the store, of which memory pages are not in `found`."""
     if not manifest.digests:
+        layout.require_members(stage)
         return
     known = {name: digest for name, digest in manifest.digests.items() if not (layout.is_pages(name) and name in left)}
     there = {name: digest for name, digest in found.items() if name not in (layout.MANIFEST, layout.SIGNATURE)}

@@ -133,10 +133,15 @@ def test_memory_goes_into_chunks_as_it_comes(streaming: World, monkeypatch: pyte
     web = streaming.engine.start("web")
     seen: list[list[str]] = []
     drafts = streaming.root / "tmp"
-    monkeypatch.setattr("ckpt.ops.faults.point", lambda step: seen.append([p.name for p in drafts.glob("*/checkpoint/p*")]) if step == "held" else None)
+
+    def look(step: str) -> None:
+        if step == "held":
+            seen.append(sorted(path.name for path in drafts.glob("*/checkpoint/p*")))
+
+    monkeypatch.setattr("ckpt.ops.faults.point", look)
     (outcome,) = streaming.save("web")
     assert outcome.ok and outcome.checkpoint, outcome.error
-    assert sorted(seen[0]) == ["pagemap-1.img", "pstree.img"]
+    assert seen == [["pagemap-1.img", "pstree.img"]]
     assert "checkpoint/pages-65537.img" in outcome.checkpoint.manifest.digests
     assert not list((streaming.root / "checkpoints").glob("*/checkpoint/pages-*"))
     (back,) = streaming.back("web")
