@@ -104,6 +104,7 @@ class Catalog:
             identity = secrets.token_hex(8)
             fd = locks.take(self.locks / identity, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
+                locks.sign(fd)
                 (self.drafts / identity).mkdir(mode=0o700)
             except BaseException:
                 os.close(fd)
@@ -205,13 +206,13 @@ class Catalog:
                         path.unlink(missing_ok=True)
                     elif "." in name:  # a removed checkpoint: nobody's
                         doomed.append((path, -1))
-                    else:
+                    elif not locks.is_elsewhere(self.locks / name):
                         doomed.append((path, locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB)))
                 except BlockingIOError:
                     continue
             busy = {path.name for path, _ in doomed}
             for name in locks.listing(self.locks):
-                if name not in busy and not (self.drafts / name).exists() and not (self.entries / name).exists():
+                if name not in busy and not locks.is_elsewhere(self.locks / name) and not (self.drafts / name).exists() and not (self.entries / name).exists():
                     with suppress(BlockingIOError):
                         os.close(locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB))
                         (self.locks / name).unlink(missing_ok=True)

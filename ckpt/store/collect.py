@@ -211,7 +211,7 @@ def _claims(catalog: Catalog) -> set[str]:
     """The packs that living drafts are deduplicated against (under the store's lock)."""
     kept: set[str] = set()
     for name in locks.listing(catalog.drafts):
-        if "." in name or not locks.is_held(catalog.locks / name):
+        if "." in name or not (locks.is_held(catalog.locks / name) or locks.is_elsewhere(catalog.locks / name)):
             continue
         with suppress(FileNotFoundError):
             claims: Any = json.loads((catalog.drafts / name / PRIVATE / CLAIMS).read_bytes())

@@ -10,7 +10,7 @@ from tests.lab.harness.host import Host
 
 
 def refs(host: Host, *options: str) -> list[str]:
-    return [row["ref"] for row in json.loads(host.run(["ckpt", *options, "list", "--format", "json"]).stdout)["list"]]
+    return [row["ref"] for row in json.loads(host.run(["ckpt", *options, "list", "--format", "json"]).stdout)["results"]]
 
 
 def test_rewind_tags_and_prune(lab: Lab) -> None:
@@ -25,7 +25,7 @@ def test_rewind_tags_and_prune(lab: Lab) -> None:
     assert counts_on(lab.a)
     assert refs(lab.a) == ["web@1", "web@2", "web@3"]
     # The second one holds little that the first one has not.
-    rows = json.loads(lab.a.run(["ckpt", "list", "--format", "json"]).stdout)["list"]
+    rows = json.loads(lab.a.run(["ckpt", "list", "--format", "json"]).stdout)["results"]
     assert rows[1]["unique_bytes"] < rows[1]["size_bytes"] / 2, rows
     would = lab.a.run(["ckpt", "prune", "--keep-last", "1", "--keep-tag", "good", "--dry-run"]).stdout
     assert "would go" in would and refs(lab.a) == ["web@1", "web@2", "web@3"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, TargetNotFound, UsageError
 from ckpt.events import ignore
+from ckpt.host import filesystem
 from ckpt.model import Container, DumpOptions, Manifest, RestoreOptions, Target
 from ckpt.ops import mark
 from ckpt.ops.checkpoint import checkpoint
@@ -17,7 +20,9 @@ from ckpt.ops.list_ import list_
 from ckpt.ops.prune import Pruned, prune
 from ckpt.ops.rewind import BEFORE, rewind
 from ckpt.ops.rm import rm
+from ckpt.store import place
 from ckpt.store.catalog import Catalog
+from ckpt.store.job import Job
 from ckpt.store.retention import Rules
 from tests.contract import fake
 
@@ -234,3 +239,30 @@ def test_an_amended_checkpoint_that_is_gone(world: World) -> None:
     with pytest.raises(CkptError):
         world.catalog.amend(found, lambda entry: entry)
     assert isinstance(found.manifest, Manifest)
+
+
+def test_drafts_of_another_host_are_left_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some network mounts nobody here sees the locks of another host."""
+    draft = world.catalog.begin("web")
+    draft.close()
+    lock = world.catalog.locks / draft.id
+    lock.write_text("elsewhere\n")
+    assert world.catalog.sweep() == [] and draft.stage.is_dir()
+    old = time.time() - 8 * 86400
+    os.utime(lock, (old, old))
+    assert world.catalog.sweep() == [draft.id] and not draft.stage.exists()
+
+
+def test_jobs_of_a_store_that_other_hosts_share_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "DEFAULT_ROOT", tmp_path / "here")
+    monkeypatch.setattr(filesystem, "is_shared", lambda path: "net" in str(path))
+    there = tmp_path / "net" / "store"
+    job = Job.create(there, "checkpoint")
+    assert tmp_path / "here" in job.directory.parents and place.store_of(job.directory) == there
+    assert place.jobs(tmp_path / "disk") == tmp_path / "disk" / "jobs"
+    job.release()
+
+
+def test_kinds_of_file_systems(tmp_path: Path) -> None:
+    assert filesystem.kind(Path("/proc/self/not/there")) == "proc" and filesystem.kind(tmp_path)
+    assert not filesystem.is_shared(tmp_path)
