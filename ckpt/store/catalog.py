@@ -212,7 +212,9 @@ class Catalog:
                     continue
             busy = {path.name for path, _ in doomed}
             for name in locks.listing(self.locks):
-                if name not in busy and not locks.is_elsewhere(self.locks / name) and not (self.drafts / name).exists() and not (self.entries / name).exists():
+                if name in busy or locks.is_elsewhere(self.locks / name):
+                    continue
+                if not (self.drafts / name).exists() and not (self.entries / name).exists():
                     with suppress(BlockingIOError):
                         os.close(locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB))
                         (self.locks / name).unlink(missing_ok=True)
