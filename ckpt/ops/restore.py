@@ -22,7 +22,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, proof, recover
+from ckpt.ops import faults, lazy, proof, recover, stage
 from ckpt.ops.import_ import unpack
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
@@ -252,9 +252,15 @@ class _Attempt:
 
 
 def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
-    with catalog.lease_fd(checkpoint) as fd:
-        source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd)
-        return bring_back(source, options, catalog.root, emit, keep=keep)
+    began = time.monotonic()
+    emit(StepStarted(label, "verify"))
+    with stage.opened(catalog, checkpoint) as draft:
+        emit(StepDone(label, "verify", _verified(checkpoint.manifest, options), time.monotonic() - began))
+        source = Source(label, draft.stage, checkpoint.manifest, checkpoint, verified=True, lease_fd=draft.fileno(), draft=True)
+        outcome = bring_back(source, options, catalog.root, emit, keep=keep)
+        if options.lazy:
+            draft.close()  # the keeper removes it
+        return outcome
 
 
 def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
@@ -264,7 +270,7 @@ def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit
     with ExitStack() as stack:
         stack.callback(draft.discard)
         with path.open("rb") as file:
-            manifest = unpack(file, draft, str(path), emit, path.stat().st_size)
+            manifest = unpack(file, draft, str(path), emit, path.stat().st_size, pack=False)
         source = Source(str(path), draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
         outcome = bring_back(source, options, catalog.root, emit, keep=keep)
         if options.lazy:

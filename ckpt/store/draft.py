@@ -63,6 +63,10 @@ class Draft:
         """Bytes of the members that sinks wrote."""
         return sum(member.size_bytes for member in self._bulk.values())
 
+    def bulk_size_bytes(self, name: str) -> int:
+        """The size of a member that a finished sink wrote. Raises KeyError."""
+        return self._bulk[name].size_bytes
+
     def prepare(self) -> None:
         """Load what is needed for a first sink, ahead of time (while a container still runs).
 
