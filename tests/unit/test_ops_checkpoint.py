@@ -187,8 +187,10 @@ def test_a_damaged_checkpoint_touches_nothing(world: World) -> None:
     web = world.engine.start("web")
     (outcome,) = world.save("web")
     assert outcome.checkpoint
-    pages = outcome.checkpoint.directory / "checkpoint" / "pages-1.img"
-    pages.write_text("0")
+    (pack,) = (world.root / "packs").glob("*.pack")
+    with pack.open("r+b") as file:
+        file.seek(4096)  # the first chunk
+        file.write(b"\xff")
     (back,) = world.back("web")
     assert isinstance(back.error, DigestMismatch)
     assert world.state(web) == "exited", "it must not have been removed"
