@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -274,13 +275,24 @@ def kept_log(named: str | None, kept: Path | None) -> str | None:
 def uninterrupted() -> Iterator[None]:
     """Hold signals that ask us to stop until the block is over: a half-given verdict helps nobody.
 
-    Only meaningful in the main thread; elsewhere signals do not arrive anyway.
+    Only meaningful in the main thread; elsewhere signals do not arrive anyway. The mask is not enough: the kernel gives a signal to any
+    thread that does not block it (a library's own, for example), and Python then runs the handler in the main thread.
     """
     asked: set[int] = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    held: set[int] = set()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: found for number in asked if callable(found := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: held.add(number))
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)  # waits for the mask, as the others do
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -71,8 +71,12 @@ class Restore:
             made.close()
             self.pid = int(self.job.facts["keeper_pid"])
             return
+        pages = made.stage / "checkpoint" / "pages-1.img"
+        content = pages.read_bytes()
+        pages.unlink()  # an entry with its pages as a plain file, not in chunks
         self.checkpoint: Checkpoint = made.commit(known)
         self.stage = self.checkpoint.directory
+        (self.stage / "checkpoint" / "pages-1.img").write_bytes(content)
         with self.catalog.lease_fd(self.checkpoint) as fd:
             self.keeper = lazy.Keeper(self.job, self.stage, lease_fds=(fd,), draft=False)
         self.pid = int(self.job.facts["keeper_pid"])
