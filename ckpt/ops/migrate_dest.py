@@ -304,9 +304,8 @@ def start_keeper(arrival: Arrival, memory: str, *, newest: Path | None = None, w
     arrival.keeper = lazy.Keeper(
         arrival.job,
         arrival.draft.stage,
-        lease_fd=arrival.draft.fileno(),
+        lease_fds=(arrival.draft.fileno(),),
         draft=True,
-        verify=False,  # every frame had its check sum
         memory=cast(lazy.Memory, memory),
         criu_version=features.facts().version,
         newest=newest,
