@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from ckpt.errors import CkptError
 from ckpt.model import Checkpoint
 from ckpt.store import durable, recipe
 from ckpt.store.dead import load_dead
-from ckpt.store.pack import SUFFIX, count_pages, read_tags
-from ckpt.store.pages import CHUNK_PAGES, PACK_SHIFT, Index, Tagger
+from ckpt.store.pack import SUFFIX, count_pages, read_table, read_tags
+from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, Index, Tagger
 
 BUDGET_BYTES: Final = 64 << 20
 _PAGE_COST: Final = 24
 _MAX_PACKS: Final = 4096
+_MAX_RECIPES: Final = 512
+_SPARSE: Final = 4
 SECRET: Final = "tags.key"
 
 
@@ -68,9 +71,14 @@ def choose(candidates: Iterable[Checkpoint], packs: Path, budget_bytes: int = BU
     return chosen
 
 
-def load(names: list[str], packs: Path, tagger: Tagger) -> Index:
-    """The pages of packs; pack `names[n]` has number n + 1. What cannot be read or compared is left out."""
+def load(names: list[str], packs: Path, tagger: Tagger, known: Sequence[Checkpoint]) -> Index:
+    """The pages of packs; pack `names[n]` has number n + 1. What cannot be read or compared is left out.
+
+    Left out as well are chunks of which the checkpoints in the store (`known`) need less than a quarter: what is still needed of them is
+    written once more, so that they die with the old checkpoints instead of living on for a few pages.
+    """
     index = Index()
+    used = _used(names, packs, known)
     tags, places = [], []
     for number, name in enumerate(names, 1):
         with suppress(CkptError, OSError):
@@ -84,9 +92,44 @@ def load(names: list[str], packs: Path, tagger: Tagger) -> Index:
             where = np.repeat(chunks * CHUNK_PAGES, counts) + within
             alive = np.ones(len(table), bool)
             alive[load_dead(packs, name, len(table))] = False
+            if name in used:
+                pages = used[name][: len(table) * CHUNK_PAGES].reshape(len(table), CHUNK_PAGES)
+                alive &= pages.sum(axis=1) * _SPARSE >= counts
             keep = np.repeat(alive, counts)
             tags.append(found[keep])
             places.append((where | number << PACK_SHIFT)[keep])
     if tags:
         index.add(np.concatenate(tags), np.concatenate(places))
     return index
+
+
+def _used(names: list[str], packs: Path, known: Sequence[Checkpoint]) -> dict[str, npt.NDArray[np.bool_]]:
+    """For each pack, which of its pages checkpoints need; {} when that cannot be told."""
+    if len(known) > _MAX_RECIPES:
+        return {}
+    begins: dict[str, npt.NDArray[np.int32]] = {}
+    wanted = set(names)
+    for checkpoint in known:
+        path = checkpoint.directory / recipe.NAME
+        try:
+            if wanted.isdisjoint(recipe.load_packs(path)):
+                continue
+            found = recipe.load(path)
+        except (CkptError, OSError):
+            return {}
+        for member in found.members.values():
+            for number in np.unique(member.places[member.places != recipe.ZERO] >> PACK_SHIFT).tolist():
+                name = found.packs[number]
+                if name not in wanted:
+                    continue
+                if name not in begins:
+                    try:
+                        begins[name] = np.zeros(len(read_table(packs / (name + SUFFIX))) * CHUNK_PAGES + 1, np.int32)
+                    except (CkptError, OSError):
+                        wanted.discard(name)
+                        continue
+                mine = member.places >> PACK_SHIFT == number
+                first = np.minimum(member.places[mine] & LINEAR, len(begins[name]) - 1)
+                np.add.at(begins[name], first, 1)
+                np.add.at(begins[name], np.minimum(first + member.counts[mine], len(begins[name]) - 1), -1)
+    return {name: np.cumsum(changes)[:-1] > 0 for name, changes in begins.items()}

@@ -217,12 +217,13 @@ class Draft:
         private = self.stage / PRIVATE
         with catalog.locked():
             tagger = Tagger(catalog.key or base.secret(catalog.root))
-            self._packs = base.choose(base.order(catalog.all(), self.name), catalog.packs)
+            known = base.order(catalog.all(), self.name)
+            self._packs = base.choose(known, catalog.packs)
             private.mkdir(mode=0o700, exist_ok=True)
             # What is named here stays until this draft is a checkpoint or gone: see collect.
             claims = private / CLAIMS
             with open(os.open(claims, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
                 json.dump({"packs": self._packs}, file)
-        index = base.load(self._packs, catalog.packs, tagger)
+        index = base.load(self._packs, catalog.packs, tagger, known)
         threads = max(2, min(8, os.cpu_count() or 2))
         return Packer(PackWriter(private / PACK, tagger.id, catalog.key, threads), tagger, index)

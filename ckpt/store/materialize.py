@@ -16,14 +16,13 @@ import numpy as np
 
 from ckpt.archive.layout import DIGEST_PREFIX, MANIFEST, SIGNATURE
 from ckpt.errors import DigestMismatch, NoSpace
-from ckpt.store.pages import CHUNK_PAGES, PACK_SHIFT, PAGE_BYTES, Places
+from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, PAGE_BYTES, Places
 from ckpt.store.reading import StoreMembers
 from ckpt.store.recipe import ZERO, Bulk, Recipe
 
 OnBytes = Callable[[int], None]
 _PIECE: Final = 1 << 20
 _AHEAD: Final = 64
-_LINEAR: Final = (1 << PACK_SHIFT) - 1
 
 
 def materialize(
@@ -209,7 +208,7 @@ def _by_chunk(bulk: Bulk) -> tuple[Places, Places, Places, Places]:
     if not len(places):
         return places, np.zeros((0, 3), np.int64), np.zeros(1, np.int64), last
     # Cut the runs where chunks end.
-    begin = places & _LINEAR
+    begin = places & LINEAR
     spans = (begin + counts - 1) // CHUNK_PAGES - begin // CHUNK_PAGES + 1
     owner = np.repeat(np.arange(len(places)), spans)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(spans) - spans, spans)

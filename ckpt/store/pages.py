@@ -27,6 +27,8 @@ UNKNOWN: Final = -1
 PACK_SHIFT: Final = 40
 """A place is `pack << 40 | chunk * 128 + page in the chunk`, the pack being a number in some list of packs."""
 
+LINEAR: Final = (1 << PACK_SHIFT) - 1
+
 _WORDS: Final = PAGE_BYTES // 8
 _MERGE: Final = 4
 

@@ -16,12 +16,11 @@ from ckpt.archive.layout import ORDER, is_bulk
 from ckpt.archive.members import StageMembers
 from ckpt.errors import DigestMismatch
 from ckpt.store.pack import SUFFIX, PackReader
-from ckpt.store.pages import CHUNK_PAGES, PACK_SHIFT, PAGE_BYTES
+from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, PAGE_BYTES
 from ckpt.store.recipe import ZERO, Bulk, Recipe
 
 CACHED_CHUNKS: Final = 64
 _AHEAD: Final = 4
-_LINEAR: Final = (1 << PACK_SHIFT) - 1
 
 
 class PageReader:
@@ -104,7 +103,7 @@ class PageReader:
             count = min(left, len(view))
             view[:count] = bytes(count)
             return count
-        number, slot = divmod((place & _LINEAR) + skipped, CHUNK_PAGES)
+        number, slot = divmod((place & LINEAR) + skipped, CHUNK_PAGES)
         chunk = self.chunk(place >> PACK_SHIFT, number)
         begin = slot * PAGE_BYTES + inside
         count = min(left, len(view), CHUNK_PAGES * PAGE_BYTES - begin)
@@ -157,7 +156,7 @@ class PageReader:
         while run < len(bulk.places) and len(wanted) < _AHEAD:
             place, count = int(bulk.places[run]), int(bulk.counts[run])
             if place != ZERO:
-                first, last = ((place & _LINEAR) + skipped) // CHUNK_PAGES, ((place & _LINEAR) + count - 1) // CHUNK_PAGES
+                first, last = ((place & LINEAR) + skipped) // CHUNK_PAGES, ((place & LINEAR) + count - 1) // CHUNK_PAGES
                 wanted += [(place >> PACK_SHIFT, n) for n in range(first, min(last, first + _AHEAD) + 1)]
             run, skipped = run + 1, 0
         for key in wanted[:_AHEAD]:

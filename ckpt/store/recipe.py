@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ckpt.archive.layout import is_allowed, is_bulk
 from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.store.pack import unpack
-from ckpt.store.pages import CHUNK_PAGES, PACK_SHIFT, PAGE_BYTES, Places
+from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, PAGE_BYTES, Places
 
 NAME: Final = "recipe"
 ZERO: Final = -2
@@ -29,7 +29,6 @@ RUN: Final = np.dtype([("place", "<i8"), ("count", "<u4")])
 _MAGIC: Final = b"ckptrcp1"
 _HEAD: Final = struct.Struct("<8sI")
 _MAX_HEAD_BYTES: Final = 64 << 20
-_LINEAR: Final = (1 << PACK_SHIFT) - 1
 
 
 @dataclass(slots=True)
@@ -65,8 +64,8 @@ class Recipe:
         for member in self.members.values():
             real = member.places != ZERO
             places, counts = member.places[real], member.counts[real]
-            packs, first = places >> PACK_SHIFT, (places & _LINEAR) // CHUNK_PAGES
-            last = ((places & _LINEAR) + counts - 1) // CHUNK_PAGES
+            packs, first = places >> PACK_SHIFT, (places & LINEAR) // CHUNK_PAGES
+            last = ((places & LINEAR) + counts - 1) // CHUNK_PAGES
             for number in np.unique(packs):
                 mine = packs == number
                 spans = np.stack((first[mine], last[mine] - first[mine] + 1), axis=1)
@@ -105,7 +104,7 @@ def dumps(recipe: Recipe) -> bytes:
             table[old] = new
         numbers = np.where(places >= 0, places >> PACK_SHIFT, 0)
         array = np.zeros(len(places), RUN)
-        array["place"] = np.where(places >= 0, table[numbers] << PACK_SHIFT | places & _LINEAR, ZERO)
+        array["place"] = np.where(places >= 0, table[numbers] << PACK_SHIFT | places & LINEAR, ZERO)
         array["count"] = counts
         parts.append(array.tobytes())
         members[name] = {"size_bytes": member.size_bytes, "mtime_s": member.mtime_s, "digest": member.digest, "runs": len(places)}
