@@ -70,7 +70,10 @@ class Feed:
     def connect(self) -> bool:
         """Wait for the daemon; False when this was closed before it came."""
         poller = select.poll()
-        poller.register(self._listener, select.POLLIN)
+        with self._lock:
+            if self._closed:
+                return False
+            poller.register(self._listener, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
         while True:
             poller.poll()

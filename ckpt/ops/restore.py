@@ -276,7 +276,7 @@ def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit
     draft = catalog.begin(path.name)
     with _until_restored(draft, options):
         with path.open("rb") as file:
-            manifest = unpack_archive(file, draft, str(path), emit, path.stat().st_size)
+            manifest = unpack_archive(file, draft, str(path), emit, path.stat().st_size, pack=False)
         return bring_back(Source(str(path), manifest, draft), options, catalog, emit, keep=keep)
 
 

@@ -51,7 +51,7 @@ def _remove(catalog: Catalog, checkpoint: Checkpoint) -> None:
         catalog.remove(checkpoint)
     except BusyError as error:
         for facts in recover.served(catalog.root):
-            if facts.get("lazy", {}).get("stage") == str(checkpoint.directory):
+            if facts.get("lazy", {}).get("checkpoint_id") == checkpoint.manifest.id:
                 error.message = f"{checkpoint.ref} is in use: the memory of {facts.get('name')} is still arriving from it"
                 error.hint = "wait until all of it is there: seconds, as a rule (ckpt restore --lazy)"
         raise

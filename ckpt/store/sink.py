@@ -76,7 +76,9 @@ class Packer:
             if self._buffer is None:
                 self._buffer = self.writer.buffer()
             count = min(len(which) - at, CHUNK_PAGES - self._filled)
-            self._buffer[self._filled : self._filled + count] = pages[which[at : at + count]]
+            first, last = int(which[at]), int(which[at + count - 1])
+            taken = slice(first, last + 1) if last - first + 1 == count else which[at : at + count]  # a slice is not copied twice
+            self._buffer[self._filled : self._filled + count] = pages[taken]
             begin = self.writer.count * CHUNK_PAGES + self._filled
             made.append(np.arange(begin, begin + count, dtype=np.int64))
             self._tags.append(tags[at * 16 : (at + count) * 16])

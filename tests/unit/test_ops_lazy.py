@@ -19,7 +19,7 @@ from ckpt.engines import registry
 from ckpt.errors import BusyError, DigestMismatch, FeatureMissing, RestoreFailed
 from ckpt.host import uffd
 from ckpt.model import Checkpoint, Container, Manifest
-from ckpt.ops import lazy, recover
+from ckpt.ops import feeder, lazy, recover
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 from tests.contract.subject import wait_until
@@ -71,12 +71,8 @@ class Restore:
             made.close()
             self.pid = int(self.job.facts["keeper_pid"])
             return
-        pages = made.stage / "checkpoint" / "pages-1.img"
-        content = pages.read_bytes()
-        pages.unlink()  # an entry with its pages as a plain file, not in chunks
         self.checkpoint: Checkpoint = made.commit(known)
         self.stage = self.checkpoint.directory
-        (self.stage / "checkpoint" / "pages-1.img").write_bytes(content)
         with self.catalog.lease_fd(self.checkpoint) as fd:
             self.keeper = lazy.Keeper(self.job, self.stage, lease_fds=(fd,), draft=False)
         self.pid = int(self.job.facts["keeper_pid"])
@@ -185,6 +181,19 @@ def test_a_daemon_that_does_not_start(tmp_path: Path, criu: Path) -> None:
     restore.keeper.abort()
     assert "no socket" in (restore.job.directory / "keeper.log").read_text()
     assert not restore.stage.exists()
+
+
+def test_damaged_chunks_are_named(tmp_path: Path, criu: Path, workload: subprocess.Popen[bytes]) -> None:
+    restore = Restore(tmp_path / "store")
+    restore.listen()
+    restore.commit(workload)
+    restore.job.release()
+    restore.keeper.serve()
+    (restore.job.directory / feeder.DAMAGE).write_text("checkpoint/pages-1.img was changed or damaged")
+    criu.with_name("criu.through").write_text("1")  # the daemon, whose feeder is gone
+    assert workload.wait(20) == -signal.SIGKILL
+    assert wait_until(restore.over)
+    assert "pages-1.img was changed or damaged" in recover.sweep(restore.root)[0]
 
 
 def test_a_draft_goes_with_the_keeper(tmp_path: Path, criu: Path, workload: subprocess.Popen[bytes]) -> None:
