@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 from urllib.parse import SplitResult, quote, urlsplit
 
 import ckpt.transports
@@ -136,6 +136,10 @@ class CarrierOptions:
     insecure: bool = False
     """Clear text is allowed to other hosts than this one. Certificates are checked all the same."""
     ssh_options: tuple[str, ...] = ()
+    registry_form: Literal["artifact", "image"] = "artifact"
+    """What a checkpoint in a registry is: an OCI artifact, or an image that podman restores too."""
+    registry_subject: str | None = None
+    """The container image in the same registry that an artifact belongs to; None: the one it was made from, if it is there."""
     notice: Callable[[str], None] = field(default=lambda text: None, repr=False)
     """Told what a person may want to know ("the link broke at 12 MiB, going on")."""
 
