@@ -137,13 +137,13 @@ class Upload:
         start, end = self._sent, self._sent + len(chunk)
         retry, breaks, sure = self._client.retry(), 0, True
         while self._sent < end:
+            before = self._sent
             try:
-                if not sure:
+                if sure:
+                    self._patch(chunk[before - start :][: self._piece_bytes])
+                else:
                     self._ask(start, end)
                     sure = True
-                    continue
-                before = self._sent
-                self._patch(chunk[before - start :][: self._piece_bytes], end)
             except Broken as broken:
                 # Some who find a chunk too large just hang up.
                 breaks += 1
@@ -156,7 +156,7 @@ class Upload:
                 retry.progress()
                 breaks = 0
 
-    def _patch(self, piece: memoryview, end: int) -> None:
+    def _patch(self, piece: memoryview) -> None:
         client, first = self._client, self._sent
         headers = {"Content-Type": "application/octet-stream", "Content-Range": f"{first}-{first + len(piece) - 1}"}
         answer = client.call("PATCH", self._location, headers=headers, body=piece)

@@ -7,6 +7,7 @@ another host gets has no Authorization. Nothing here shows a query: it may be a 
 from __future__ import annotations
 
 import http.client
+import http.cookiejar
 import json
 import re
 import ssl
@@ -120,6 +121,13 @@ class _Adapter(requests.adapters.HTTPAdapter):
         conn.cert_reqs = "CERT_REQUIRED"
 
 
+class _Session(requests.Session):
+    """No redirects, no cookies. requests reads the whole body of a redirect before it says that it does not follow it."""
+
+    def get_redirect_target(self, resp: Any) -> None:
+        """None, ever."""
+
+
 def _tls(reference: Reference, options: CarrierOptions) -> ssl.SSLContext:
     """What is trusted: the file that was named, else the system's authorities and what podman and docker have for this registry."""
     try:
@@ -163,7 +171,8 @@ class Client:
     def __post_init__(self) -> None:
         if self.options.token_file or self.options.token_command or self.options.header_file:
             raise UsageError("a registry takes no token and no headers", hint=f"credentials come from podman login {self.reference.registry}")
-        session = requests.Session()
+        session = _Session()
+        session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         session.trust_env = False  # else ~/.netrc would go wherever a redirect leads
         session.mount("https://", _Adapter(_tls(self.reference, self.options)))
         session.headers.update({"User-Agent": f"ckpt/{__version__}", "Accept-Encoding": "identity"})

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from ckpt.errors import ArchiveInvalid, CkptError, DigestMismatch, RemoteRefused, TargetNotFound, UsageError
+from ckpt.errors import ArchiveInvalid, CkptError, DigestMismatch, RemoteRefused, TargetNotFound, TransferFailed, UsageError
 from ckpt.transports import _oci_name as names
 from ckpt.transports.base import CarrierOptions, Download, Location, Payload, Stored, Upload
 
@@ -111,10 +111,12 @@ class _Writing:
     def commit(self) -> Stored:
         """The blobs, then the manifest: only with it there is a checkpoint under the tag."""
         from ckpt.transports import _oci_manifest as manifests
-        from ckpt.transports._oci_blob import put_small
+        from ckpt.transports._oci_blob import put_small, stat
 
         client, payload = self._client, self._payload
         digest, size_bytes = self._blob.finish()
+        if (has := stat(client, digest)) != size_bytes:
+            raise TransferFailed(f"{client.reference.registry} has {has or 0} bytes of {size_bytes} after it took all", hint="try again")
         layer = manifests.Descriptor(manifests.layer_type(self._options.registry_form, payload), digest, size_bytes)
         subject = None
         if self.tar is not None:
@@ -154,7 +156,6 @@ def _destination(location: Location) -> names.Reference:
 
 @contextmanager
 def _client(reference: names.Reference, options: CarrierOptions, actions: str) -> Iterator[Client]:
-    from ckpt.errors import TransferFailed
     from ckpt.transports._oci_http import Broken, Client
 
     client = Client(reference, options, actions)
