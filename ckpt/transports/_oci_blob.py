@@ -31,6 +31,8 @@ _FINISH_S: Final = 600.0
 """How long a registry may take to move a finished blob to its place."""
 _TIDY_S: Final = 10.0
 _READ_BYTES: Final = 1 << 20
+_LEAST_BYTES_S: Final = 1024
+"""Less than this over the idle limit is a dead link, or somebody who means ill."""
 
 
 class Upload:
@@ -351,7 +353,7 @@ class Download:
         options, now = self._client.options, time.monotonic()
         self._slow_from += count
         if (span := now - self._slow_since_s) >= options.idle_timeout_s:
-            slow = self._slow_from < options.least_bytes_s * span
+            slow = self._slow_from < _LEAST_BYTES_S * span
             self._slow_since_s, self._slow_from = now, 0
             if slow:
                 raise Broken("it comes too slowly")

@@ -8,10 +8,11 @@ need not know its length before, and read the same way.
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -115,11 +116,9 @@ class CarrierOptions:
 
     connect_timeout_s: float = 10.0
     idle_timeout_s: float = 30.0
-    """Longest time in which not one byte comes or goes."""
+    """Longest time in which a block (128 KiB at most) may come or go: a byte now and then (slow loris) counts as a dead link."""
     total_timeout_s: float | None = None
     """Longest time for the whole transfer."""
-    least_bytes_s: int = 0
-    """An average below this, over the idle limit, counts as a dead link (slow loris)."""
     retry_limit_s: float = 60.0
     """How long a broken or overloaded other end is tried again, from the last byte that went through."""
     chunk_bytes: int = 8 << 20
@@ -140,6 +139,8 @@ class CarrierOptions:
     """What a checkpoint in a registry is: an OCI artifact, or an image that podman restores too."""
     registry_subject: str | None = None
     """The container image in the same registry that an artifact belongs to; None: the one it was made from, if it is there."""
+    spool_dir: Path | None = None
+    """Where an archive of unknown length waits that must be sent with its length (plain PUT); None: the system's place."""
     notice: Callable[[str], None] = field(default=lambda text: None, repr=False)
     """Told what a person may want to know ("the link broke at 12 MiB, going on")."""
 
@@ -237,6 +238,13 @@ def known_schemes() -> list[str]:
     return sorted({scheme for carrier in carriers() for scheme in carrier.schemes} - {PIPE})
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host of a URL is this one: no wire in between, so nothing to encrypt."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost"
+
+
 def _own() -> Iterator[Carrier]:
     for info in sorted(pkgutil.iter_modules(ckpt.transports.__path__), key=lambda i: i.name):
         if not info.name.startswith("_") and info.name != "base":
@@ -268,5 +276,6 @@ __all__ = [
     "Upload",
     "carrier_of",
     "carriers",
+    "is_loopback",
     "known_schemes",
 ]
