@@ -20,7 +20,8 @@ from typing import Any, Final
 import requests
 
 from ckpt.errors import CkptError, DigestMismatch, RemoteRefused, TargetNotFound, TransferFailed
-from ckpt.transports._oci_http import Answer, Broken, Client, speaking
+from ckpt.transports._oci_http import Answer, Client, speaking
+from ckpt.transports._patience import Broken
 
 _RANGE: Final = re.compile(r"\s*(?:bytes[= ])?0-([0-9]{1,18})\s*\Z")
 _CONTENT_RANGE: Final = re.compile(r"\s*bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)\s*\Z")
@@ -121,7 +122,7 @@ class Upload:
     def _begin(self) -> int:
         """A new place to write to. Returns the least size of a chunk."""
         client = self._client
-        answer = client.patient("POST", client.url("blobs/uploads/"), f"{client.reference.registry} takes no upload", body=b"")
+        answer = client.patient("POST", client.url("blobs/uploads/"), body=b"")
         if answer.status != 202:
             raise client.refusal(answer, "the upload cannot begin")
         self._move(answer)
@@ -152,10 +153,10 @@ class Upload:
                 if breaks >= 3 and broken.connected:
                     self._piece_bytes = min(self._piece_bytes, _SMALL_PIECE)
                 sure = False
-                retry.wait(broken, f"the upload to {self._client.reference.registry} broke")
+                retry.wait(broken)
                 continue
             if self._sent > before:
-                retry.progress()
+                retry.progressed()
                 breaks = 0
 
     def _patch(self, piece: memoryview) -> None:
@@ -178,9 +179,9 @@ class Upload:
                 raise RemoteRefused(f"{client.reference.registry}, or a proxy before it, takes no chunks of {len(piece)} bytes (HTTP status 413)",
                                     hint="raise its limit for the body of a request")  # fmt: skip
             self._piece_bytes = _SMALL_PIECE
-            raise Broken("the chunk is too large", wait_s=0.0)
+            raise Broken("the chunk is too large", after_s=0.0)
         if answer.status in (404, 416):
-            raise Broken(f"HTTP status {answer.status}", wait_s=0.0)
+            raise Broken(f"HTTP status {answer.status}", after_s=0.0)
         raise client.refusal(answer, "the upload was refused")
 
     def _ask(self, start: int, end: int) -> None:
@@ -222,7 +223,7 @@ class Upload:
                 answer = client.call("PUT", url, headers=headers, body=b"", idle_s=max(_FINISH_S, client.options.idle_timeout_s))
             except Broken as broken:
                 broke = True
-                retry.wait(broken, what)
+                retry.wait(broken)
                 continue
             if answer.status in (201, 204):
                 if (said := answer.headers.get("Docker-Content-Digest")) and said.startswith("sha256:") and said != digest:
@@ -245,7 +246,7 @@ def _bytes_there(answer: Answer) -> int | None:
 
 def stat(client: Client, digest: str) -> int | None:
     """The size of a blob that is there, None when it is not."""
-    answer = client.patient("HEAD", client.url(f"blobs/{digest}"), f"no answer from {client.reference.registry}")
+    answer = client.patient("HEAD", client.url(f"blobs/{digest}"))
     length = answer.headers.get("Content-Length", "")
     return int(length) if answer.status == 200 and length.isdigit() else None
 
@@ -285,7 +286,7 @@ class Download:
             try:
                 self._open()
             except Broken as broken:
-                self._retry.wait(broken, f"no answer from {client.reference.registry}")
+                self._retry.wait(broken)
 
     @property
     def size_bytes(self) -> int | None:
@@ -331,13 +332,13 @@ class Download:
                 raise Broken("it ended early")
         except Broken as broken:
             self.close()
-            self._retry.wait(broken, f"the download from {registry} broke at byte {self._got}")
+            self._retry.wait(broken)
             return b""
         if skipped := min(self._skip, len(data)):
             self._skip -= skipped
             data = data[skipped:]
         if data:
-            self._retry.progress()
+            self._retry.progressed()
             self._hash.update(data)
             self._got += len(data)
         if self._got > self._size:

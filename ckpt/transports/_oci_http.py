@@ -26,11 +26,12 @@ import requests.utils
 import urllib3.exceptions
 
 from ckpt import __version__
-from ckpt.errors import CannotConnect, CkptError, KeyProblem, NoSpace, RemoteRefused, TransferFailed, UsageError
+from ckpt.errors import CkptError, KeyProblem, NoSpace, RemoteRefused, TransferFailed, UsageError
 from ckpt.transports import _oci_credentials
 from ckpt.transports._oci_auth import Authorizer
-from ckpt.transports._oci_name import Reference
-from ckpt.transports.base import CarrierOptions
+from ckpt.transports._oci_name import SCHEME, Reference
+from ckpt.transports._patience import Broken, Patience
+from ckpt.transports.base import CarrierOptions, Location
 
 SMALL_BYTES: Final = 4 << 20
 """A manifest's limit (distribution-spec: registries take at least so much), and that of every other small answer."""
@@ -38,22 +39,7 @@ _FAILURES: Final = (requests.RequestException, urllib3.exceptions.HTTPError, htt
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS: Final = 5
 _BUSY: Final = (408, 425, 429, 500, 502, 503, 504)
-_FIRST_WAIT_S: Final = 0.2
-_LONGEST_WAIT_S: Final = 30.0
 _CERTS_D: Final = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
-
-
-class Broken(Exception):
-    """The connection broke, or the other end is too busy to answer: trying again may help.
-
-    `connected`: it was there at all; `wait_s`: how long the other end wants us to wait; `reason` may be shown.
-    """
-
-    def __init__(self, reason: str, *, connected: bool = True, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.connected = connected
-        self.wait_s = wait_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,33 +60,6 @@ class Answer:
             return ""
         text = re.sub(r"https?://\S+", "(URL)", text)
         return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split()).strip(": ")
-
-
-class Retry:
-    """How long to go on trying: until the limit is over since the last progress. Waits longer each time; a stop ends the wait."""
-
-    def __init__(self, limit_s: float, stop: threading.Event | None = None, total_until_s: float | None = None) -> None:
-        self._limit_s = limit_s
-        self._stop = stop or threading.Event()
-        self._total_until_s = total_until_s
-        self.progress()
-
-    def progress(self) -> None:
-        """Something went through: count anew."""
-        self._since_s = time.monotonic()
-        self._wait_s = _FIRST_WAIT_S
-
-    def wait(self, broken: Broken, what: str) -> None:
-        """Wait before the next try. Raises TransferFailed or CannotConnect when the time is over."""
-        now = time.monotonic()
-        wait_s = min(max(self._wait_s, broken.wait_s or 0.0), _LONGEST_WAIT_S)
-        over = now + wait_s - self._since_s > self._limit_s
-        if self._total_until_s is not None:
-            over = over or now + wait_s > self._total_until_s
-        if over or self._stop.wait(wait_s):
-            kind = TransferFailed if broken.connected else CannotConnect
-            raise kind(f"{what}: {broken.reason}", hint="try again") from None
-        self._wait_s = min(self._wait_s * 2, _LONGEST_WAIT_S)
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -207,7 +166,7 @@ class Client:
             try:
                 self._ping(maybe_plain)
             except Broken as broken:
-                retry.wait(broken, f"no answer from {self.reference.registry}")
+                retry.wait(broken)
 
     def _ping(self, maybe_plain: bool) -> None:
         try:
@@ -256,9 +215,11 @@ class Client:
 
     # -- requests ------------------------------------------------------------------------------------------------------------------
 
-    def retry(self) -> Retry:
-        """A fresh account of tries, within the limits of the options."""
-        return Retry(self.options.retry_limit_s, self.stop, self._until_s)
+    def retry(self) -> Patience:
+        """A fresh account of tries, within the limits of the options; `stop` ends it."""
+        patience = Patience(Location(SCHEME, "", str(self.reference)), self.options)
+        patience.stopped = self.stop
+        return patience
 
     def call(self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: Any = None, idle_s: float | None = None) -> Answer:
         """One request and its small answer; a 401 is answered once.
@@ -280,14 +241,14 @@ class Client:
             raise _busy(answer)
         return answer
 
-    def patient(self, method: str, url: str, what: str, *, headers: Mapping[str, str] | None = None, body: Any = None) -> Answer:
+    def patient(self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: Any = None) -> Answer:
         """`call` for what may be asked again, until the time is over. Raises TransferFailed, CannotConnect besides."""
         retry = self.retry()
         while True:
             try:
                 return self.call(method, url, headers=headers, body=body)
             except Broken as broken:
-                retry.wait(broken, what)
+                retry.wait(broken)
 
     def get(self, url: str, headers: Mapping[str, str]) -> requests.Response:
         """GET of something large, with redirects; the answer (200, 206, 404 or 416) is to be read within `speaking`. Raises as `call`."""
@@ -372,7 +333,7 @@ def _host(url: str) -> str:
 
 def _busy(answer: Answer) -> Broken:
     after = answer.headers.get("Retry-After", "")
-    return Broken(f"HTTP status {answer.status}", wait_s=float(after) if after.isascii() and after.isdigit() and len(after) < 9 else None)
+    return Broken(f"HTTP status {answer.status}", after_s=float(after) if after.isascii() and after.isdigit() and len(after) < 9 else None)
 
 
 @contextmanager

@@ -156,14 +156,15 @@ def _destination(location: Location) -> names.Reference:
 
 @contextmanager
 def _client(reference: names.Reference, options: CarrierOptions, actions: str) -> Iterator[Client]:
-    from ckpt.transports._oci_http import Broken, Client
+    from ckpt.transports._oci_http import Client
+    from ckpt.transports._patience import Broken
 
     client = Client(reference, options, actions)
     try:
         client.connect()
         yield client
     except Broken as broken:  # none is left over, but should one be, it is no bug of ours
-        raise TransferFailed(f"{reference.registry}: {broken.reason}", hint="try again") from None
+        raise TransferFailed(f"{reference.registry}: {broken}", hint="try again") from None
     finally:
         client.close()
 
@@ -171,7 +172,8 @@ def _client(reference: names.Reference, options: CarrierOptions, actions: str) -
 def _get_manifest(client: Client, wanted: str, name: str) -> tuple[bytes, str]:
     """A manifest, verified, and the registry's word for its kind. Raises TargetNotFound, DigestMismatch and what `Client` raises."""
     from ckpt.transports import _oci_manifest as manifests
-    from ckpt.transports._oci_http import Broken, speaking
+    from ckpt.transports._oci_http import speaking
+    from ckpt.transports._patience import Broken
 
     retry = client.retry()
     while True:
@@ -181,7 +183,7 @@ def _get_manifest(client: Client, wanted: str, name: str) -> tuple[bytes, str]:
                 answer = client.small(response)
             break
         except Broken as broken:
-            retry.wait(broken, f"no answer from {client.reference.registry}")
+            retry.wait(broken)
     if answer.status == 404:
         raise TargetNotFound(f"{client.reference.registry} has no {name}")
     if answer.status != 200:
@@ -222,7 +224,7 @@ def _put_manifest(client: Client, data: bytes, tag: str, kind: str) -> tuple[str
     """Put a manifest under a tag: its digest, and whether the registry knows what a subject is."""
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     what = f"{client.reference.registry} does not take the manifest"
-    answer = client.patient("PUT", client.url(f"manifests/{tag}"), what, headers={"Content-Type": kind}, body=data)
+    answer = client.patient("PUT", client.url(f"manifests/{tag}"), headers={"Content-Type": kind}, body=data)
     if answer.status in _NO_SUCH_KIND:
         raise _NoSuchKind(client.refusal(answer, what).message)
     if answer.status not in (200, 201):

@@ -45,16 +45,21 @@ PODMAN = "io.podman.annotations.checkpoint."
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials of whoever runs the tests, no long waits between tries."""
+    """No credentials of whoever runs the tests."""
     for name in ("REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME", "DOCKER_CONFIG", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    monkeypatch.setattr(_oci_http, "_FIRST_WAIT_S", 0.005)
+
+
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""The system's authorities take a while to be read."""
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeRegistry]:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRegistry]:
+    real = _oci_http._tls
+    monkeypatch.setattr(_oci_http, "_tls", lambda where, options: real(where, options) if options.ca_file else NO_TLS)
     with FakeRegistry() as made:
         yield made
 
