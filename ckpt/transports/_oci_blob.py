@@ -1,10 +1,10 @@
-"""Blobs to a registry and back, as streams.
+"""What goes into a registry, while it is still being made.
 
-Up: a blob goes in chunks while it is still being made, its digest computed on the way. The chunk that is under way is kept until the
-registry has said how much of it is there, so a stream that cannot be read again survives every break, and at most one chunk goes twice.
-Down: goes on at the byte where it broke; the last byte is handed out only after size and digest were right.
+Two ways. `Parts`: many blobs, each sent in one piece and kept in memory until the registry has it; every registry can do that, and what
+breaks is sent again, at most one part. `Upload`: one blob in chunks, for what must be one blob; it goes on after a break where the
+registry says how much it has. Distribution (docker-registry) does not: it forgets an upload whose chunk broke (2.8.3, tried).
 
-Source: OCI distribution-spec 1.1, "Pushing a blob in chunks", "Pulling blobs".
+Source: OCI distribution-spec 1.1, "Pushing a blob monolithically", "Pushing a blob in chunks".
 """
 
 from __future__ import annotations
@@ -13,72 +13,56 @@ import hashlib
 import queue
 import re
 import threading
-import time
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
-import requests
-
-from ckpt.errors import CkptError, DigestMismatch, RemoteRefused, TargetNotFound, TransferFailed
-from ckpt.transports._oci_http import Answer, Client, speaking
+from ckpt.errors import CkptError, DigestMismatch, RemoteRefused, TransferFailed
+from ckpt.transports._oci_http import Answer, Client
 from ckpt.transports._patience import Broken
 
 _RANGE: Final = re.compile(r"\s*(?:bytes[= ])?0-([0-9]{1,18})\s*\Z")
-_CONTENT_RANGE: Final = re.compile(r"\s*bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)\s*\Z")
 _SMALL_PIECE: Final = 1 << 20
 """What is tried when a chunk is too large for somebody on the way (413)."""
 _MAX_CHUNK: Final = 256 << 20
 _FINISH_S: Final = 600.0
 """How long a registry may take to move a finished blob to its place."""
 _TIDY_S: Final = 10.0
-_READ_BYTES: Final = 1 << 20
-_LEAST_BYTES_S: Final = 1024
-"""Less than this over the idle limit is a dead link, or somebody who means ill."""
+_BREAKS: Final = 3
+"""After so many breaks without progress, the size of a chunk is suspected."""
+_MANY_PARTS: Final = 1000
+_LARGE_PARTS: Final = 8
+"""After so many parts, they become so many times larger: the manifest that lists them must stay below 4 MiB."""
 
 
-class Upload:
-    """A blob on its way up. Memory: three chunks."""
+class Sender:
+    """A stream cut into chunks that a thread sends. Memory: three chunks."""
 
     def __init__(self, client: Client, chunk_bytes: int) -> None:
-        """Begin: the registry is asked for a place to write to. Raises RemoteRefused, CannotConnect, TransferFailed."""
         self._client = client
-        self._location = ""
-        self._sent = 0
-        self._piece_bytes = _MAX_CHUNK
-        self._digest = hashlib.sha256()
+        self._chunk_bytes = max(chunk_bytes, 1)
         self._size = 0
         self._error: BaseException | None = None
         self._queue: queue.Queue[bytearray | None] = queue.Queue(maxsize=1)
-        least = self._begin()
-        if least > _MAX_CHUNK:
-            raise RemoteRefused(f"{client.reference.registry} wants chunks of {least} bytes")
-        self._chunk_bytes = max(chunk_bytes, least, 1)
         self._chunk = bytearray()
         self._thread = threading.Thread(target=self._carry, name="ckpt-registry", daemon=True)
         self._thread.start()
 
-    @property
-    def size_bytes(self) -> int:
-        """What was written so far."""
-        return self._size
-
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take all of `data`. Raises what went wrong with what was written before."""
         view = memoryview(data).cast("B")
-        self._digest.update(view)
         self._size += len(view)
         done = 0
         while done < len(view):
             piece = view[done : done + self._chunk_bytes - len(self._chunk)]
             self._chunk += piece
             done += len(piece)
-            if len(self._chunk) == self._chunk_bytes:
+            if len(self._chunk) >= self._chunk_bytes:
                 self._pass_on(self._chunk)
                 self._chunk = bytearray()
         return len(view)
 
-    def finish(self) -> tuple[str, int]:
-        """All was written: the registry takes it as a blob. Its digest and size in bytes."""
+    def _finish(self) -> None:
+        """All was written, and all is sent."""
         if self._chunk:
             self._pass_on(self._chunk)
             self._chunk = bytearray()
@@ -86,10 +70,6 @@ class Upload:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        digest = f"sha256:{self._digest.hexdigest()}"
-        self._close(digest)
-        self._location = ""
-        return digest, self._size
 
     def abort(self) -> None:
         """Forget it. Whatever the registry says to that is of no interest."""
@@ -99,11 +79,8 @@ class Upload:
         with suppress(queue.Full):
             self._queue.put_nowait(None)
         self._thread.join(self._client.options.idle_timeout_s + _TIDY_S)
-        if self._location and not self._thread.is_alive():
-            with suppress(CkptError, Broken):
-                self._client.call("DELETE", self._location, idle_s=_TIDY_S)
-
-    # -- the thread ----------------------------------------------------------------------------------------------------------------
+        if not self._thread.is_alive():
+            self._drop()
 
     def _pass_on(self, chunk: bytearray | None) -> None:
         while self._error is None:
@@ -116,19 +93,87 @@ class Upload:
         try:
             while (chunk := self._queue.get()) is not None and not self._client.stop.is_set():
                 self._send(memoryview(chunk))
-        except BaseException as error:  # raised again by write() or finish(), in the thread that asked
+        except BaseException as error:  # raised again by write() or _finish(), in the thread that asked
             self._error = error
 
-    def _begin(self) -> int:
-        """A new place to write to. Returns the least size of a chunk."""
-        client = self._client
-        answer = client.patient("POST", client.url("blobs/uploads/"), body=b"")
-        if answer.status != 202:
-            raise client.refusal(answer, "the upload cannot begin")
-        self._move(answer)
+    def _send(self, chunk: memoryview) -> None:
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        raise NotImplementedError
+
+
+class Parts(Sender):
+    """A stream as many blobs."""
+
+    def __init__(self, client: Client, part_bytes: int) -> None:
+        """Begin: the registry is asked for a place to write to. Raises RemoteRefused, CannotConnect, TransferFailed."""
+        self._location, _ = begin(client)
+        self._limit = _MAX_CHUNK
+        self._found: list[tuple[str, int]] = []
+        super().__init__(client, part_bytes)
+
+    def finish(self) -> list[tuple[str, int]]:
+        """All was written: digest and size in bytes of every part; at least one."""
+        if not self._size:
+            self._found.append((put(self._client, memoryview(b""), self._location), 0))
+        self._finish()
+        return self._found
+
+    def _send(self, chunk: memoryview) -> None:
+        done = 0
+        while done < len(chunk):
+            piece = chunk[done : done + self._limit]
+            try:
+                digest = put(self._client, piece, self._location)
+            except _TooLarge:
+                self._limit = _shorter(self._client, len(piece))
+                continue
+            finally:
+                self._location = ""
+            self._found.append((digest, len(piece)))
+            done += len(piece)
+        if len(self._found) == _MANY_PARTS:
+            self._chunk_bytes *= _LARGE_PARTS
+
+    def _drop(self) -> None:
+        if self._location:
+            drop(self._client, self._location)
+
+
+class Upload(Sender):
+    """One blob."""
+
+    def __init__(self, client: Client, chunk_bytes: int) -> None:
+        """Begin: the registry is asked for a place to write to. Raises RemoteRefused, CannotConnect, TransferFailed."""
+        self._location, least = begin(client)
+        if least > _MAX_CHUNK:
+            raise RemoteRefused(f"{client.reference.registry} wants chunks of {least} bytes")
         self._sent = 0
-        least = answer.headers.get("OCI-Chunk-Min-Length", "")
-        return int(least) if least.isascii() and least.isdigit() and len(least) < 15 else 0
+        self._piece_bytes = _MAX_CHUNK
+        self._digest = hashlib.sha256()
+        super().__init__(client, max(chunk_bytes, least))
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """As `Sender.write`."""
+        self._digest.update(data)
+        return super().write(data)
+
+    def finish(self) -> tuple[str, int]:
+        """All was written: the registry takes it as a blob. Its digest and size in bytes."""
+        self._finish()
+        digest = f"sha256:{self._digest.hexdigest()}"
+        self._close(digest)
+        self._location = ""
+        return digest, self._size
+
+    def _drop(self) -> None:
+        if self._location:
+            drop(self._client, self._location)
+
+    def _begin(self) -> None:
+        self._location, _ = begin(self._client)
+        self._sent = 0
 
     def _move(self, answer: Answer) -> None:
         if location := answer.headers.get("Location", ""):
@@ -150,7 +195,7 @@ class Upload:
             except Broken as broken:
                 # Some who find a chunk too large just hang up.
                 breaks += 1
-                if breaks >= 3 and broken.connected:
+                if breaks >= _BREAKS and broken.connected:
                     self._piece_bytes = min(self._piece_bytes, _SMALL_PIECE)
                 sure = False
                 retry.wait(broken)
@@ -175,10 +220,7 @@ class Upload:
             self._sent = has
             return
         if answer.status == 413:
-            if self._piece_bytes <= _SMALL_PIECE or len(piece) <= _SMALL_PIECE:
-                raise RemoteRefused(f"{client.reference.registry}, or a proxy before it, takes no chunks of {len(piece)} bytes (HTTP status 413)",
-                                    hint="raise its limit for the body of a request")  # fmt: skip
-            self._piece_bytes = _SMALL_PIECE
+            self._piece_bytes = _shorter(client, len(piece))
             raise Broken("the chunk is too large", after_s=0.0)
         if answer.status in (404, 416):
             raise Broken(f"HTTP status {answer.status}", after_s=0.0)
@@ -201,8 +243,7 @@ class Upload:
             # "0-0" is what some say for no byte at all, and right for one.
             if start:
                 raise TransferFailed(f"{client.reference.registry} has lost {start} bytes of the upload", hint="try again")
-            with suppress(CkptError, Broken):
-                client.call("DELETE", self._location, idle_s=_TIDY_S)
+            drop(client, self._location)
             self._begin()
             return
         if not start <= has <= end:
@@ -211,29 +252,24 @@ class Upload:
 
     def _close(self, digest: str) -> None:
         client, retry = self._client, self._client.retry()
-        what = f"the upload to {client.reference.registry} cannot be finished"
         broke = False
         while True:
             try:
                 if broke and stat(client, digest) == self._size:
                     return
-                separator = "&" if "?" in self._location else "?"
                 headers = {"Content-Type": "application/octet-stream"}
-                url = f"{self._location}{separator}digest={digest}"
-                answer = client.call("PUT", url, headers=headers, body=b"", idle_s=max(_FINISH_S, client.options.idle_timeout_s))
+                answer = client.call("PUT", with_digest(self._location, digest), headers=headers, body=b"", idle_s=_patient_s(client))
             except Broken as broken:
                 broke = True
                 retry.wait(broken)
                 continue
             if answer.status in (201, 204):
-                if (said := answer.headers.get("Docker-Content-Digest")) and said.startswith("sha256:") and said != digest:
-                    raise DigestMismatch(f"{client.reference.registry} stored something else than what was sent: it says {said[:80]!r}")
+                _check_stored(client, answer, digest)
                 return
-            if "DIGEST_INVALID" in answer.said():
-                raise DigestMismatch(f"{client.reference.registry} got something else than what was sent: {answer.said()}")
+            _check_refused(client, answer)
             if broke and answer.status in (404, 416) and stat(client, digest) == self._size:
                 return
-            raise client.refusal(answer, what)
+            raise client.refusal(answer, "the upload cannot be finished")
 
 
 def _bytes_there(answer: Answer) -> int | None:
@@ -251,139 +287,88 @@ def stat(client: Client, digest: str) -> int | None:
     return int(length) if answer.status == 200 and length.isdigit() else None
 
 
-def put_small(client: Client, data: bytes) -> str:
-    """A small blob in one piece; its digest."""
+def begin(client: Client) -> tuple[str, int]:
+    """Ask for a new place to write to: its URL, and the least size of a chunk in bytes."""
+    answer = client.patient("POST", client.url("blobs/uploads/"), body=b"")
+    if answer.status != 202:
+        raise client.refusal(answer, "the upload cannot begin")
+    location = client.follow(answer.headers.get("Location", ""), answer.url)
+    least = answer.headers.get("OCI-Chunk-Min-Length", "")
+    return location, int(least) if least.isascii() and least.isdigit() and len(least) < 15 else 0
+
+
+def put(client: Client, data: memoryview, location: str = "") -> str:
+    """A blob in one piece; its digest. `location`: where an upload was begun already."""
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    if stat(client, digest) == len(data):
-        return digest
-    upload = Upload(client, max(len(data), 1))
+    stale = [location] if location else []
     try:
-        upload.write(data)
-        upload.finish()
-    except BaseException:
-        upload.abort()
-        raise
+        _put(client, data, digest, stale)
+    finally:
+        for place in stale:
+            drop(client, place)
     return digest
 
 
-class Download:
-    """A blob on its way down: `read` goes on by itself after a break."""
-
-    def __init__(self, client: Client, digest: str, size_bytes: int) -> None:
-        """Begin. Raises TargetNotFound, RemoteRefused, CannotConnect, TransferFailed."""
-        self._client = client
-        self._digest = digest
-        self._hash = hashlib.new(digest.partition(":")[0])
-        self._size = size_bytes
-        self._got = 0
-        self._skip = 0
-        self._done = False
-        self._held = b""
-        self._response: requests.Response | None = None
-        self._retry = client.retry()
-        self._slow_since_s, self._slow_from = time.monotonic(), 0
-        while self._response is None:
-            try:
-                self._open()
-            except Broken as broken:
-                self._retry.wait(broken)
-
-    @property
-    def size_bytes(self) -> int | None:
-        """As the manifest says; it was checked when `read` returned b""."""
-        return self._size
-
-    @property
-    def etag(self) -> str | None:
-        """The digest."""
-        return self._digest
-
-    def close(self) -> None:
-        """No more of it."""
-        response, self._response = self._response, None
-        if response is not None:
-            with suppress(Exception):  # what a dying connection says to that is of no interest
-                response.close()
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most `size` bytes (all, when negative), b"" only at the verified end.
-
-        Raises:
-            DigestMismatch: it is not what the manifest says.
-            TransferFailed, RemoteRefused: it cannot be read to its end.
-        """
-        if size < 0:
-            return b"".join(iter(lambda: self.read(_READ_BYTES), b""))
-        while not self._held and not self._done:
-            self._held = self._more()
-        data, self._held = self._held[:size], self._held[size:]
-        return data
-
-    def _more(self) -> bytes:
-        registry = self._client.reference.registry
+def _put(client: Client, data: memoryview, digest: str, places: list[str]) -> None:
+    """`places`: uploads that were begun; the last one is used, and taken from the list when it became a blob."""
+    retry, breaks, fresh = client.retry(), 0, bool(places)
+    while True:
         try:
-            if self._response is None:
-                self._open()
-            assert self._response is not None
-            with speaking(registry):
-                data: bytes = self._response.raw.read(_READ_BYTES)
-            self._check_pace(len(data))
-            if not data and self._got < self._size:
-                raise Broken("it ended early")
+            if breaks and stat(client, digest) == len(data):
+                return
+            if not fresh:
+                places.append(begin(client)[0])
+            headers = {"Content-Type": "application/octet-stream"}
+            answer = client.call("PUT", with_digest(places[-1], digest), headers=headers, body=data, idle_s=_patient_s(client))
         except Broken as broken:
-            self.close()
-            self._retry.wait(broken)
-            return b""
-        if skipped := min(self._skip, len(data)):
-            self._skip -= skipped
-            data = data[skipped:]
-        if data:
-            self._retry.progressed()
-            self._hash.update(data)
-            self._got += len(data)
-        if self._got > self._size:
-            raise DigestMismatch(f"{registry} sends more than the {self._size} bytes that the manifest tells of")
-        if self._got == self._size:
-            if self._hash.hexdigest() != self._digest.partition(":")[2]:
-                raise DigestMismatch(f"what {registry} sent is damaged: its digest is not the one in the manifest")
-            self._done = True
-            self.close()
-        return data
-
-    def _check_pace(self, count: int) -> None:
-        options, now = self._client.options, time.monotonic()
-        self._slow_from += count
-        if (span := now - self._slow_since_s) >= options.idle_timeout_s:
-            slow = self._slow_from < _LEAST_BYTES_S * span
-            self._slow_since_s, self._slow_from = now, 0
-            if slow:
-                raise Broken("it comes too slowly")
-
-    def _open(self) -> None:
-        client = self._client
-        headers = {"Range": f"bytes={self._got}-"} if self._got else {}
-        response = client.get(client.url(f"blobs/{self._digest}"), headers)
-        if response.status_code == 404:
-            response.close()
-            raise TargetNotFound(f"{client.reference.registry} has the manifest, but not the content, of {client.reference}")
-        self._slow_since_s, self._slow_from = time.monotonic(), 0
-        self._skip = 0
-        length: Any = response.headers.get("Content-Length")
-        wrong = None
-        if response.status_code == 206:
-            match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
-            if not match or int(match[1]) != self._got or match[3] not in ("*", str(self._size)):
-                wrong = "another part than was asked for"
-        elif response.status_code == 416:
-            wrong = f"nothing after byte {self._got}"
-        else:
-            self._skip = self._got  # it knows no ranges: what we have comes again
-            if length is not None and length.isdigit() and int(length) != self._size:
-                wrong = f"{int(length)} bytes instead of {self._size}"
-        if wrong:
-            response.close()
-            raise DigestMismatch(f"{client.reference.registry} sends {wrong}")
-        self._response = response
+            breaks, fresh = breaks + 1, False
+            retry.wait(broken)
+            if breaks == _BREAKS and broken.connected and len(data) > _SMALL_PIECE:
+                raise _TooLarge("it hangs up") from None
+            continue
+        if answer.status in (201, 204):
+            places.pop()
+            _check_stored(client, answer, digest)
+            return
+        if answer.status == 413:
+            raise _TooLarge(f"{len(data)} bytes")
+        _check_refused(client, answer)
+        raise client.refusal(answer, "the upload was refused")
 
 
-__all__ = ["Download", "Upload", "put_small", "stat"]
+def drop(client: Client, location: str) -> None:
+    """Forget an upload. Whatever the registry says to that is of no interest."""
+    with suppress(CkptError, Broken):
+        client.call("DELETE", location, idle_s=_TIDY_S)
+
+
+def with_digest(location: str, digest: str) -> str:
+    """The URL that finishes an upload."""
+    return f"{location}{'&' if '?' in location else '?'}digest={digest}"
+
+
+class _TooLarge(Exception):
+    """HTTP status 413."""
+
+
+def _shorter(client: Client, size: int) -> int:
+    """How much to send after `size` bytes were too many. Raises RemoteRefused when it cannot be less."""
+    if size <= _SMALL_PIECE:
+        raise RemoteRefused(f"{client.reference.registry}, or a proxy before it, does not even take {size} bytes at once (HTTP status 413)",
+                            hint="raise its limit for the body of a request")  # fmt: skip
+    return _SMALL_PIECE
+
+
+def _patient_s(client: Client) -> float:
+    return max(_FINISH_S, client.options.idle_timeout_s)
+
+
+def _check_stored(client: Client, answer: Answer, digest: str) -> None:
+    said = answer.headers.get("Docker-Content-Digest", "")
+    if said.startswith("sha256:") and said != digest:
+        raise DigestMismatch(f"{client.reference.registry} stored something else than what was sent: it says {said[:80]!r}")
+
+
+def _check_refused(client: Client, answer: Answer) -> None:
+    if "DIGEST_INVALID" in answer.said():
+        raise DigestMismatch(f"{client.reference.registry} got something else than what was sent: {answer.said()}")

@@ -1,8 +1,10 @@
 """Manifests of checkpoints in a registry: ours (image or artifact), and what is read of anybody's. What is read is hostile.
 
 An image is what podman, CRI-O and checkpointctl know: one layer with the members of the archive at its root, annotations that say so.
-An artifact (OCI image-spec 1.1) is the archive as one blob: no engine runs it by accident. Sources: podman define/annotations.go,
-checkpointctl lib/annotations.go, CRI-O server/container_restore.go; image-spec 1.1 manifest.md, image-index.md, config.md.
+An artifact (OCI image-spec 1.1) is the archive cut into blobs, to be put together in order: no engine runs it by accident.
+
+Sources: podman define/annotations.go, checkpointctl lib/annotations.go,
+CRI-O server/container_restore.go; image-spec 1.1 manifest.md, image-index.md, config.md.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Final
@@ -43,6 +46,7 @@ _CRIU: Final = "org.criu.checkpoint."
 _CRIO: Final = "io.kubernetes.cri-o.annotations.checkpoint.name"
 _OPEN: Final = "org.opencontainers.image."
 _MAX_ITEMS: Final = 1000
+_MAX_PARTS: Final = 30_000
 _MAX_CHOICES: Final = 8
 _ARCHITECTURES: Final = {
     "x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "i386": "386", "loongarch64": "loong64",
@@ -64,9 +68,9 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A manifest that is a checkpoint: its one blob, and in what form."""
+    """A manifest that is a checkpoint: the blobs that make up its archive, one after the other, and in what form."""
 
-    layer: Descriptor
+    layers: tuple[Descriptor, ...]
     form: str
     annotations: dict[str, str] = field(default_factory=dict)
 
@@ -126,18 +130,19 @@ def image(config: Descriptor, layer: Descriptor, payload: Payload) -> bytes:
     )
 
 
-def artifact(layer: Descriptor, payload: Payload, subject: Descriptor | None, *, old: bool = False) -> bytes:
+def artifact(layers: Sequence[Descriptor], payload: Payload, subject: Descriptor | None, *, old: bool = False) -> bytes:
     """The manifest of a checkpoint as an artifact; its config is the empty one, `{}`.
 
     `old`: for registries of before image-spec 1.1 that take no `artifactType`: the config's media type says it instead.
     """
     title = "checkpoint.tar" + {"gzip": ".gz", "zstd": ".zst"}.get(payload.compression, "") + (".age" if payload.encrypted else "")
+    titles = [title] if len(layers) == 1 else [f"{title}.{number:05}" for number in range(len(layers))]
     found: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
         **({} if old else {"artifactType": ARTIFACT}),
         "config": {**empty().plain(), **({"mediaType": ARTIFACT} if old else {"data": "e30="})},
-        "layers": [{**layer.plain(), "annotations": {f"{_OPEN}title": title}}],
+        "layers": [{**item.plain(), "annotations": {f"{_OPEN}title": name}} for item, name in zip(layers, titles, strict=True)],
         "annotations": {**_about(payload), **({} if payload.encrypted else _neutral(payload.manifest))},
     }
     if subject is not None:
@@ -295,7 +300,7 @@ def read(data: bytes, name: str) -> Found:
     if plain.get("schemaVersion") != 2 or plain.get("mediaType", MANIFEST) not in (MANIFEST, DOCKER_MANIFEST):
         raise ArchiveInvalid(f"{name} has a manifest of an unknown kind")
     layers, config = plain.get("layers"), plain.get("config")
-    if not isinstance(layers, list) or len(layers) > _MAX_ITEMS or not isinstance(config, dict):
+    if not isinstance(layers, list) or len(layers) > _MAX_PARTS or not isinstance(config, dict):
         raise ArchiveInvalid(f"{name} has a damaged manifest")
     annotations = _annotations(plain)
     kind = plain.get("artifactType") or config.get("mediaType")
@@ -307,11 +312,12 @@ def read(data: bytes, name: str) -> Found:
         if not _is_marked(annotations):
             what = "an artifact of another kind" if plain.get("artifactType") else "a container image"
             raise ArchiveInvalid(f"{name} is {what}, not a checkpoint", hint="ckpt export makes one, podman container checkpoint --create-image too")
-    if len(layers) != 1:
-        raise ArchiveInvalid(f"{name} has {len(layers)} layers, a checkpoint has one", hint="build it squashed")
-    if not isinstance(layers[0], dict) or layers[0].get("mediaType") not in (_ARTIFACT_LAYERS if form == "artifact" else _IMAGE_LAYERS):
+    if not layers or (len(layers) > 1 and form == "image"):
+        raise ArchiveInvalid(f"{name} has {len(layers)} layers, a checkpoint image has one", hint="build it squashed")
+    kinds = {item.get("mediaType") if isinstance(item, dict) else None for item in layers}
+    if len(kinds) != 1 or not kinds <= (_ARTIFACT_LAYERS if form == "artifact" else _IMAGE_LAYERS):
         raise ArchiveInvalid(f"{name} has a layer of a kind that is not read")
-    return Found(_descriptor(layers[0], name), form, annotations)
+    return Found(tuple(_descriptor(item, name) for item in layers), form, annotations)
 
 
 def config_digest(data: bytes) -> str:

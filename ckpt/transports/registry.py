@@ -16,10 +16,10 @@ from ckpt.transports import _oci_name as names
 from ckpt.transports.base import CarrierOptions, Download, Location, Payload, Stored, Upload
 
 if TYPE_CHECKING:
+    from ckpt.transports._oci_blob import Parts
     from ckpt.transports._oci_blob import Upload as BlobUpload
     from ckpt.transports._oci_http import Client
     from ckpt.transports._oci_manifest import Descriptor
-    from ckpt.transports._oci_tar import TarDigest
 
 _REFERRER_TRIES: Final = 3
 _NO_SUCH_KIND: Final = (400, 415, 422)
@@ -36,10 +36,11 @@ class Registry:
         Raises:
             UsageError, CannotConnect, RemoteRefused, TargetNotFound, KeyProblem.
         """
-        from ckpt.transports._oci_blob import Upload as BlobUpload
+        from ckpt.transports._oci_blob import Parts
 
         with _client(_destination(location), options, "pull,push") as client:
-            BlobUpload(client, options.chunk_bytes).abort()
+            Parts(client, options.chunk_bytes).abort()
+            client.stop.clear()
             if options.registry_subject is not None:
                 if options.registry_form != "artifact":
                     raise UsageError("only an artifact has a subject", hint="leave out --subject, or --as image")
@@ -52,12 +53,11 @@ class Registry:
         Raises:
             TargetNotFound, ArchiveInvalid, DigestMismatch, RemoteRefused, CannotConnect, TransferFailed, KeyProblem.
         """
-        from ckpt.transports._oci_blob import Download as BlobDownload
+        from ckpt.transports._oci_read import Download as BlobDownload
 
         reference = names.parse(location.raw)
         with _client(reference, options, "pull") as client:
-            found = _find(client)
-            download = BlobDownload(client, found.digest, found.size_bytes)
+            download = BlobDownload(client, [(layer.digest, layer.size_bytes) for layer in _find(client)])
             try:
                 yield download
             finally:
@@ -71,76 +71,106 @@ class Registry:
             UsageError, RemoteRefused, CannotConnect, TransferFailed, KeyProblem.
         """
         from ckpt.transports import _oci_manifest
-        from ckpt.transports._oci_blob import Upload as BlobUpload
-        from ckpt.transports._oci_tar import TarDigest
 
         reference = _destination(location)
         _oci_manifest.check_form(options.registry_form, payload)
         with _client(reference, options, "pull,push") as client:
-            tar: TarDigest | None = None
-            blob = BlobUpload(client, options.chunk_bytes)
-            writing = _Writing(client, options, payload, blob)
+            writing = _Image(client, options, payload) if options.registry_form == "image" else _Artifact(client, options, payload)
             try:
-                if options.registry_form == "image":
-                    writing.tar = tar = TarDigest()
                 yield writing
             finally:
-                if tar is not None:
-                    tar.close()
-                if not writing.committed:
-                    blob.abort()
+                writing.close()
 
 
-class _Writing:
-    """A checkpoint on its way into a registry."""
+class _Artifact:
+    """A checkpoint on its way into a registry, in parts."""
 
-    def __init__(self, client: Client, options: CarrierOptions, payload: Payload, blob: BlobUpload) -> None:
+    def __init__(self, client: Client, options: CarrierOptions, payload: Payload) -> None:
+        from ckpt.transports._oci_blob import Parts
+
         self._client = client
         self._options = options
         self._payload = payload
-        self._blob = blob
-        self.tar: TarDigest | None = None
-        self.committed = False
+        self._parts: Parts | None = Parts(client, options.chunk_bytes)
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int:
         """Take all of `data`."""
-        if self.tar is not None:
-            self.tar.write(data)
-        return self._blob.write(data)
+        assert self._parts is not None
+        return self._parts.write(data)
 
     def commit(self) -> Stored:
-        """The blobs, then the manifest: only with it there is a checkpoint under the tag."""
+        """The last blobs, then the manifest: only with it there is a checkpoint under the tag."""
         from ckpt.transports import _oci_manifest as manifests
-        from ckpt.transports._oci_blob import put_small, stat
+        from ckpt.transports._oci_blob import put
 
+        assert self._parts is not None
         client, payload = self._client, self._payload
-        digest, size_bytes = self._blob.finish()
-        if (has := stat(client, digest)) != size_bytes:
-            raise TransferFailed(f"{client.reference.registry} has {has or 0} bytes of {size_bytes} after it took all", hint="try again")
-        layer = manifests.Descriptor(manifests.layer_type(self._options.registry_form, payload), digest, size_bytes)
-        subject = None
-        if self.tar is not None:
-            config = manifests.image_config(payload, self.tar.finish())
-            described = manifests.Descriptor(manifests.CONFIG, put_small(client, config), len(config))
-            data = manifests.image(described, layer, payload)
+        kind = manifests.layer_type("artifact", payload)
+        layers = [manifests.Descriptor(kind, digest, size_bytes) for digest, size_bytes in self._parts.finish()]
+        _check_there(client, layers[-1])
+        subject = _named_subject(client, self._options) or _found_subject(client, payload)
+        put(client, memoryview(b"{}"))
+        data = manifests.artifact(layers, payload, subject)
+        try:
             accepted, knows_subject = _put_manifest(client, data, client.reference.tag, manifests.MANIFEST)
-        else:
-            subject = _named_subject(client, self._options) or _found_subject(client, payload)
-            put_small(client, b"{}")
-            data = manifests.artifact(layer, payload, subject)
-            try:
-                accepted, knows_subject = _put_manifest(client, data, client.reference.tag, manifests.MANIFEST)
-            except _NoSuchKind:
-                data = manifests.artifact(layer, payload, subject, old=True)
-                accepted, knows_subject = _put_manifest(client, data, client.reference.tag, manifests.MANIFEST)
-        self.committed = True
+        except _NoSuchKind:
+            data = manifests.artifact(layers, payload, subject, old=True)
+            accepted, knows_subject = _put_manifest(client, data, client.reference.tag, manifests.MANIFEST)
+        self._parts = None
         if subject is not None and not knows_subject:
             entry = manifests.Descriptor(manifests.MANIFEST, accepted, len(data))
             try:
                 _refer(client, subject, entry, manifests.annotations_of(data))
             except CkptError as error:  # the checkpoint itself is safe
                 self._options.notice(f"the checkpoint is stored, but not listed as belonging to its image: {error.message}")
+        whole = layers[0].digest.partition(":")[2] if len(layers) == 1 else None
+        return Stored(sum(layer.size_bytes for layer in layers), whole, client.reference.at(accepted))
+
+    def close(self) -> None:
+        """Without a commit: forget it."""
+        if self._parts is not None:
+            self._parts.abort()
+
+
+class _Image:
+    """A checkpoint on its way into a registry, as an image of one layer."""
+
+    def __init__(self, client: Client, options: CarrierOptions, payload: Payload) -> None:
+        from ckpt.transports._oci_blob import Upload as BlobUpload
+        from ckpt.transports._oci_tar import TarDigest
+
+        self._client = client
+        self._payload = payload
+        self._blob: BlobUpload | None = BlobUpload(client, options.chunk_bytes)
+        self._tar = TarDigest()
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> int:
+        """Take all of `data`."""
+        assert self._blob is not None
+        self._tar.write(data)
+        return self._blob.write(data)
+
+    def commit(self) -> Stored:
+        """The blobs, then the manifest: only with it there is a checkpoint under the tag."""
+        from ckpt.transports import _oci_manifest as manifests
+        from ckpt.transports._oci_blob import put
+
+        assert self._blob is not None
+        client = self._client
+        config = manifests.image_config(self._payload, self._tar.finish())
+        digest, size_bytes = self._blob.finish()
+        layer = manifests.Descriptor(manifests.layer_type("image", self._payload), digest, size_bytes)
+        _check_there(client, layer)
+        described = manifests.Descriptor(manifests.CONFIG, put(client, memoryview(config)), len(config))
+        accepted, _ = _put_manifest(client, manifests.image(described, layer, self._payload), client.reference.tag, manifests.MANIFEST)
+        self._blob = None
         return Stored(size_bytes, digest.partition(":")[2], client.reference.at(accepted))
+
+    def close(self) -> None:
+        """Without a commit: forget it."""
+        self._tar.close()
+        if self._blob is not None:
+            self._blob.abort()
 
 
 class _NoSuchKind(RemoteRefused):
@@ -167,6 +197,14 @@ def _client(reference: names.Reference, options: CarrierOptions, actions: str) -
         raise TransferFailed(f"{reference.registry}: {broken}", hint="try again") from None
     finally:
         client.close()
+
+
+def _check_there(client: Client, layer: Descriptor) -> None:
+    """The registry has it, not only whoever it sent us to."""
+    from ckpt.transports._oci_blob import stat
+
+    if (has := stat(client, layer.digest)) != layer.size_bytes:
+        raise TransferFailed(f"{client.reference.registry} has {has or 0} bytes of {layer.size_bytes} after it took all", hint="try again")
 
 
 def _get_manifest(client: Client, wanted: str, name: str) -> tuple[bytes, str]:
@@ -196,20 +234,20 @@ def _get_manifest(client: Client, wanted: str, name: str) -> tuple[bytes, str]:
     return answer.body, manifests.media_type_of(answer.body, answer.headers.get("Content-Type", ""))
 
 
-def _find(client: Client) -> Descriptor:
-    """The one blob of the checkpoint that the reference names."""
+def _find(client: Client) -> tuple[Descriptor, ...]:
+    """The blobs of the checkpoint that the reference names."""
     from ckpt.transports import _oci_manifest as manifests
 
     name = str(client.reference)
     data, kind = _get_manifest(client, client.reference.wanted, name)
     several = manifests.choices(data, kind, name)
     if several is None:
-        return manifests.read(data, name).layer
+        return manifests.read(data, name).layers
     found, refused = [], None
     for entry in several:
         inner, _ = _get_manifest(client, entry.digest, name)
         try:
-            found.append((entry, manifests.read(inner, name).layer))
+            found.append((entry, manifests.read(inner, name).layers))
         except ArchiveInvalid as error:
             refused = error
     if len(found) == 1:

@@ -43,7 +43,7 @@ class FakeRegistry:
         self.uploads: dict[str, bytearray] = {}
         self.seen: list[Seen] = []
         self.cuts: deque[int] = deque()
-        """Of the body of each next PATCH only so many bytes are kept, then the connection is reset; -1: this one is left alone."""
+        """Of the body of each next PATCH (or PUT of a blob) only so many bytes are kept, then the connection is reset; -1: this one is left alone."""
         self.read_cuts: deque[int] = deque()
         """The same for GET of a blob: so many bytes are sent."""
         self.patched_bytes = 0
@@ -240,7 +240,17 @@ class Handler(BaseHTTPRequestHandler):
             registry.patched_bytes += len(data)
             self.reset() if cut >= 0 else self.answer(202, where())
         else:
-            data = self.body()
+            length = int(self.headers.get("Content-Length") or 0)
+            cut = registry.cuts.popleft() if registry.cuts and length > 2 else -1
+            if length > registry.max_body:
+                self.close_connection = True
+                self.answer(413)
+                return
+            data = self.body(cut)
+            registry.patched_bytes += len(data)
+            if cut >= 0:
+                self.reset()
+                return
             held += data
             digest = parse_qs(query)["digest"][0]
             if digest != f"sha256:{hashlib.sha256(held).hexdigest()}":
