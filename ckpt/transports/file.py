@@ -145,14 +145,15 @@ class _Writing:
     def commit(self) -> Stored:
         with _explained(self._location):
             os.fsync(self._fd)
-            if self._named is None:
-                named = _beside(self._path)
-                os.link(f"/proc/self/fd/{self._fd}", named, follow_symlinks=True)
-                self._named = named
-            os.rename(self._named, self._path)
-            self._named = None
             directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
+                if self._named is None:
+                    named = _beside(self._path)
+                    # With a directory Python calls linkat(2), and only that follows the link in /proc.
+                    os.link(f"/proc/self/fd/{self._fd}", named.name, dst_dir_fd=directory, follow_symlinks=True)
+                    self._named = named
+                os.rename(self._named, self._path)
+                self._named = None
                 os.fsync(directory)
             finally:
                 os.close(directory)
