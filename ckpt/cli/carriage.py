@@ -28,7 +28,7 @@ def carrier_options(function: F) -> F:
         click.option("--ca", "ca_file", type=_FILE, metavar="FILE", help="Trust these certificate authorities instead of the system's."),
         click.option("--client-cert", type=_FILE, metavar="FILE", help="Client certificate (PEM)."),
         click.option("--client-key", type=_FILE, metavar="FILE", help="Its key, if that is another file."),
-        click.option("--insecure", is_flag=True, help="Allow http:// to other hosts: anybody on the way can read it."),
+        click.option("--insecure", is_flag=True, help="Allow http://, and registries without TLS: anybody on the way can read it."),
         ssh_option,
     )):  # fmt: skip
         function = option(function)

@@ -40,6 +40,7 @@ def _need_root_for_container(session: Session, ref: str) -> None:
         ("ckpt export web - | ssh b ckpt import -", "to the store of another host"),
         ("ckpt export web root@b:/srv/web.tar.zst", "to a file on another host, over ssh"),
         ("ckpt export web https://b:7443/web.tar.zst", "to a web server, goes on after a break where the server can"),
+        ("ckpt export web oci://reg:5000/ns/web:1 --as image", "to a registry, as an image that podman restores too"),
     ),
 )
 @click.argument("ref", metavar="CHECKPOINT|TARGET", shell_complete=completion.both)
@@ -47,6 +48,8 @@ def _need_root_for_container(session: Session, ref: str) -> None:
 @click.option("-o", "--output", metavar="DEST", type=click.Path(), help="The same as DEST.")
 @compress_options
 @click.option("-R", "--leave-running", is_flag=True, help="Let a running container run on.")
+@click.option("--as", "form", type=click.Choice(["artifact", "image"]), help="In a registry: an OCI artifact (default), or an image.")
+@click.option("--subject", metavar="REF", help="In a registry: the container image that the artifact belongs to.")
 @carrier_options
 @state_options()
 def command(
@@ -57,6 +60,8 @@ def command(
     compress: str | None,
     level: int | None,
     leave_running: bool,
+    form: str | None,
+    subject: str | None,
     token_file: Path | None,
     token_command: str | None,
     header_file: Path | None,
@@ -69,8 +74,8 @@ def command(
 ) -> int:
     """Write a checkpoint as one archive that podman restores too.
 
-    DEST is a file, - (stdout), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, or an http(s) URL: ckpt serve, a web server that takes
-    PUT, or a presigned URL of object storage. It is there whole, or not at all. A link that breaks is tried again for a minute; over ssh, and
+    DEST is a file, - (stdout), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, an http(s) URL (ckpt serve, a web server that takes
+    PUT, or a presigned URL of object storage), or oci://REGISTRY/NAME:TAG with the credentials of podman login. It is there whole, or not at all. A link that breaks is tried again for a minute; over ssh, and
     to servers that can, the upload goes on where it was. Paths of ssh URLs are absolute, /~/PATH is below the home directory.
 
     A checkpoint in the store is written as it is. The name of a running container saves it on the way: it ends (unless -R) when the
@@ -79,9 +84,12 @@ def command(
     if (dest is None) == (output is None):
         raise UsageError("say where to, once", hint="ckpt export CHECKPOINT FILE; - is stdout")
     place = destination(session, dest or output or "")
+    if (form or subject) and place.scheme != "oci":
+        raise UsageError("--as and --subject are for registries", hint="ckpt export CHECKPOINT oci://REGISTRY/NAME:TAG")
     carriage = carrier(
         session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file,
         client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
+        registry_form=form, registry_subject=subject,
     )  # fmt: skip
     if "@" not in ref:
         _need_root_for_container(session, ref)

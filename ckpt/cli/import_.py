@@ -21,6 +21,7 @@ from ckpt.errors import UsageError
         ("ssh a ckpt export web@2 - | ckpt import -", "from the store of another host"),
         ("ckpt import root@a:/srv/web.tar.zst", "over ssh, from a host without ckpt too"),
         ("ckpt import https://a/web.tar.zst", "from a web server"),
+        ("ckpt import oci://reg:5000/ns/web:1", "from a registry, what podman pushed too"),
     ),
 )
 @click.argument("source", metavar="SOURCE", type=click.Path())
@@ -30,8 +31,8 @@ from ckpt.errors import UsageError
 def command(session: Session, source: str, name: str | None, digest: str | None, **carriage_options: Any) -> int:
     """Take an archive into the store, verified; nothing is restored.
 
-    SOURCE is a file, - (stdin), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, or an http(s) URL, presigned ones too. A link that breaks
-    is tried again for a minute, and the download goes on where it was.
+    SOURCE is a file, - (stdin), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, an http(s) URL, presigned ones too, or
+    oci://REGISTRY/NAME with :TAG or @sha256:DIGEST. A link that breaks is tried again for a minute, and the download goes on where it was.
 
     Prints the checkpoint's name in the store, ready for `ckpt restore`.
     """

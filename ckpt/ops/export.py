@@ -60,6 +60,8 @@ def export(
             both = f"there is neither a checkpoint nor a container {ref!r}"
             raise TargetNotFound(both, hint="; ".join(h for h in (missing.hint, error.hint) if h) or None) from None
         packing.check()
+        if packing.options.registry_form == "image" and engine.name != "podman":
+            raise UsageError(f"only a container of podman can become an image, {ref} is of {engine.name}", hint="--as artifact")
 
         def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, Figures]:
             final = replace(manifest, id=draft.id, size_bytes=durable.tree_size_bytes(draft.stage))

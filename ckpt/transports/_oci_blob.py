@@ -199,6 +199,7 @@ class Upload(Sender):
                     self._piece_bytes = min(self._piece_bytes, _SMALL_PIECE)
                 sure = False
                 retry.wait(broken)
+                self._client.options.notice(f"{broken}: asking the registry where to go on, after byte {self._sent}")
                 continue
             if self._sent > before:
                 retry.progressed()
@@ -323,6 +324,7 @@ def _put(client: Client, data: memoryview, digest: str, places: list[str]) -> No
         except Broken as broken:
             breaks, fresh = breaks + 1, False
             retry.wait(broken)
+            client.options.notice(f"{broken}: sending {len(data)} bytes again")
             if breaks == _BREAKS and broken.connected and len(data) > _SMALL_PIECE:
                 raise _TooLarge("it hangs up") from None
             continue

@@ -116,6 +116,7 @@ class _Blob:
         except Broken as broken:
             self.close()
             self._retry.wait(broken)
+            self._client.options.notice(f"{broken}: going on at byte {self._got} of {self._size}")
             return b""
         if skipped := min(self._skip, len(data)):
             self._skip -= skipped
