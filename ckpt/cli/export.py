@@ -75,8 +75,9 @@ def command(
     """Write a checkpoint as one archive that podman restores too.
 
     DEST is a file, - (stdout), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, an http(s) URL (ckpt serve, a web server that takes
-    PUT, or a presigned URL of object storage), or oci://REGISTRY/NAME:TAG with the credentials of podman login. It is there whole, or not at all. A link that breaks is tried again for a minute; over ssh, and
-    to servers that can, the upload goes on where it was. Paths of ssh URLs are absolute, /~/PATH is below the home directory.
+    PUT, or a presigned URL of object storage), or oci://REGISTRY/NAME:TAG, with the credentials of podman login. It is there whole, or not
+    at all. A link that breaks is tried again for a minute; over ssh, and to servers that can, the upload goes on where it was. Paths of ssh
+    URLs are absolute, /~/PATH is below the home directory.
 
     A checkpoint in the store is written as it is. The name of a running container saves it on the way: it ends (unless -R) when the
     other end has the whole archive safely.

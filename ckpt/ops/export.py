@@ -61,7 +61,7 @@ def export(
             raise TargetNotFound(both, hint="; ".join(h for h in (missing.hint, error.hint) if h) or None) from None
         packing.check()
         if packing.options.registry_form == "image" and engine.name != "podman":
-            raise UsageError(f"only a container of podman can become an image, {ref} is of {engine.name}", hint="--as artifact")
+            raise UsageError(f"only a container of podman can become an image, {ref} is of {engine.name}", hint="--as artifact") from None
 
         def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, Figures]:
             final = replace(manifest, id=draft.id, size_bytes=durable.tree_size_bytes(draft.stage))
