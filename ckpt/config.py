@@ -37,7 +37,7 @@ class Settings:
     """Added to every ssh call as `-o OPTION`."""
     http: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What belongs to web servers and registries, by the beginning of the URL: token_file, token_command, header_file, ca_file,
-    client_cert, client_key."""
+    fingerprint, client_cert, client_key."""
 
     def http_of(self, url: str) -> Mapping[str, Any]:
         """The entry of `http` for a URL: of those with its scheme, host and port, the one with the longest path above it."""
@@ -102,11 +102,18 @@ def _command(value: Any) -> tuple[str, ...]:
     return words
 
 
+def _fingerprint(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 71 or not value.startswith("sha256:") or not set(value[7:]) <= set("0123456789abcdef"):
+        raise ValueError("must be sha256: and 64 hexadecimal digits")
+    return value
+
+
 _HTTP_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "token_file": _path,
     "token_command": _command,
     "header_file": _path,
     "ca_file": _path,
+    "fingerprint": _fingerprint,
     "client_cert": _path,
     "client_key": _path,
 }

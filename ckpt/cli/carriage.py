@@ -26,6 +26,7 @@ def carrier_options(function: F) -> F:
         click.option("--token-command", metavar="COMMAND", help="A command that prints the token."),
         click.option("--header-file", type=_FILE, metavar="FILE", help="More headers for a web server, lines of Name: value."),
         click.option("--ca", "ca_file", type=_FILE, metavar="FILE", help="Trust these certificate authorities instead of the system's."),
+        click.option("--fingerprint", metavar="SHA256", help="Trust the server by its certificate's fingerprint, as ckpt serve prints it."),
         click.option("--client-cert", type=_FILE, metavar="FILE", help="Client certificate (PEM)."),
         click.option("--client-key", type=_FILE, metavar="FILE", help="Its key, if that is another file."),
         click.option("--insecure", is_flag=True, help="Allow http://, and registries without TLS: anybody on the way can read it."),
@@ -55,7 +56,11 @@ def carrier(session: Session, location: Location, **given: Any) -> CarrierOption
             raise UsageError("--token-command has a quote that does not end") from None
         if not chosen["token_command"]:
             raise UsageError("an empty --token-command")
+    if pin := chosen.get("fingerprint"):
+        chosen["fingerprint"] = fingerprint(pin)
     configured = session.settings.http_of(location.raw) if location.is_url else {}
+    if {"fingerprint", "ca_file"} & chosen.keys():
+        configured = {name: value for name, value in configured.items() if name not in ("fingerprint", "ca_file")}
     if {"token_file", "token_command"} & chosen.keys():
         configured = {name: value for name, value in configured.items() if not name.startswith("token_")}
     return CarrierOptions(**{**configured, **chosen, "ssh_options": (*session.settings.ssh_options, *chosen.get("ssh_options", ()))})
@@ -81,6 +86,14 @@ def source(text: str) -> Location:
     if location.scheme == PIPE and sys.stdin.isatty():
         raise UsageError("an archive is nothing that a person types", hint="redirect stdin, or name a file")
     return location
+
+
+def fingerprint(text: str) -> str:
+    """`sha256:HEX` of what was typed: any case, with colons or without. Raises UsageError."""
+    plain = re.sub(r"^sha-?256[:= ]", "", text.strip(), flags=re.IGNORECASE).replace(":", "").lower()
+    if re.fullmatch(r"[0-9a-f]{64}", plain) is None:
+        raise UsageError(f"not a fingerprint: {text!r}", hint="ckpt serve prints it when it starts: sha256: and 64 hexadecimal digits")
+    return "sha256:" + plain
 
 
 def digest(value: str | None) -> str | None:

@@ -66,6 +66,7 @@ def command(
     token_command: str | None,
     header_file: Path | None,
     ca_file: Path | None,
+    fingerprint: str | None,
     client_cert: Path | None,
     client_key: Path | None,
     insecure: bool,
@@ -88,7 +89,7 @@ def command(
     if (form or subject) and place.scheme != "oci":
         raise UsageError("--as and --subject are for registries", hint="ckpt export CHECKPOINT oci://REGISTRY/NAME:TAG")
     carriage = carrier(
-        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file,
+        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file, fingerprint=fingerprint,
         client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
         registry_form=form, registry_subject=subject,
     )  # fmt: skip

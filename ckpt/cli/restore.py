@@ -59,6 +59,7 @@ def command(
     token_command: str | None,
     header_file: Path | None,
     ca_file: Path | None,
+    fingerprint: str | None,
     client_cert: Path | None,
     client_key: Path | None,
     insecure: bool,
@@ -86,7 +87,7 @@ def command(
     session.need_root()
     place = carriage.source(import_from) if import_from is not None else None
     reach = None if place is None else carriage.carrier(
-        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file,
+        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file, fingerprint=fingerprint,
         client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
     )  # fmt: skip
     options = RestoreOptions(publish=publish, timeout_s=timeout_s if timeout_s is not None else session.settings.timeout_s, **given)

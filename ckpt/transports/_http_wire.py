@@ -109,7 +109,8 @@ class Wire:
         adapter = _adapter(self)
         self._session.mount("https://", adapter)
         self._session.mount("http://", adapter)
-        self._verify = str(options.ca_file) if options.ca_file else _authorities()
+        # With a fingerprint (see _adapter) it is the certificate itself that is trusted.
+        self._verify = False if options.fingerprint else str(options.ca_file) if options.ca_file else _authorities()
         if options.ca_file and not options.ca_file.is_file():
             raise KeyProblem(f"there is no file {options.ca_file} with certificate authorities")
         cert = options.client_cert
@@ -159,9 +160,12 @@ class Wire:
         if self.watch.fired:
             return self.late()
         for cause in _chain(error):
+            if isinstance(cause, urllib3.exceptions.SSLError) and "ingerprint" in str(cause):
+                hint = "make sure that it is the right host, then give the fingerprint that ckpt serve prints there"
+                return RemoteRefused(f"{self.location}: its certificate is another one than expected (fingerprint)", hint=hint)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 why = cause.verify_message or "verification failed"
-                hint = "if it is the right host: --ca FILE with the authority that signed it"
+                hint = "if it is the right host: --ca FILE with the authority that signed it, or --fingerprint of ckpt serve's own"
                 return RemoteRefused(f"{self.location}: its certificate is not trusted: {why}", hint=hint)
             if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
                 return RemoteRefused(f"{self.location}: it speaks no TLS", hint="is the port right?")
@@ -341,6 +345,8 @@ def _adapter(wire: Wire) -> HTTPAdapter:
 
     class Adapter(HTTPAdapter):
         def init_poolmanager(self, *args: Any, **more: Any) -> None:
+            if wire.options.fingerprint:
+                more["assert_fingerprint"] = wire.options.fingerprint.removeprefix("sha256:")
             super().init_poolmanager(*args, blocksize=BLOCK_BYTES, **more)
             self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
 

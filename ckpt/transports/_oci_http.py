@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import http.cookiejar
 import json
+import logging
 import re
 import ssl
 import threading
@@ -63,21 +64,25 @@ class Answer:
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """TLS by a context of ours alone."""
+    """TLS by a context of ours alone. `pin`: the hex SHA-256 of the certificate, which then needs no authority."""
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, context: ssl.SSLContext, pin: str | None = None) -> None:
         self._context = context
+        self._pin = pin
+        if pin:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
         super().__init__(max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
+        super().init_poolmanager(*args, ssl_context=self._context, assert_fingerprint=self._pin, **kwargs)
 
     def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
         return super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
         """Trust what the context trusts; requests would add its own bundle."""
-        conn.cert_reqs = "CERT_REQUIRED"
+        conn.cert_reqs = "CERT_NONE" if self._pin else "CERT_REQUIRED"
 
 
 class _Session(requests.Session):
@@ -134,6 +139,10 @@ class Client:
         session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         session.trust_env = False  # else ~/.netrc would go wherever a redirect leads
         session.mount("https://", _Adapter(_tls(self.reference, self.options)))
+        if self.options.fingerprint:  # of the registry's own certificate, not of its token server's or its storage's
+            pinned = _Adapter(_tls(self.reference, self.options), self.options.fingerprint.removeprefix("sha256:"))
+            session.mount(f"https://{self.reference.endpoint}/", pinned)
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs paths with their queries
         session.headers.update({"User-Agent": f"ckpt/{__version__}", "Accept-Encoding": "identity"})
         self._session = session
         self._auth = Authorizer(
@@ -353,6 +362,8 @@ def _explained(error: BaseException, registry: str) -> Exception:
             f"the certificate of {registry} is not trusted" + (f": {reason[1].strip()}" if reason else ""),
             hint=f"put its authority into /etc/containers/certs.d/{registry}/ca.crt",
         )
+    if "ingerprint" in text:
+        return RemoteRefused(f"{registry} has another certificate than the one with this fingerprint")
     if any(word in text for word in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE")):
         return _NoTls("it speaks no TLS")
     if "TLSV13_ALERT_CERTIFICATE_REQUIRED" in text or "ALERT_BAD_CERTIFICATE" in text:

@@ -63,6 +63,11 @@ class Location:
             return cls(SSH, text, text)
         return cls(FILE, text, text, Path(text))
 
+    @classmethod
+    def of(cls, path: Path) -> Location:
+        """A file of this host, whatever it is called."""
+        return cls(FILE, str(path), str(path), path)
+
     @property
     def split(self) -> SplitResult:
         """The URL in its parts. Secrets are among them."""
@@ -130,6 +135,8 @@ class CarrierOptions:
     """`Name: value` lines to add to requests; may hold secrets."""
     ca_file: Path | None = None
     """Trust these certificate authorities instead of the system's."""
+    fingerprint: str | None = None
+    """`sha256:HEX` of the server's certificate, which then needs no authority."""
     client_cert: Path | None = None
     client_key: Path | None = None
     insecure: bool = False

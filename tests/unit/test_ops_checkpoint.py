@@ -218,7 +218,7 @@ def test_another_container_has_taken_the_name(world: World) -> None:
 
 
 def at(path: Path) -> Location:
-    return Location.parse(str(path))
+    return Location.of(path)
 
 
 @pytest.mark.parametrize("compress", ["zstd", "gzip", "none"])

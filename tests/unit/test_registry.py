@@ -781,6 +781,13 @@ def test_tls(secure: FakeRegistry, authority: tuple[Path, Path], tmp_path: Path,
         pull(secure)
 
 
+def test_a_certificate_known_by_its_fingerprint(secure: FakeRegistry, authority: tuple[Path, Path]) -> None:
+    der = ssl.PEM_cert_to_DER_cert(authority[0].read_text())
+    push(secure, options=replace(OPTIONS, fingerprint=f"sha256:{hashlib.sha256(der).hexdigest()}"))
+    with pytest.raises(RemoteRefused, match="another certificate"):
+        push(secure, options=replace(OPTIONS, fingerprint="sha256:" + "0" * 64, ca_file=authority[0]))
+
+
 def test_clear_text_only_where_it_is_allowed(fake: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_oci_name.Reference, "is_loopback", False)
     with pytest.raises(RemoteRefused, match="no TLS"):

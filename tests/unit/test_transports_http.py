@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import socket
+import ssl
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -328,6 +329,16 @@ def test_a_certificate_must_be_trusted(certificate: tuple[Path, Path]) -> None:
         assert len(web.objects["/up.tar"]) == 100_000
         with pytest.raises(RemoteRefused, match="not trusted"):
             get(f"{web.url.replace('127.0.0.1', 'localhost')}/web.tar", replace(QUICK, ca_file=certificate[0]))
+
+
+def test_a_certificate_known_by_its_fingerprint(certificate: tuple[Path, Path]) -> None:
+    digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate[0].read_text())).hexdigest()
+    with serving(certificate) as web:
+        web.objects["/web.tar"] = b"data"
+        assert get(f"{web.url.replace('127.0.0.1', 'localhost')}/web.tar", replace(QUICK, fingerprint=f"sha256:{digest}")) == b"data"
+        with pytest.raises(RemoteRefused, match="another one than expected"):
+            get(f"{web.url}/web.tar", replace(QUICK, fingerprint="sha256:" + "0" * 64))
+        assert len(web.seen) == 1
 
 
 def test_breaks_within_tls(certificate: tuple[Path, Path]) -> None:
