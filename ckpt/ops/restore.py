@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,13 @@ from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, proof, recover
+from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
 from ckpt.ops.unpack import unpack
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.transports.base import CarrierOptions, Location
 
 Figures = dict[str, float | int | str]
 
@@ -56,19 +58,22 @@ def restore(
     *,
     all: bool = False,
     latest: bool = False,
-    import_file: Path | None = None,
+    import_from: Location | None = None,
+    digest: str | None = None,
+    carrier: CarrierOptions | None = None,
     options: RestoreOptions,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep: bool = True,
 ) -> list[Outcome]:
-    """Restore each reference from the store, or `import_file`.
+    """Restore each reference from the store, or `import_from`.
 
     Args:
         refs: NAME (its newest checkpoint), NAME@N, NAME@latest, an id.
         all: the newest checkpoint of every name whose container does not run, instead of `refs`.
         latest: the checkpoint made last, instead of `refs`.
-        import_file: an archive; it is restored without ever being in the store.
+        import_from: an archive; it is restored without ever being in the store.
+        digest: what that archive's SHA-256 must be, in hex.
         keep: also keep CRIU's logs and statistics of a restore that went well.
 
     Raises:
@@ -77,12 +82,13 @@ def restore(
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     catalog = Catalog(store_root)
-    if sum((bool(refs), all, latest, import_file is not None)) != 1:
-        raise UsageError("say what to restore: checkpoints, --all, --latest or --import FILE, one of them")
+    if sum((bool(refs), all, latest, import_from is not None)) != 1:
+        raise UsageError("say what to restore: checkpoints, --all, --latest or --import SOURCE, one of them")
     if options.name is not None and (all or len(refs) > 1):
         raise UsageError("--name is for one checkpoint only")
-    if import_file is not None:
-        return [_guarded(str(import_file), partial(_from_file, import_file, options, catalog, emit, keep))]
+    if import_from is not None:
+        archive = partial(arriving, import_from, carrier, digest, emit)
+        return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
         outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep)))
@@ -270,14 +276,18 @@ def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, cat
             return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd), options, catalog, emit, keep=keep)
 
 
-def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
-    if not path.is_file():
-        raise TargetNotFound(f"there is no archive {str(path)!r}")
-    draft = catalog.begin(path.name)
+def _from_archive(
+    label: str, archive: Callable[[], AbstractContextManager[Archive]], options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool
+) -> Outcome:
+    with archive() as file:
+        draft = catalog.begin("import", origin="import")
+        try:
+            manifest = unpack_archive(file, draft, label, emit, pack=False)
+        except BaseException:
+            draft.discard()
+            raise
     with _until_restored(draft, options):
-        with path.open("rb") as file:
-            manifest = unpack_archive(file, draft, str(path), emit, path.stat().st_size, pack=False)
-        return bring_back(Source(str(path), manifest, draft), options, catalog, emit, keep=keep)
+        return bring_back(Source(label, manifest, draft), options, catalog, emit, keep=keep)
 
 
 @contextmanager
