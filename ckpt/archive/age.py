@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -52,6 +52,12 @@ class Stanza:
     kind: str
     args: tuple[str, ...]
     body: bytes
+
+
+class Sink(Protocol):
+    """What can be written to: files, pipes, what a carrier gives. Raw files may write less than they are given."""
+
+    def write(self, data: bytes | memoryview, /) -> int | None: ...
 
 
 class Recipient(Protocol):
@@ -217,7 +223,7 @@ class Encrypting(io.RawIOBase):
     a file that was not finished is refused by every reader.
     """
 
-    def __init__(self, out: BinaryIO, recipients: Iterable[Recipient]) -> None:
+    def __init__(self, out: Sink, recipients: Iterable[Recipient]) -> None:
         from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
         file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(_NONCE_BYTES)
@@ -258,7 +264,6 @@ class Encrypting(io.RawIOBase):
         """Write the last chunk."""
         self._seal(memoryview(self._held)[: self._held_bytes], last=True)
         self._put(self._boxes[: self._filled])
-        self._out.flush()
 
     def _seal(self, chunk: bytearray | memoryview, *, last: bool = False) -> None:
         size = len(chunk) + TAG_BYTES
@@ -272,7 +277,7 @@ class Encrypting(io.RawIOBase):
 
     def _put(self, data: bytes | memoryview) -> None:
         view, done = memoryview(data), 0
-        while done < len(view):  # raw files may write less than they are given
+        while done < len(view):
             done += self._out.write(view[done:]) or 0
 
 

@@ -295,8 +295,9 @@ def _stretch(passphrase: bytes, salt: bytes, log_n: int) -> bytes:
     return Scrypt(salt=_LABEL + b"scrypt" + salt, length=32, n=1 << log_n, r=8, p=1).derive(passphrase)
 
 
-def wrap_scrypt(passphrase: bytes, file_key: bytes, *, log_n: int = SCRYPT_LOG_N) -> Stanza:
+def wrap_scrypt(passphrase: bytes, file_key: bytes, *, log_n: int | None = None) -> Stanza:
     """The file key for whoever knows the passphrase."""
+    log_n = SCRYPT_LOG_N if log_n is None else log_n
     salt = os.urandom(_SALT_BYTES)
     return Stanza(_SCRYPT, (encode(salt), str(log_n)), _box(_stretch(passphrase, salt, log_n), file_key))
 

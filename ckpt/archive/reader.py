@@ -16,15 +16,29 @@ from typing import Any, BinaryIO, Final
 from ckpt.archive import manifest as manifests
 from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
-from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, require_members
+from ckpt.archive.layout import (
+    CONFIG,
+    DIGEST_PREFIX,
+    INVENTORY,
+    MANIFEST,
+    NETWORK_STATUS,
+    SIGNATURE,
+    SPEC,
+    STATS,
+    UNDIGESTED,
+    compare_digests,
+    require_members,
+)
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
-from ckpt.errors import ArchiveInvalid, NoSpace
+from ckpt.errors import ArchiveInvalid, DigestMismatch, NoSpace
 from ckpt.model import Manifest
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
 
 OnBytes = Callable[[int], None]
-_SMALL: Final = frozenset({MANIFEST, CONFIG, SPEC, NETWORK_STATUS, STATS})
+Judge = Callable[[bytes, bytes | None], object]
+"""Told the manifest and its signature (None: there is none) as soon as they came; raises DigestMismatch for what is not to be taken."""
+_SMALL: Final = frozenset({MANIFEST, SIGNATURE, CONFIG, SPEC, NETWORK_STATUS, STATS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +55,14 @@ class Peek:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, on_bytes: OnBytes | None = None) -> Manifest | None:
+def extract(
+    source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, on_bytes: OnBytes | None = None, judge: Judge | None = None
+) -> Manifest | None:
     """Unpack an archive from a file or a pipe into `stage` (made with 0700 if it is not there), verifying it on the way.
 
     Args:
         on_bytes: called with the number of bytes (compressed, as read from `source`) since the last call.
+        judge: asked before anything but the manifest and its signature is unpacked. What it took must be what the archive is.
 
     Returns:
         The manifest when the archive has one that belongs to it, else None (`foreign_manifest` makes one up).
@@ -62,11 +79,13 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         tar = TarStream(stream, limits)
         digests: dict[str, str] = {}
         told = 0
+        signed = _Signed(stage, judge)
         for member in tar:
             if member.name.endswith("/"):
                 directories.get(member.name)
                 continue
             _check_size(member, limits)
+            signed.before(member.name)
             fd = directories.create(member.name)
             try:
                 digest = hashlib.sha256()
@@ -84,7 +103,7 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
                     pending.result()
             finally:
                 os.close(fd)
-            if member.name != MANIFEST:
+            if member.name not in UNDIGESTED:
                 digests[member.name] = DIGEST_PREFIX + digest.hexdigest()
         if on_bytes and stream.raw.count > told:
             on_bytes(stream.raw.count - told)
@@ -92,13 +111,45 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
     config = manifests.json_object(_read_small(stage / CONFIG), CONFIG)
     manifests.json_object(_read_small(stage / SPEC), SPEC)
     if not (stage / MANIFEST).exists():
+        signed.reject_stale()
         return None
     found = manifests.loads(_read_small(stage / MANIFEST))
     if config.get("id") != found.container_id or _is_stale(found, digests):
+        signed.reject_stale()
         os.unlink(stage / MANIFEST)
         return None
     compare_digests(digests, found)
     return found
+
+
+class _Signed:
+    """When the judge is asked, and that nothing is unpacked which it has not seen."""
+
+    def __init__(self, stage: Path, judge: Judge | None) -> None:
+        self._stage = stage
+        self._judge = judge
+        self._asked = False
+        self._vouched = False
+
+    def before(self, name: str) -> None:
+        """A member is about to be unpacked."""
+        if self._judge is None:
+            return
+        if name in UNDIGESTED:
+            if self._asked:
+                raise DigestMismatch(f"{name} is not at the beginning of the archive: its signature cannot be relied on")
+            return
+        if not self._asked:
+            self._asked = True
+            data, signature = (_read_small(self._stage / part) if (self._stage / part).exists() else None for part in (MANIFEST, SIGNATURE))
+            self._judge(data or b"", signature)
+            self._vouched = signature is not None
+
+    def reject_stale(self) -> None:
+        """The manifest is not of this checkpoint, so nor is its signature."""
+        if self._vouched:
+            raise DigestMismatch("the archive is not what was signed: its manifest belongs to another checkpoint")
+        (self._stage / SIGNATURE).unlink(missing_ok=True)
 
 
 def _is_stale(manifest: Manifest, digests: dict[str, str]) -> bool:

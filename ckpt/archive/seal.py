@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 from ckpt.archive import age
-from ckpt.archive.age import Identity, Recipient, Source, Stanza
+from ckpt.archive.age import Identity, Recipient, Sink, Source, Stanza
 from ckpt.errors import ArchiveInvalid, DigestMismatch, KeyProblem, UsageError
 from ckpt.host import run
 
@@ -186,13 +186,13 @@ def _key_file(path: Path, what: str) -> bytes:
 
 
 @contextmanager
-def encrypting(out: BinaryIO, to: Sequence[Recipient]) -> Iterator[BinaryIO]:
+def encrypting(out: Sink, to: Sequence[Recipient]) -> Iterator[BinaryIO]:
     """A stream to write plaintext to; what arrives in `out` is an age file. It is only complete when the block ends without an error.
 
     Without recipients it is `out` itself.
     """
     if not to:
-        yield out
+        yield cast(BinaryIO, out)
         return
     sealed = age.Encrypting(out, to)
     yield cast(BinaryIO, sealed)
@@ -228,15 +228,12 @@ def _kinds(stanzas: tuple[Stanza, ...]) -> str:
     return ", ".join(sorted({known[stanza.kind] for stanza in stanzas if stanza.kind in known})) or "a kind of key that this version does not know"
 
 
-class Prefixed(io.RawIOBase):
+class Prefixed:
     """A stream whose first bytes can be looked at before it is read."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._head = b""
-
-    def readable(self) -> bool:
-        return True
 
     def peek(self, size: int) -> bytes:
         """The next `size` bytes, fewer only at the end; they stay to be read."""

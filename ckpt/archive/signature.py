@@ -33,6 +33,8 @@ class Demand:
     allowed_signers: Path
     required: bool = True
     """Refuse what is not signed; a signature that is there must be right in any case."""
+    local: bool = False
+    """Also of what this host itself made."""
 
 
 def _program() -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from ckpt.cli import completion
+from ckpt.cli import completion, protection
 from ckpt.cli.common import F, Session, dump_options, state_options, verb
 from ckpt.errors import CkptError, UsageError
 
@@ -48,11 +48,13 @@ def _need_root_for_container(session: Session, ref: str) -> None:
         ("ckpt export web@2 -o web.tar.zst", "write a checkpoint of the store as an archive"),
         ("ckpt export -R podman:web -o web.tar.zst", "save a running container straight to an archive"),
         ("ckpt export web -o - | ssh b ckpt import -", "to the store of another host"),
+        ("ckpt export web -o web.age --encrypt age:age1...", "encrypted: age -d opens it, and so does ckpt"),
     ),
 )
 @click.argument("ref", metavar="CHECKPOINT|TARGET", shell_complete=completion.both)
 @click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(), help="The archive; - for stdout.")
 @compress_options
+@protection.outgoing_options
 @click.option("-R", "--leave-running", is_flag=True, help="Let a running container run on.")
 @state_options()
 def command(session: Session, ref: str, output: str, compress: str | None, level: int | None, leave_running: bool, **state: Any) -> int:
@@ -60,7 +62,10 @@ def command(session: Session, ref: str, output: str, compress: str | None, level
 
     A checkpoint in the store is written as it is. The name of a running container saves it on the way: it ends (unless -R) when the
     archive is safely on the disk.
+
+    With --encrypt the archive is an age file. Of a container that runs, nothing is on a disk in clear on the way there.
     """
+    outgoing = protection.outgoing(session, protection.take(state, protection.OUTGOING))
     place = destination(session, output)
     if "@" not in ref:
         _need_root_for_container(session, ref)
@@ -73,6 +78,7 @@ def command(session: Session, ref: str, output: str, compress: str | None, level
         level=level,
         leave_running=leave_running,
         options=dump_options(session, leave_running=leave_running, **state),
+        outgoing=outgoing,
         store_root=session.store_root,
         emit=session.emit,
     )

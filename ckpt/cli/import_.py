@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
+from ckpt.cli import protection
 from ckpt.cli.common import Session, verb
 from ckpt.cli.render.rows import Row
 from ckpt.errors import UsageError
@@ -22,7 +24,8 @@ from ckpt.errors import UsageError
 )
 @click.argument("source", metavar="FILE", type=click.Path())
 @click.option("-n", "--name", metavar="NAME", help="What to call it in the store (default: its own name).")
-def command(session: Session, source: str, name: str | None) -> int:
+@protection.incoming_options
+def command(session: Session, source: str, name: str | None, **given: Any) -> int:
     """Take an archive into the store, verified; nothing is restored.
 
     Prints the checkpoint's name in the store, ready for `ckpt restore`. - reads stdin.
@@ -31,9 +34,11 @@ def command(session: Session, source: str, name: str | None) -> int:
         raise UsageError("an empty --name")
     if source == "-" and sys.stdin.isatty():
         raise UsageError("an archive is nothing that a person types", hint="redirect stdin, or name a file")
+    incoming = protection.incoming(session, given)
     from ckpt.ops import import_ as use_case
 
-    outcome = use_case.import_("-" if source == "-" else Path(source), name=name, store_root=session.store_root, emit=session.emit)
+    place: Path | Literal["-"] = "-" if source == "-" else Path(source)
+    outcome = use_case.import_(place, name=name, incoming=incoming, store_root=session.store_root, emit=session.emit)
     return session.finish([outcome], id_of="checkpoint", table=_refs)
 
 

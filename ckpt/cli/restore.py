@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt.cli import completion
+from ckpt.cli import completion, protection
 from ckpt.cli.checkpoint import microseconds
 from ckpt.cli.common import Session, all_and_latest, one_way, state_options, verb
 from ckpt.cli.render.rows import Row
@@ -29,6 +29,7 @@ from ckpt.model import RestoreOptions
 @click.argument("refs", nargs=-1, metavar="[CHECKPOINT]...", shell_complete=completion.checkpoints)
 @all_and_latest("checkpoint")
 @click.option("-i", "--import", "import_file", type=click.Path(path_type=Path), metavar="FILE", help="Restore from an archive, past the store.")
+@protection.incoming_options
 @click.option("-n", "--name", metavar="NAME", help="Give the container this name (and a new id).")
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports than the checkpoint's ([IP:]HOST:CONTAINER[/PROTOCOL]).")
 @click.option("--pod", metavar="POD", help="Restore into this pod.")
@@ -67,12 +68,14 @@ def command(
     if given["name"] is not None and (every or len(refs) > 1):
         raise UsageError("--name fits one checkpoint only")
     session.need_root()
+    incoming = protection.incoming(session, protection.take(given, protection.INCOMING))
     options = RestoreOptions(publish=publish, timeout_s=timeout_s if timeout_s is not None else session.settings.timeout_s, **given)
     from ckpt.ops import restore as use_case
 
     outcomes = use_case.restore(
-        refs, all=every, latest=latest, import_file=import_file, options=options, store_root=session.store_root, emit=session.emit, keep=keep
-    )
+        refs, all=every, latest=latest, import_file=import_file, options=options, store_root=session.store_root, emit=session.emit, keep=keep,
+        incoming=incoming,
+    )  # fmt: skip
     return session.finish(outcomes, id_of="container", stats=_stats if print_stats else None)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
-from ckpt.archive import layout, writer
+from ckpt.archive import layout, seal, trust, writer
 from ckpt.archive import manifest as manifest_file
 from ckpt.archive.members import StageMembers
 from ckpt.errors import TargetNotFound, UsageError
@@ -19,7 +19,7 @@ from ckpt.model import Checkpoint, DumpOptions, Manifest, Target
 from ckpt.ops import recover, resolve
 from ckpt.ops.checkpoint import save
 from ckpt.ops.result import Outcome
-from ckpt.store import durable
+from ckpt.store import durable, volatile
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT
 
@@ -34,6 +34,7 @@ def export(
     level: int | None = None,
     leave_running: bool = False,
     options: DumpOptions,
+    outgoing: trust.Outgoing = trust.OPEN,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
 ) -> Outcome:
@@ -49,6 +50,7 @@ def export(
         raise UsageError(f"no compression is called {compress!r}", hint="zstd, gzip or none")
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
+    outgoing.try_key()
     catalog = Catalog(store_root)
     try:
         checkpoint = catalog.find(ref)
@@ -62,20 +64,25 @@ def export(
         def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, Figures]:
             final = replace(manifest, id=draft.id, size_bytes=durable.tree_size_bytes(draft.stage))
             durable.write_file(draft.stage / layout.MANIFEST, manifest_file.dumps(final))
-            return None, {"size_bytes": final.size_bytes, **_write(draft.stage, output, compress, level, ref, emit)}
+            return None, {"size_bytes": final.size_bytes, **_write(draft.stage, output, compress, level, outgoing, ref, emit)}
 
         chosen = replace(options, leave_running=leave_running or options.leave_running)
-        return save(engine, container, ref, chosen, catalog, emit, keep, step="archive")
+        # What is to be encrypted is not on a disk in clear before.
+        drafts = volatile.catalog() if outgoing.recipients else None
+        return save(engine, container, ref, chosen, catalog, emit, keep, step="archive", drafts=drafts)
     began = time.monotonic()
     emit(StepStarted(ref, "archive", f"{checkpoint.ref}, from the store"))
     with catalog.lease(checkpoint) as stage:
-        figures = _write(stage, output, compress, level, ref, emit)
+        figures = _write(stage, output, compress, level, outgoing, ref, emit)
     emit(StepDone(ref, "archive", str(output), time.monotonic() - began))
     return Outcome(ref, True, checkpoint, stats={"size_bytes": checkpoint.manifest.size_bytes, **figures})
 
 
-def _write(stage: Path, output: Path | Literal["-"], compress: str, level: int | None, label: str, emit: Emit) -> Figures:
-    members = StageMembers(stage)
+def _write(
+    stage: Path, output: Path | Literal["-"], compress: str, level: int | None, outgoing: trust.Outgoing, label: str, emit: Emit
+) -> Figures:
+    members = outgoing.signed(StageMembers(stage))
+    to = outgoing.recipients
     total, done = durable.tree_size_bytes(stage), 0
 
     def on_bytes(count: int) -> None:
@@ -85,14 +92,15 @@ def _write(stage: Path, output: Path | Literal["-"], compress: str, level: int |
 
     kind = cast(writer.Compression, compress)
     if output == "-":
-        size = writer.write(members, sys.stdout.buffer, compress=kind, level=level, on_bytes=on_bytes)
+        with seal.encrypting(sys.stdout.buffer, to) as stream:
+            size = writer.write(members, stream, compress=kind, level=level, on_bytes=on_bytes)
         sys.stdout.buffer.flush()
     elif _is_special(Path(output)):
         # A FIFO or device cannot be replaced by a finished file; its reader sees the end of the stream.
-        with open(output, "wb") as out:
-            size = writer.write(members, out, compress=kind, level=level, on_bytes=on_bytes)
+        with open(output, "wb") as out, seal.encrypting(out, to) as stream:
+            size = writer.write(members, stream, compress=kind, level=level, on_bytes=on_bytes)
     else:
-        size = writer.write_file(members, Path(output), compress=kind, level=level, on_bytes=on_bytes)
+        size = writer.write_file(members, Path(output), compress=kind, level=level, on_bytes=on_bytes, to=to)
     return {"archive_bytes": size, "path": str(output)}
 
 

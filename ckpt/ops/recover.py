@@ -29,7 +29,7 @@ from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import knobs
-from ckpt.store import history
+from ckpt.store import history, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -170,6 +170,7 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
         finally:
             job.release()
     Catalog(root).sweep()
+    volatile.sweep()
     return said
 
 

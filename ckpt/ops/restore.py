@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
 from ckpt.engines.base import HeldRestore
@@ -59,6 +59,7 @@ def restore(
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep: bool = True,
+    incoming: trust.Incoming = trust.ANYBODY,
 ) -> list[Outcome]:
     """Restore each reference from the store, or `import_file`.
 
@@ -68,6 +69,7 @@ def restore(
         latest: the checkpoint made last, instead of `refs`.
         import_file: an archive; it is restored without ever being in the store.
         keep: also keep CRIU's logs and statistics of a restore that went well.
+        incoming: what opens an encrypted archive, and whose signature the checkpoint must have.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -80,10 +82,10 @@ def restore(
     if options.name is not None and (all or len(refs) > 1):
         raise UsageError("--name is for one checkpoint only")
     if import_file is not None:
-        return [_guarded(str(import_file), partial(_from_file, import_file, options, catalog, emit, keep))]
+        return [_guarded(str(import_file), partial(_from_file, import_file, options, catalog, emit, keep, incoming))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
-        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep)))
+        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
     return outcomes
 
 
@@ -251,20 +253,24 @@ class _Attempt:
         return error
 
 
-def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
+def _from_store(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+) -> Outcome:
     with catalog.lease_fd(checkpoint) as fd:
+        if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
+            emit(Notice(label, f"signed by {signer}"))
         source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd)
         return bring_back(source, options, catalog.root, emit, keep=keep)
 
 
-def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
+def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming) -> Outcome:
     if not path.is_file():
         raise TargetNotFound(f"there is no archive {str(path)!r}")
     draft = catalog.begin(path.name)
     with ExitStack() as stack:
         stack.callback(draft.discard)
         with path.open("rb") as file:
-            manifest = unpack(file, draft, str(path), emit, path.stat().st_size)
+            manifest = unpack(file, draft, str(path), emit, path.stat().st_size, incoming)
         source = Source(str(path), draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
         outcome = bring_back(source, options, catalog.root, emit, keep=keep)
         if options.lazy:

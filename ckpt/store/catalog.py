@@ -24,12 +24,13 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.errors import ArchiveInvalid, BusyError, CkptError, NoSpace, PermissionDenied, TargetNotFound
 from ckpt.model import Checkpoint, Entry, Manifest
@@ -38,6 +39,7 @@ from ckpt.store import entry as entries
 from ckpt.store.job import DEFAULT_ROOT
 
 MANIFEST: Final = Path("artifacts", "ckpt.json")
+SIGNATURE: Final = Path(layout.SIGNATURE)
 MIN_PREFIX: Final = 4
 """An id may be shortened to this many characters where that is unique."""
 
@@ -73,16 +75,20 @@ class Draft:
         """The directory to fill (0700, same file system as the store)."""
         return self._catalog.drafts / self.id
 
-    def commit(self, manifest: Manifest) -> Checkpoint:
+    def commit(self, manifest: Manifest, *, sign: Callable[[bytes], bytes] | None = None) -> Checkpoint:
         """Make the draft a checkpoint: number it, bring every byte to the disk, rename it into place.
 
-        The id, the name and the generation of `manifest` are set here, and so is `size_bytes`.
+        The id, the name and the generation of `manifest` are set here, and so is `size_bytes`. A manifest that is in the draft
+        with a signature over it stays as it came.
+
+        Args:
+            sign: makes a signature over the manifest's bytes.
 
         Raises:
             NoSpace: the disk is full; the draft is still there, to be discarded.
         """
         with self._catalog.storage("store the checkpoint"):
-            return self._catalog.adopt(self, manifest)
+            return self._catalog.adopt(self, manifest, sign)
 
     def discard(self) -> None:
         """Remove the draft. Never raises for what is gone already."""
@@ -131,16 +137,20 @@ class Catalog:
             fd = _lock_directory(stage, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return Draft(self, name, identity, fd, origin)
 
-    def adopt(self, draft: Draft, manifest: Manifest) -> Checkpoint:
+    def adopt(self, draft: Draft, manifest: Manifest, sign: Callable[[bytes], bytes] | None = None) -> Checkpoint:
         """The body of `Draft.commit`."""
         # The many bytes go to the disk before the lock is taken: nobody waits for them.
         durable.sync_tree(draft.stage)
+        size_bytes = durable.tree_size_bytes(draft.stage)
+        final = replace(manifest, id=draft.id, name=draft.name, size_bytes=size_bytes)
+        signed = _signed(draft.stage, final, sign)
         with self._locked():
             generation = self._next_generation(draft.name)
-            size_bytes = durable.tree_size_bytes(draft.stage)
-            final = replace(manifest, id=draft.id, name=draft.name, generation=generation, size_bytes=size_bytes)
-            data = manifest_file.dumps(final)
-            durable.write_file(draft.stage / MANIFEST, data)
+            final = replace(final, generation=generation)
+            data = signed
+            if data is None:
+                data = manifest_file.dumps(final)
+                durable.write_file(draft.stage / MANIFEST, data)
             entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data))
             entries.write(draft.stage, entry)
             durable.sync_directory(draft.stage)
@@ -328,6 +338,19 @@ def _lock_directory(path: Path, how: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _signed(stage: Path, manifest: Manifest, sign: Callable[[bytes], bytes] | None) -> bytes | None:
+    """The bytes of a manifest that stays as it is: signed now (no number is given yet), or as it came with its signature."""
+    if sign is not None:
+        data = manifest_file.dumps(replace(manifest, generation=0))
+        found = sign(data)  # may ask ssh-agent, or wait for somebody to touch a token: not under the store's lock
+        durable.write_file(stage / MANIFEST, data)
+        durable.write_file(stage / SIGNATURE, found)
+        return data
+    if (stage / SIGNATURE).is_file() and (stage / MANIFEST).is_file():
+        return (stage / MANIFEST).read_bytes()
+    return None
 
 
 def _digest(data: bytes) -> str:
