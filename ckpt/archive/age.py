@@ -271,7 +271,7 @@ class Encrypting(io.RawIOBase):
             self._put(self._boxes[: self._filled])
             self._filled = 0
         nonce = self._number.to_bytes(11, "big") + bytes([last])
-        self._cipher.encrypt_into(nonce, chunk, None, self._boxes[self._filled : self._filled + size])
+        self._boxes[self._filled : self._filled + size] = self._cipher.encrypt(nonce, chunk, None)
         self._filled += size
         self._number += 1
 

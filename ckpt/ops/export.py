@@ -66,7 +66,7 @@ def export(
             durable.write_file(draft.stage / layout.MANIFEST, manifest_file.dumps(final))
             return None, {"size_bytes": final.size_bytes, **_write(draft.stage, output, compress, level, outgoing, ref, emit)}
 
-        chosen = replace(options, leave_running=leave_running or options.leave_running)
+        chosen = replace(options, leave_running=leave_running or options.leave_running, sealed=bool(outgoing.recipients))
         # What is to be encrypted is not on a disk in clear before.
         drafts = volatile.catalog() if outgoing.recipients else None
         return save(engine, container, ref, chosen, catalog, emit, keep, step="archive", drafts=drafts)
