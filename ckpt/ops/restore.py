@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ckpt.archive import layout, trust
+from ckpt.archive import layout, seal, trust
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
 from ckpt.engines.base import HeldRestore
@@ -25,6 +25,7 @@ from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, proof, recover
 from ckpt.ops.import_ import unpack
 from ckpt.ops.result import Outcome, failure
+from ckpt.store import volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -266,10 +267,13 @@ def _from_store(
 def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming) -> Outcome:
     if not path.is_file():
         raise TargetNotFound(f"there is no archive {str(path)!r}")
-    draft = catalog.begin(path.name)
     with ExitStack() as stack:
-        stack.callback(draft.discard)
         with path.open("rb") as file:
+            # What came encrypted is not on a disk in clear.
+            sealed = seal.is_sealed(file.read(seal.HEAD_BYTES))
+            file.seek(0)
+            draft = (volatile.catalog() if sealed else catalog).begin(path.name)
+            stack.callback(draft.discard)
             manifest = unpack(file, draft, str(path), emit, path.stat().st_size, incoming)
         source = Source(str(path), draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
         outcome = bring_back(source, options, catalog.root, emit, keep=keep)

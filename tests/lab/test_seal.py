@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, start_counter, state, wait_until
+from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, leftovers, start_counter, state, wait_until
 from tests.lab.harness import Lab
 from tests.lab.harness.host import Host
 
@@ -61,6 +61,11 @@ def watched(host: Host, needles: dict[str, bytes]) -> Iterator[set[str]]:
         thread.join()
 
 
+def in_memory(host: Host) -> list[Path]:
+    """What is left of drafts in memory."""
+    return [path for place in ("run", "dev/shm") for path in (host.root / place / "ckpt-sealed/tmp").glob("*")]
+
+
 def secret_of(host: Host) -> bytes:
     """What the counter has in its memory (its environment, made by its own shell) and nobody else has."""
     pid = host.run(["podman", "inspect", "-f", "{{.State.Pid}}", "web"]).stdout.strip()
@@ -84,13 +89,17 @@ def test_encrypted_and_signed_from_a_live_container(lab: Lab) -> None:
     # Of the running container: encrypted to a key and to a passphrase; the disks are looked at all the while.
     os.unlink(a.root / "root/passphrase")
     a.write_file("/run/passphrase", "a very secret passphrase\n", mode=0o600)
+    killed = ["ckpt", "export", "podman:web", "-o", "/root/killed.age", "--encrypt", f"age:{recipient}"]
     with watched(a, needles) as seen:
+        assert a.run(killed, env={"CKPT_FAULT": "described:kill"}, check=False).returncode != 0
+        wait_until(lambda: leftovers(a) == [] and not in_memory(a), "the guard has tidied up")
+        assert counts_on(a) and not (a.root / "root/killed.age").exists()
         a.run(["ckpt", "export", "-R", "podman:web", "-o", "/root/pass.age", "--passphrase-file", "/run/passphrase"])
         at = last_tick(a)
         a.run(["ckpt", "export", "podman:web", "-o", "/root/web.age", "--encrypt", f"age:{recipient}", "--sign", "/root/signer"])
     assert not seen | disks_hold(a, needles)
     assert state(a) == "exited"
-    assert a.run(["sh", "-c", "ls -A /run/ckpt-sealed/tmp /dev/shm/ckpt-sealed/tmp 2>/dev/null | grep -v :"], check=False).stdout.strip() == ""
+    assert not in_memory(a)
 
     # Age's and ssh's own programs agree.
     a.run(["sh", "-c", "mkdir /run/x && age -d -i /root/key.txt /root/web.age | zstd -d | tar -x -C /run/x artifacts config.dump"])
@@ -127,9 +136,14 @@ def test_encrypted_and_signed_from_a_live_container(lab: Lab) -> None:
     b.run(["ckpt", "restore", "--import", "/root/again.tar.zst", "--verify-with", "/root/allowed"])
     assert counts_on(b)
     b.run(["podman", "rm", "-f", "-t", "0", "web"])
+    b.run(["sh", "-c", "ckpt rm web; rm /root/again.tar.zst; mv /root/plain /run/plain"])
+    with watched(b, {"the secret": needles["the secret"]}) as seen:
+        b.run(["ckpt", "restore", "--import", "/root/web.age", "--identity", "/root/key.txt"])
+    assert not seen and counts_on(b)
+    b.run(["podman", "rm", "-f", "-t", "0", "web"])
 
     # podman takes what age gives.
-    b.run(["podman", "container", "restore", "--import", "/root/plain"])
+    b.run(["podman", "container", "restore", "--import", "/run/plain"])
     wait_until(lambda: last_tick(b) > at, "it counts")
     assert_never_back(b, at_least=at)
     assert_clean(a)
