@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, leftovers, start_counter, state, wait_until
@@ -36,29 +34,26 @@ def disks_hold(host: Host, needles: dict[str, bytes]) -> set[str]:
     return found
 
 
-@contextmanager
-def watched(host: Host, needles: dict[str, bytes]) -> Iterator[set[str]]:
-    """Look again and again, from beside, at the disks and at everybody's command line."""
-    found: set[str] = set()
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            found.update(disks_hold(host, needles))
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    line = path.read_bytes()
-                except OSError:
-                    continue
-                found.update(f"{what} on a command line" for what, needle in needles.items() if needle in line)
-
-    thread = threading.Thread(target=look)
-    thread.start()
+def looked_at(host: Host, argv: list[str], step: str, needles: dict[str, bytes]) -> set[str]:
+    """Run a command; when it has reached `step`, and at its end, look at the disks, and in between at everybody's command line."""
+    process = host.popen(argv, env={"CKPT_FAULT": f"{step}:gate=/run/gate"})
     try:
-        yield found
+        wait_until((host.root / "run/gate.reached").exists, f"{argv[1]} reaches {step}")
+        found = disks_hold(host, needles)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                line = path.read_bytes()
+                found |= {f"{what} on a command line" for what, needle in needles.items() if needle in line}
+        assert in_memory(host)
+        (host.root / "run/gate").touch()
+        assert process.wait(60) == 0
     finally:
-        done.set()
-        thread.join()
+        process.kill_session()
+        process.wait()
+        for name in ("gate", "gate.reached"):
+            (host.root / "run" / name).unlink(missing_ok=True)
+    assert not in_memory(host)
+    return found | disks_hold(host, needles)
 
 
 def in_memory(host: Host) -> list[Path]:
@@ -90,16 +85,15 @@ def test_encrypted_and_signed_from_a_live_container(lab: Lab) -> None:
     os.unlink(a.root / "root/passphrase")
     a.write_file("/run/passphrase", "a very secret passphrase\n", mode=0o600)
     killed = ["ckpt", "export", "podman:web", "-o", "/root/killed.age", "--encrypt", f"age:{recipient}"]
-    with watched(a, needles) as seen:
-        assert a.run(killed, env={"CKPT_FAULT": "described:kill"}, check=False).returncode != 0
-        wait_until(lambda: leftovers(a) == [] and not in_memory(a), "the guard has tidied up")
-        assert counts_on(a) and not (a.root / "root/killed.age").exists()
-        a.run(["ckpt", "export", "-R", "podman:web", "-o", "/root/pass.age", "--passphrase-file", "/run/passphrase"])
-        at = last_tick(a)
-        a.run(["ckpt", "export", "podman:web", "-o", "/root/web.age", "--encrypt", f"age:{recipient}", "--sign", "/root/signer"])
-    assert not seen | disks_hold(a, needles)
+    assert a.run(killed, env={"CKPT_FAULT": "described:kill"}, check=False).returncode != 0
+    wait_until(lambda: leftovers(a) == [] and not in_memory(a), "the guard has tidied up")
+    assert counts_on(a) and not (a.root / "root/killed.age").exists()
+    export = ["ckpt", "export", "-R", "podman:web", "-o", "/root/pass.age", "--passphrase-file", "/run/passphrase"]
+    assert not looked_at(a, export, "described", needles)
+    at = last_tick(a)
+    export = ["ckpt", "export", "podman:web", "-o", "/root/web.age", "--encrypt", f"age:{recipient}", "--sign", "/root/signer"]
+    assert not looked_at(a, export, "stored", needles)
     assert state(a) == "exited"
-    assert not in_memory(a)
 
     # Age's and ssh's own programs agree.
     a.run(["sh", "-c", "mkdir /run/x && age -d -i /root/key.txt /root/web.age | zstd -d | tar -x -C /run/x artifacts config.dump"])
@@ -137,9 +131,9 @@ def test_encrypted_and_signed_from_a_live_container(lab: Lab) -> None:
     assert counts_on(b)
     b.run(["podman", "rm", "-f", "-t", "0", "web"])
     b.run(["sh", "-c", "ckpt rm web; rm /root/again.tar.zst; mv /root/plain /run/plain"])
-    with watched(b, {"the secret": needles["the secret"]}) as seen:
-        b.run(["ckpt", "restore", "--import", "/root/web.age", "--identity", "/root/key.txt"])
-    assert not seen and counts_on(b)
+    back = ["ckpt", "restore", "--import", "/root/web.age", "--identity", "/root/key.txt"]
+    assert not looked_at(b, back, "restored", {"the secret": needles["the secret"]})
+    assert counts_on(b)
     b.run(["podman", "rm", "-f", "-t", "0", "web"])
 
     # podman takes what age gives.
