@@ -326,6 +326,73 @@ class Decrypting(io.RawIOBase):
         return chunk
 
 
+class RandomAccess:
+    """What an age file (not an armored one) holds, read at any place. May be used by many threads.
+
+    The last chunk is opened first: a file that was cut off is found, and so is the length that the others must have.
+    """
+
+    def __init__(self, fd: int, unwrap: Callable[[tuple[Stanza, ...]], bytes]) -> None:
+        """`fd` is of a regular file and stays the caller's. Raises as `open_file`."""
+        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+        self._fd = fd
+        buffered = Buffered(_FromStart(fd))
+        header = read_header(buffered)
+        file_key = unwrap(header.stanzas)
+        header.check(file_key)
+        nonce = buffered.take(_NONCE_BYTES)
+        self._start = len(header.covered) + len(f" {encode(header.mac)}\n") + len(nonce)
+        self._cipher = ChaCha20Poly1305(_payload_key(file_key, nonce))
+        stored = os.fstat(fd).st_size - self._start
+        self._last = (stored - 1) // _BOX_BYTES
+        if len(nonce) != _NONCE_BYTES or stored - self._last * _BOX_BYTES < TAG_BYTES:
+            raise _damaged("truncated")
+        self.size_bytes = stored - (self._last + 1) * TAG_BYTES
+        """Of the content."""
+        self._recent: tuple[int, bytes] = (-1, b"")
+        if not self._chunk(self._last) and self._last:
+            raise _damaged("altered: it has an empty chunk")
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """At most `count` bytes at `offset`, fewer only at the end. Raises DigestMismatch for a chunk that was altered."""
+        end = min(offset + count, self.size_bytes)
+        parts: list[bytes] = []
+        while offset < end:
+            number, at = divmod(offset, CHUNK_BYTES)
+            part = self._chunk(number)[at : at + end - offset]
+            parts.append(part)
+            offset += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _chunk(self, number: int) -> bytes:
+        from cryptography.exceptions import InvalidTag
+
+        recent, chunk = self._recent
+        if recent == number:
+            return chunk
+        box = os.pread(self._fd, _BOX_BYTES, self._start + number * _BOX_BYTES)
+        try:
+            chunk = self._cipher.decrypt(number.to_bytes(11, "big") + bytes([number == self._last]), box, None)
+        except InvalidTag:
+            raise _damaged("truncated or altered") from None
+        self._recent = (number, chunk)
+        return chunk
+
+
+class _FromStart:
+    """Reads a file from its beginning without moving its position."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._at = 0
+
+    def read(self, size: int = CHUNK_BYTES, /) -> bytes:
+        data = os.pread(self._fd, size, self._at)
+        self._at += len(data)
+        return data
+
+
 # -- the armored form ------------------------------------------------------------------------------------------------
 
 

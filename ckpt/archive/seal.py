@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
@@ -207,20 +208,33 @@ def decrypting(source: Source, keys: Sequence[Identity]) -> BinaryIO:
         DigestMismatch: altered or truncated; also from every `read`.
     """
 
-    def unwrap(stanzas: tuple[Stanza, ...]) -> bytes:
-        if not keys:
-            needs = "a passphrase" if stanzas[0].kind == "scrypt" else "a key"
-            hint = "--passphrase-file or --passphrase-command" if stanzas[0].kind == "scrypt" else "--identity FILE, or identity in the configuration"
-            raise KeyProblem(f"the archive is encrypted and needs {needs}", hint=hint)
-        for key in keys:
-            file_key = key.unwrap(stanzas)
-            if file_key is not None:
-                return file_key
-        raise KeyProblem("the archive is encrypted to other keys than those given", hint=f"it is for: {_kinds(stanzas)}")
-
     head = Prefixed(source)
     armored = head.peek(len(age.ARMOR_BEGIN)).startswith(age.ARMOR_BEGIN)
-    return cast(BinaryIO, age.open_file(age.Dearmored(head) if armored else head, unwrap))
+    return cast(BinaryIO, age.open_file(age.Dearmored(head) if armored else head, partial(_unwrap, keys)))
+
+
+def random_access(fd: int, keys: Sequence[Identity]) -> age.RandomAccess:
+    """What an encrypted archive file holds, to be read at any place; `fd` stays the caller's.
+
+    Raises:
+        ArchiveInvalid: armored, so that it can only be read from its beginning. Else as `decrypting`.
+    """
+    if os.pread(fd, HEAD_BYTES, 0).startswith(age.ARMOR_BEGIN):
+        raise ArchiveInvalid("an armored archive can only be read as a whole", hint="age -d | ckpt import -, or ckpt import")
+    return age.RandomAccess(fd, partial(_unwrap, keys))
+
+
+def _unwrap(keys: Sequence[Identity], stanzas: tuple[Stanza, ...]) -> bytes:
+    """The file key. Raises KeyProblem."""
+    if not keys:
+        needs = "a passphrase" if stanzas[0].kind == "scrypt" else "a key"
+        hint = "--passphrase-file or --passphrase-command" if stanzas[0].kind == "scrypt" else "--identity FILE, or identity in the configuration"
+        raise KeyProblem(f"the archive is encrypted and needs {needs}", hint=hint)
+    for key in keys:
+        file_key = key.unwrap(stanzas)
+        if file_key is not None:
+            return file_key
+    raise KeyProblem("the archive is encrypted to other keys than those given", hint=f"it is for: {_kinds(stanzas)}")
 
 
 def _kinds(stanzas: tuple[Stanza, ...]) -> str:

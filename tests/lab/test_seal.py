@@ -99,6 +99,8 @@ def test_encrypted_and_signed_from_a_live_container(lab: Lab) -> None:
     a.run(["sh", "-c", "mkdir /run/x && age -d -i /root/key.txt /root/web.age | zstd -d | tar -x -C /run/x artifacts config.dump"])
     verify = "ssh-keygen -Y verify -f /root/allowed -I ops@example -n manifest@ckpt -s /run/x/artifacts/ckpt.json.sig < /run/x/artifacts/ckpt.json"
     a.run(["sh", "-c", verify])
+    a.run(["sh", "-c", "age -d -i /root/key.txt /root/web.age | age -R /root/signer.pub -a -o /root/theirs.age"])
+    a.run(["ckpt", "import", "/root/theirs.age", "--identity", "/root/signer", "--verify-with", "/root/allowed"])
 
     # On the other host nothing wrong is taken, and the store is as if nothing had been tried.
     lab.a.run(["sh", "-c", f"podman save {a.load_image()} | ssh b podman load"])

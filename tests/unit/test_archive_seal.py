@@ -307,6 +307,29 @@ def test_a_file_of_recipients(keys: Keys, tmp_path: Path) -> None:
 # -- streams ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_read_at_any_place(keys: Keys, tmp_path: Path, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    path = tmp_path / "sealed"
+    path.write_bytes(sealed(data, seal.recipients(list(keys.specs.values()))))
+    chance = random.Random(8)
+    identities = seal.identities([keys.rsa])
+    with path.open("rb") as file:
+        found = seal.random_access(file.fileno(), identities)
+        assert found.size_bytes == size
+        assert found.pread(size + 10, 0) == data
+        for _ in range(50):
+            offset, count = chance.randrange(size + 1), chance.randrange(200_000)
+            assert found.pread(count, offset) == data[offset : offset + count]
+    archive = path.read_bytes()
+    for bad in (archive[:-1], archive + b"x", archive[: len(archive) - len(archive) % 65552] if size > 70_000 else archive[:-16]):
+        path.write_bytes(bad)
+        with path.open("rb") as file, pytest.raises(DigestMismatch):
+            seal.random_access(file.fileno(), identities)
+    with pytest.raises(KeyProblem), path.open("rb") as file:
+        seal.random_access(file.fileno(), ())
+
+
 def test_memory_does_not_grow_with_the_archive(keys: Keys) -> None:
     def peak(count: int) -> int:
         reading, writing = os.pipe()
