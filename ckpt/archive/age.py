@@ -8,7 +8,6 @@ against each other, and against the program `age`.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import io
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 from ckpt.errors import ArchiveInvalid, DigestMismatch
 
 VERSION: Final = b"age-encryption.org/v1\n"
-ARMOR_BEGIN: Final = b"-----BEGIN AGE ENCRYPTED FILE-----"
-ARMOR_END: Final = b"-----END AGE ENCRYPTED FILE-----"
 FILE_KEY_BYTES: Final = 16
 CHUNK_BYTES: Final = 64 << 10
 TAG_BYTES: Final = 16
@@ -33,8 +30,8 @@ _BOX_BYTES: Final = CHUNK_BYTES + TAG_BYTES
 _BATCH: Final = 16
 """Chunks that are written (and read) at a time: 1 MiB."""
 _MAX_HEADER: Final = 256 << 10
-_MAX_LINE: Final = 4096
-_COLUMNS: Final = 64
+MAX_LINE: Final = 4096
+COLUMNS: Final = 64
 _NONCE_BYTES: Final = 16
 _WORD: Final = re.compile(r"[\x21-\x7e]+\Z")
 
@@ -104,7 +101,7 @@ def make_header(file_key: bytes, stanzas: Iterable[Stanza]) -> bytes:
         lines.append(f"-> {' '.join((stanza.kind, *stanza.args))}\n".encode())
         text = encode(stanza.body)
         # The last line is shorter than a full one, if need be empty.
-        lines += [f"{text[at : at + _COLUMNS]}\n".encode() for at in range(0, len(text) + 1, _COLUMNS)]
+        lines += [f"{text[at : at + COLUMNS]}\n".encode() for at in range(0, len(text) + 1, COLUMNS)]
     lines.append(b"---")
     covered = b"".join(lines)
     return covered + f" {encode(_mac(file_key, covered))}\n".encode()
@@ -149,19 +146,20 @@ class Buffered:
     def line(self) -> bytes:
         """A line without its end; the last one may lack it. Raises DigestMismatch when there is none, or one that is too long."""
         while b"\n" not in self._held:
-            if len(self._held) > _MAX_LINE:
-                raise _damaged("altered: its header makes no sense")
-            data = self._source.read(_MAX_LINE)
+            if len(self._held) > MAX_LINE:
+                raise damaged("altered: its header makes no sense")
+            data = self._source.read(MAX_LINE)
             if not data:
                 if not self._held:
-                    raise _damaged("truncated")
+                    raise damaged("truncated")
                 break
             self._held += data
         found, _, self._held = self._held.partition(b"\n")
         return found
 
 
-def _damaged(what: str) -> DigestMismatch:
+def damaged(what: str) -> DigestMismatch:
+    """An age file that is not what was written."""
     return DigestMismatch(f"the encrypted archive is {what}")
 
 
@@ -187,28 +185,28 @@ def read_header(source: Buffered) -> Header:
             except ValueError:
                 mac = b""
             if len(mac) != hashlib.sha256().digest_size or not stanzas:
-                raise _damaged("altered: its header makes no sense")
+                raise damaged("altered: its header makes no sense")
             return Header(tuple(stanzas), b"".join(covered), mac)
         covered.append(line + b"\n")
         if not line.startswith(b"-> "):
-            raise _damaged("altered: its header makes no sense")
+            raise damaged("altered: its header makes no sense")
         words = line[3:].decode("latin-1").split(" ")
         if not all(_WORD.match(word) for word in words):
-            raise _damaged("altered: its header makes no sense")
+            raise damaged("altered: its header makes no sense")
         text = ""
         while True:
             piece = source.line()
             size += len(piece) + 1
             covered.append(piece + b"\n")
-            if len(piece) > _COLUMNS or size > _MAX_HEADER:
-                raise _damaged("altered: its header makes no sense")
+            if len(piece) > COLUMNS or size > _MAX_HEADER:
+                raise damaged("altered: its header makes no sense")
             text += piece.decode("latin-1")
-            if len(piece) < _COLUMNS:
+            if len(piece) < COLUMNS:
                 break
         try:
             stanzas.append(Stanza(words[0], tuple(words[1:]), decode(text)))
         except ValueError:
-            raise _damaged("altered: its header makes no sense") from None
+            raise damaged("altered: its header makes no sense") from None
 
 
 # -- the payload -----------------------------------------------------------------------------------------------------
@@ -289,7 +287,7 @@ class Decrypting(io.RawIOBase):
 
         nonce = source.take(_NONCE_BYTES)
         if len(nonce) != _NONCE_BYTES:
-            raise _damaged("truncated")
+            raise damaged("truncated")
         self._source = source
         self._cipher = ChaCha20Poly1305(_payload_key(file_key, nonce))
         self._number = 0
@@ -315,13 +313,13 @@ class Decrypting(io.RawIOBase):
         box, self._box = self._box, self._source.take(_BOX_BYTES)
         last = not self._box
         if len(box) < TAG_BYTES:
-            raise _damaged("truncated")
+            raise damaged("truncated")
         try:
             chunk = self._cipher.decrypt(self._number.to_bytes(11, "big") + bytes([last]), box, None)
         except InvalidTag:
-            raise _damaged("truncated or altered" if last else "altered") from None
+            raise damaged("truncated or altered" if last else "altered") from None
         if not chunk and (self._number or not last):
-            raise _damaged("altered: it has an empty chunk")
+            raise damaged("altered: it has an empty chunk")
         self._number = -1 if last else self._number + 1
         return chunk
 
@@ -347,12 +345,12 @@ class RandomAccess:
         stored = os.fstat(fd).st_size - self._start
         self._last = (stored - 1) // _BOX_BYTES
         if len(nonce) != _NONCE_BYTES or stored - self._last * _BOX_BYTES < TAG_BYTES:
-            raise _damaged("truncated")
+            raise damaged("truncated")
         self.size_bytes = stored - (self._last + 1) * TAG_BYTES
         """Of the content."""
         self._recent: tuple[int, bytes] = (-1, b"")
         if not self._chunk(self._last) and self._last:
-            raise _damaged("altered: it has an empty chunk")
+            raise damaged("altered: it has an empty chunk")
 
     def pread(self, count: int, offset: int) -> bytes:
         """At most `count` bytes at `offset`, fewer only at the end. Raises DigestMismatch for a chunk that was altered."""
@@ -375,7 +373,7 @@ class RandomAccess:
         try:
             chunk = self._cipher.decrypt(number.to_bytes(11, "big") + bytes([number == self._last]), box, None)
         except InvalidTag:
-            raise _damaged("truncated or altered") from None
+            raise damaged("truncated or altered") from None
         self._recent = (number, chunk)
         return chunk
 
@@ -391,50 +389,6 @@ class _FromStart:
         data = os.pread(self._fd, size, self._at)
         self._at += len(data)
         return data
-
-
-# -- the armored form ------------------------------------------------------------------------------------------------
-
-
-class Dearmored:
-    """The bytes in an armored (PEM-like) age file."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = Buffered(source)
-        self._began = False
-        self._ended = False
-
-    def read(self, size: int = _BOX_BYTES, /) -> bytes:
-        """At least one byte, at most `size` rounded up to a line. Raises DigestMismatch for what is no armor."""
-        if not self._began:
-            self._began = True
-            if self._source.line().rstrip(b"\r") != ARMOR_BEGIN:
-                raise _damaged("altered: its armor makes no sense")
-        parts: list[bytes] = []
-        while not self._ended and size > 0:
-            line = self._source.line().rstrip(b"\r")
-            if line == ARMOR_END:
-                self._finish()
-                break
-            try:
-                data = base64.b64decode(line, validate=True)
-            except (ValueError, binascii.Error):
-                data = b""
-            if not data or len(line) > _COLUMNS:
-                raise _damaged("altered: its armor makes no sense")
-            if len(line) < _COLUMNS or line.endswith(b"="):
-                if self._source.line().rstrip(b"\r") != ARMOR_END:
-                    raise _damaged("altered: its armor makes no sense")
-                self._finish()
-            parts.append(data)
-            size -= len(data)
-        return b"".join(parts)
-
-    def _finish(self) -> None:
-        self._ended = True
-        while rest := self._source.take(_MAX_LINE):
-            if rest.strip():
-                raise _damaged("altered: it goes on after its end")
 
 
 def open_file(source: Source, unwrap: Callable[[tuple[Stanza, ...]], bytes]) -> Decrypting:

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from ckpt.archive import age
+from ckpt.archive import age, armor
 from ckpt.archive.age import Identity, Recipient, Sink, Source, Stanza
 from ckpt.errors import ArchiveInvalid, DigestMismatch, KeyProblem, UsageError
 from ckpt.host import run
 
-HEAD_BYTES: Final = len(age.ARMOR_BEGIN)
+HEAD_BYTES: Final = len(armor.BEGIN)
 """`is_sealed` needs so many bytes from the beginning of a file."""
 PREFIX: Final = "age:"
 NONE: Final = "none"
@@ -33,7 +33,7 @@ _COMMAND_ENVIRONMENT: Final = ("DBUS_SESSION_BUS_ADDRESS", "DISPLAY", "GNUPGHOME
 
 def is_sealed(head: bytes) -> bool:
     """Whether a file that begins with `head` (HEAD_BYTES, or all of it) is an age file, armored or not."""
-    return head.startswith((age.VERSION.rstrip(b"\n"), age.ARMOR_BEGIN))
+    return head.startswith((age.VERSION.rstrip(b"\n"), armor.BEGIN))
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def decrypting(source: Source, keys: Sequence[Identity]) -> BinaryIO:
     """
 
     head = Prefixed(source)
-    armored = head.peek(len(age.ARMOR_BEGIN)).startswith(age.ARMOR_BEGIN)
-    return cast(BinaryIO, age.open_file(age.Dearmored(head) if armored else head, partial(_unwrap, keys)))
+    armored = head.peek(len(armor.BEGIN)).startswith(armor.BEGIN)
+    return cast(BinaryIO, age.open_file(armor.Dearmored(head) if armored else head, partial(_unwrap, keys)))
 
 
 def random_access(fd: int, keys: Sequence[Identity]) -> age.RandomAccess:
@@ -219,7 +219,7 @@ def random_access(fd: int, keys: Sequence[Identity]) -> age.RandomAccess:
     Raises:
         ArchiveInvalid: armored, so that it can only be read from its beginning. Else as `decrypting`.
     """
-    if os.pread(fd, HEAD_BYTES, 0).startswith(age.ARMOR_BEGIN):
+    if os.pread(fd, HEAD_BYTES, 0).startswith(armor.BEGIN):
         raise ArchiveInvalid("an armored archive can only be read as a whole", hint="age -d | ckpt import -, or ckpt import")
     return age.RandomAccess(fd, partial(_unwrap, keys))
 

@@ -9,13 +9,11 @@ import secrets
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, Protocol
 
-from ckpt.archive import seal
-from ckpt.archive.age import Recipient
 from ckpt.archive.layout import CHUNK_BYTES
 from ckpt.archive.members import Members
 from ckpt.errors import CkptError, NoSpace
@@ -214,9 +212,8 @@ def write_file(
     level: int | None = None,
     threads: int = -1,
     on_bytes: OnBytes | None = None,
-    to: Sequence[Recipient] = (),
 ) -> int:
-    """`write`, encrypted for `to`, into a file that is there complete (0600, on the disk) or not at all. Returns its size in bytes.
+    """`write` into a file that is there complete (0600, on the disk) or not at all. Returns its size in bytes.
 
     Raises:
         NoSpace: no space left; nothing is left behind.
@@ -226,9 +223,7 @@ def write_file(
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with io.FileIO(fd, "w") as raw:
-            with seal.encrypting(raw, to) as stream:
-                write(members, stream, compress=compress, level=level, threads=threads, on_bytes=on_bytes)
-            size = os.fstat(fd).st_size
+            size = write(members, raw, compress=compress, level=level, threads=threads, on_bytes=on_bytes)
             os.fsync(fd)
         os.rename(temporary, path)
     except BaseException as error:

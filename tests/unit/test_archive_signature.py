@@ -30,7 +30,7 @@ from ckpt.store import volatile
 from ckpt.store.catalog import Catalog
 from tests.contract import fake
 from tests.unit.test_archive_reader import make_stage
-from tests.unit.test_ops_checkpoint import OPTIONS, World, world  # noqa: F401
+from tests.unit.test_ops_checkpoint import OPTIONS, World, at, world  # noqa: F401
 
 DATA = b'{"schema": 1}\n'
 
@@ -248,21 +248,22 @@ def test_signed_in_the_store_and_on_every_way_out(world: World, keys: Path) -> N
     assert incoming.judge_stage(saved.checkpoint.directory) == "ops@example"
     assert Catalog(world.root).find("web@1").manifest.generation == 1
     file = world.directory / "web.tar"
-    export("web@1", file, options=OPTIONS, store_root=world.root, emit=ignore)
+    export("web@1", at(file), options=OPTIONS, store_root=world.root, emit=ignore)
     # Under another name and number it is still what was signed, and so is what is exported again.
-    copy = import_(file, name="other", incoming=incoming, store_root=world.root, emit=ignore).checkpoint
+    copy = import_(at(file), name="other", incoming=incoming, store_root=world.root, emit=ignore).checkpoint
     assert copy is not None and copy.ref == "other@1" and Catalog(world.root).find("other").ref == "other@1"
-    export("other", file, options=OPTIONS, store_root=world.root, emit=ignore)
-    import_(file, incoming=incoming, store_root=world.root, emit=ignore)
+    export("other", at(file), options=OPTIONS, store_root=world.root, emit=ignore)
+    import_(at(file), incoming=incoming, store_root=world.root, emit=ignore)
     (back,) = restore(["other"], options=RestoreOptions(), store_root=world.root, emit=ignore, incoming=incoming)
     assert back.ok, back.error
     world.engine.end_all()
     stranger = trust.Incoming(demand=demand(keys, "stranger", local=True))
     for refs, archive in ((["web@1"], None), ([], file)):
-        (refused,) = restore(refs, import_file=archive, options=RestoreOptions(), store_root=world.root, emit=ignore, incoming=stranger)
+        place = archive and at(archive)
+        (refused,) = restore(refs, import_from=place, options=RestoreOptions(), store_root=world.root, emit=ignore, incoming=stranger)
         assert isinstance(refused.error, DigestMismatch)
     with pytest.raises(DigestMismatch):
-        import_(file, incoming=stranger, store_root=world.root, emit=ignore)
+        import_(at(file), incoming=stranger, store_root=world.root, emit=ignore)
     assert world.leftovers() == [] and len(Catalog(world.root).all()) == 3
 
 
@@ -292,7 +293,7 @@ def test_encrypted_of_a_running_workload_is_staged_in_memory(world: World, keys:
 
     world.engine.__class__.dump, before = seen, dump  # type: ignore[method-assign, assignment]
     try:
-        out = export("fake:web", file, options=OPTIONS, outgoing=outgoing, store_root=world.root, emit=ignore)
+        out = export("fake:web", at(file), options=OPTIONS, outgoing=outgoing, store_root=world.root, emit=ignore)
     finally:
         world.engine.__class__.dump = before  # type: ignore[method-assign]
     assert out.ok and out.stats["archive_bytes"] == file.stat().st_size and file.stat().st_mode & 0o777 == 0o600
@@ -304,9 +305,9 @@ def test_encrypted_of_a_running_workload_is_staged_in_memory(world: World, keys:
     incoming = trust.Incoming(seal.identities([secret]), demand(keys))
     for refused, kind in ((trust.ANYBODY, KeyProblem), (trust.Incoming(incoming.identities, demand(keys, "stranger")), DigestMismatch)):
         with pytest.raises(kind):
-            import_(file, incoming=refused, store_root=world.root, emit=ignore)
+            import_(at(file), incoming=refused, store_root=world.root, emit=ignore)
         assert Catalog(world.root).all() == [] and world.leftovers() == []
-    (back,) = restore([], import_file=file, options=RestoreOptions(), store_root=world.root, emit=ignore, incoming=incoming)
+    (back,) = restore([], import_from=at(file), options=RestoreOptions(), store_root=world.root, emit=ignore, incoming=incoming)
     assert back.ok, back.error
     assert world.state(web) == "running"
 
@@ -318,7 +319,7 @@ def test_without_memory_to_stage_in_nothing_is_begun(world: World, tmp_path: Pat
     web = world.engine.start("web")
     outgoing = trust.Outgoing((seal.Passphrase(b"x"),))
     with pytest.raises(FeatureMissing, match="in clear"):
-        export("fake:web", world.directory / "x", options=OPTIONS, outgoing=outgoing, store_root=world.root, emit=ignore)
+        export("fake:web", at(world.directory / "x"), options=OPTIONS, outgoing=outgoing, store_root=world.root, emit=ignore)
     assert world.state(web) == "running" and not (world.directory / "x").exists()
 
 
