@@ -10,6 +10,7 @@ import types
 import typing
 from typing import Any, Final, TypeVar
 
+from ckpt.archive import strict_json
 from ckpt.archive.layout import DIGEST_PREFIX, MANIFEST, is_allowed
 from ckpt.errors import ArchiveInvalid
 from ckpt.model import Manifest
@@ -81,17 +82,10 @@ def json_object(data: bytes, member: str) -> dict[str, Any]:
     """
     if len(data) > MAX_BYTES:
         raise ArchiveInvalid(f"{member} is larger than {MAX_BYTES >> 20} MiB")
-    try:
-        plain = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ArchiveInvalid(f"{member} is not valid JSON: {error}") from None
+    plain = strict_json.parse(data, member)
     if not isinstance(plain, dict):
         raise ArchiveInvalid(f"{member} is not a JSON object")
     return plain
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
 
 
 def _convert(cls: type[T], plain: Any, where: str) -> T:

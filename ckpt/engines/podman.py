@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Final, cast
 
+from ckpt.archive.wants import Profile
 from ckpt.criu import action
 from ckpt.engines import _hold
 from ckpt.engines._podman_held import (
@@ -234,6 +235,11 @@ class Podman:
                 f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
                 hint=f"podman pull {name}, or bring it along: ckpt migrate",
             )
+
+    def profile(self) -> Profile:
+        from ckpt.engines import _podman_profile
+
+        return _podman_profile.profile()
 
     def adopt(self, container: Container, job: Job) -> HeldDump:
         return PodmanHeldDump(container, job, job.directory / "criu", frozen_at_s=time.monotonic())
