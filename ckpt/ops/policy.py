@@ -83,7 +83,7 @@ def asked_for(stage: Path, manifest: Manifest, engine: NamedEngine, options: Res
     else:
         found += of_spec(spec, profile)
         found += _standard_files(config)
-    if (checkpoint / "pstree.img").exists():  # a restore may begin with a sketch, which has no CRIU images yet
+    if engine.probe().criu and (checkpoint / "pstree.img").exists():  # a restore may begin with a sketch, which has no CRIU images yet
         found += _of_images(checkpoint, spec, profile)
     return _distinct(found)
 
