@@ -118,7 +118,7 @@ def handlers(root: Path = DEFAULT_ROOT, *, trusted: bool = True, allow: tuple[st
         arrival.trusted, arrival.allow = trusted, allow
         session.state["arrival"] = arrival
         session.on_lost(arrival.leave)
-        arrival.draft = Catalog(root).begin(str(args["name"]))
+        arrival.draft = Catalog(root).begin(str(args["name"]), origin="migrate")
         faults.point("destination-begin")
         return {"job": arrival.job.id, "machine": machine_id()}
 
