@@ -20,7 +20,6 @@ from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts,
 from ckpt.ops import capture, faults, recover, resolve
 from ckpt.ops import check as checks
 from ckpt.ops.result import Outcome, failure
-from ckpt.store import origin
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -62,7 +61,6 @@ def checkpoint(
     catalog = Catalog(store_root)
 
     def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
-        origin.mark_made_here(draft.stage)
         return draft.commit(manifest), {}
 
     for label, engine, container in found:

@@ -25,7 +25,6 @@ from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, policy, proof, recover
 from ckpt.ops.import_ import unpack
 from ckpt.ops.result import Outcome, failure
-from ckpt.store import origin
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -258,7 +257,7 @@ class _Attempt:
 
 def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
     with catalog.lease_fd(checkpoint) as fd:
-        made_here = origin.made_here(checkpoint.directory)
+        made_here = not checkpoint.entry.foreign
         source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd, made_here=made_here)
         return bring_back(source, options, catalog.root, emit, keep=keep)
 
