@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ckpt.archive import manifest as manifests
+from ckpt.archive import schema
 from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
 from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, require_members
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
 from ckpt.errors import ArchiveInvalid, NoSpace
+from ckpt.host.beneath import open_beneath
 from ckpt.model import Manifest
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
@@ -90,7 +92,7 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
             on_bytes(stream.raw.count - told)
     require_members(stage)
     config = manifests.json_object(_read_small(stage / CONFIG), CONFIG)
-    manifests.json_object(_read_small(stage / SPEC), SPEC)
+    schema.check(stage)
     if not (stage / MANIFEST).exists():
         return None
     found = manifests.loads(_read_small(stage / MANIFEST))
@@ -98,6 +100,7 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         os.unlink(stage / MANIFEST)
         return None
     compare_digests(digests, found)
+    stream.require_canonical()
     return found
 
 
@@ -193,9 +196,8 @@ class _Directories:
             leaf = name.rstrip("/")
             with suppress(FileExistsError):
                 os.mkdir(leaf, 0o700, dir_fd=self._fds[""])
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             try:
-                self._fds[name] = os.open(leaf, flags, dir_fd=self._fds[""])
+                self._fds[name] = open_beneath(self._fds[""], leaf, os.O_RDONLY | os.O_DIRECTORY)
             except OSError as error:
                 raise ArchiveInvalid(f"{self._stage / leaf} is in the way: {error.strerror}") from error
         return self._fds[name]
@@ -203,8 +205,7 @@ class _Directories:
     def create(self, name: str) -> int:
         """A new file, 0600."""
         head, slash, leaf = name.rpartition("/")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return os.open(leaf, flags, 0o600, dir_fd=self.get(head + slash))
+            return open_beneath(self.get(head + slash), leaf, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             raise ArchiveInvalid(f"{self._stage / name} is there already") from None

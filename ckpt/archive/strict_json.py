@@ -137,4 +137,4 @@ def _number(digits: str) -> float:
 
 
 def _printable(words: str) -> str:
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", words)[:200]
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", "?", words)[:200]
