@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from ckpt.archive import schema
 from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
 from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, require_members
+from ckpt.archive.opened import ArchiveMembers
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
 from ckpt.errors import ArchiveInvalid, NoSpace
 from ckpt.host.beneath import open_beneath
@@ -122,20 +122,14 @@ def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
         ArchiveInvalid: as `extract`.
     """
     small: dict[str, bytes] = {}
-    sizes: dict[str, int] = {}
-    with path.open("rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ArchiveInvalid(f"{path} is not a regular file")
-        stream = open_stream(file)
-        tar = TarStream(stream, limits)
-        for member in tar:
-            if member.name.endswith("/"):
-                continue
-            _check_size(member, limits)
-            sizes[member.name] = member.size_bytes
-            if member.name in _SMALL:
-                small[member.name] = b"".join(tar.data())
-        size = os.fstat(file.fileno()).st_size
+    with ArchiveMembers(path, limits=limits) as members:
+        sizes = {name: members.size_bytes(name) for name in members.names() if not name.endswith("/")}
+        for name, size_bytes in sizes.items():
+            _check_size(Member(name, size_bytes), limits)
+            if name in _SMALL:
+                with members.open(name) as file:
+                    small[name] = file.read()
+        compression, size = members.compression, members.archive_bytes
     for name in (CONFIG, SPEC, INVENTORY):
         if name not in sizes:
             raise ArchiveInvalid(f"the archive has no {name}, it is not a complete checkpoint")
@@ -144,7 +138,7 @@ def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
     manifest = manifests.loads(small[MANIFEST]) if MANIFEST in small else None
     if manifest is None or manifest.container_id != config.get("id"):
         manifest = made_up(small[CONFIG], small.get(NETWORK_STATUS, b""), small[SPEC], size_bytes=sum(sizes.values()), members=tuple(sizes))
-    return Peek(stream.compression, size, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
+    return Peek(compression, size, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
 
 
 def _check_size(member: Member, limits: Limits) -> None:
