@@ -7,9 +7,10 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO, Final, Protocol
 
+from ckpt.archive import index
 from ckpt.archive.layout import CHUNK_BYTES
 from ckpt.archive.zstd_watch import ZstdWatch
 from ckpt.errors import ArchiveInvalid
@@ -147,17 +148,24 @@ class Stream:
         self.count += len(data)
         return data
 
-    def require_canonical(self) -> None:
+    def require_as_written(self, entries: Sequence[index.Entry]) -> None:
         """For an archive that ckpt wrote, after its end: what no check sum of the compression covers is as ckpt writes it.
 
+        One that was decompressed and compressed again by another program has no index, and nothing is asked of it.
+
+        Args:
+            entries: the members as they were found.
+
         Raises:
-            ArchiveInvalid: it is not: a bit was changed, or another program compressed it again.
+            ArchiveInvalid: a bit was changed in a header of the compression, or in the index.
         """
-        good = True
         if self.compression == "gzip":
-            good = self.head == _GZIP_HEAD
-        elif self.raw.watch is not None:
-            good = self.raw.watch.canonical()
+            changed = int.from_bytes(self.head, "big") ^ int.from_bytes(_GZIP_HEAD, "big")
+            good = changed.bit_count() != 1
+        elif self.raw.watch is not None and self.raw.watch.tail:
+            good = self.raw.watch.as_written(entries, self.raw.count, self.count)
+        else:
+            return
         if not good:
             message = f"the archive's {self.compression} headers are not those that ckpt writes: it is damaged, or was compressed again"
             raise ArchiveInvalid(message, hint="if it was compressed again, decompress it and take the plain tar")

@@ -61,7 +61,6 @@ def loads(data: bytes) -> Manifest:
     schema = plain.get("schema")
     if schema != SCHEMA or isinstance(schema, bool):
         raise ArchiveInvalid(f"{MANIFEST} has schema {str(schema)[:20]!r}, this version reads schema {SCHEMA}", hint="use a newer ckpt")
-    _compare_check(data, plain)
     manifest = _convert(Manifest, plain, "")
     if not manifest.id or not manifest.name or not manifest.engine or manifest.generation < 0:
         raise ArchiveInvalid(f"{MANIFEST} has an empty id, name or engine, or a negative generation")
@@ -73,6 +72,7 @@ def loads(data: bytes) -> Manifest:
             raise ArchiveInvalid(f"{MANIFEST} has a digest for {member[:64]!r}, which is no member of a checkpoint")
         if not _DIGEST.match(digest):
             raise ArchiveInvalid(f"{MANIFEST} has a digest for {member!r} that is not sha256")
+    _compare_check(data, plain)
     return manifest
 
 

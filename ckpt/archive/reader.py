@@ -100,7 +100,7 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         os.unlink(stage / MANIFEST)
         return None
     compare_digests(digests, found)
-    stream.require_canonical()
+    stream.require_as_written(tar.entries)
     return found
 
 

@@ -17,7 +17,7 @@ MAX_SMALL_BYTES: Final = 16 << 20
 MAX_DELETED_BYTES: Final = 64 << 20
 MAX_DELETED: Final = 200_000
 MAX_PATH: Final = 4096
-_MAC: Final = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}\Z")
+_MAC: Final = re.compile(r"[0-9A-Fa-f:.-]{1,64}\Z")
 
 
 def check(stage: Path) -> None:

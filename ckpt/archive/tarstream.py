@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from ckpt.archive import index
 from ckpt.archive.codec import Stream
 from ckpt.archive.layout import CHUNK_BYTES, is_allowed
 from ckpt.errors import ArchiveInvalid
@@ -55,6 +56,8 @@ class TarStream:
         self._limits = limits
         self._left = 0
         self._padding = 0
+        self.entries: list[index.Entry] = []
+        """The members so far, where they are."""
 
     def check_caps(self) -> None:
         """Raise ArchiveInvalid when more came out of the stream than the limits allow."""
@@ -99,6 +102,7 @@ class TarStream:
         pax: dict[str, str] = {}
         long_name: str | None = None
         extended = 0
+        begin = self._stream.count
         while True:
             block = self._stream.read(_BLOCK)
             self.check_caps()
@@ -125,7 +129,9 @@ class TarStream:
                 long_name = _name(data.removesuffix(b"\0"))
             else:
                 pax |= _pax(data)
-        return self._member(info, pax, long_name)
+        member = self._member(info, pax, long_name)
+        self.entries.append(index.Entry(member.name, begin, self._stream.count, member.size_bytes, int(info.mtime)))
+        return member
 
     def _member(self, info: tarfile.TarInfo, pax: dict[str, str], long_name: str | None) -> Member:
         if long_name is not None and "path" in pax:

@@ -5,8 +5,10 @@ A decoder ignores one bit of a header, takes a larger window than the frame need
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+from ckpt.archive import index
 from ckpt.errors import ArchiveInvalid
 
 MAGIC: Final = b"\x28\xb5\x2f\xfd"
@@ -26,11 +28,9 @@ class ZstdWatch:
         self._state = "frame"
         self._checksum = False
         self._keep = False
-        self._as_written = True
-        self._frames = 0
+        self._usual = True
         self._at = 0
         self._started = 0
-        self._skipped = 0
         self._skipped_bytes = 0
         self.tail = bytearray()
         """The skippable frames, as they are, after the last frame with data."""
@@ -61,9 +61,27 @@ class ZstdWatch:
             if len(self._buffer) >= self._needed():
                 self._step()
 
-    def canonical(self) -> bool:
-        """Whether all frames are as ckpt's writer makes them, and the stream ended with a whole one."""
-        return self._as_written and self._frames > 0 and self._state == "frame" and not self._buffer and not self._skip
+    def as_written(self, entries: Sequence[index.Entry], archive_bytes: int, tar_bytes: int) -> bool:
+        """Whether all frames are as ckpt's writer makes them, and the index behind them says what was found.
+
+        Args:
+            entries: the members as they were found.
+            archive_bytes, tar_bytes: the size of the stream, and of what came out of it.
+        """
+        if not self._usual or not self.frames or self._state != "frame" or self._buffer or self._skip:
+            return False
+        start = archive_bytes - len(self.tail)
+
+        def read_at(offset: int, count: int) -> bytes:
+            return bytes(self.tail[offset - start : offset - start + count]) if offset >= start else b""
+
+        try:
+            found = index.load(read_at, archive_bytes)
+        except ArchiveInvalid:
+            return False
+        if found is None or found.tar_bytes != tar_bytes or list(found.entries) != list(entries):
+            return False
+        return [(frame.compressed_bytes, frame.size_bytes) for frame in found.frames] == self.frames
 
     def _needed(self) -> int:
         if self._state == "frame":
@@ -113,9 +131,8 @@ class ZstdWatch:
             self.tail += head
             return
         self._started = self._at - len(head)
-        self._frames += 1
         if self.tail:
-            self._as_written = False
+            self._usual = False
             self.tail.clear()
         descriptor = head[4]
         if descriptor & 0x18:
@@ -127,6 +144,6 @@ class ZstdWatch:
         if width:
             content = int.from_bytes(head[len(head) - width :], "little") + (256 if width == 2 else 0)
         if not self._checksum or descriptor & 3 or (not single and head[5] != _WINDOW):
-            self._as_written = False
+            self._usual = False
         self._content = content
         self._state = "block"

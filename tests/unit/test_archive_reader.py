@@ -126,7 +126,11 @@ def test_a_manifest_comes_back(stage: Path) -> None:
     assert manifest.loads(manifest.dumps(made)) == made
     plain = json.loads(manifest.dumps(made))
     assert plain["schema"] == 1
+    check = plain.pop("check")
     assert manifest.loads(json.dumps(plain | {"future": [1]}).encode()) == made
+    for changed in ({"check": check, "generation": 7}, {"chech": check}, {"check": "sha256:" + "0" * 64}):
+        with pytest.raises((DigestMismatch, ArchiveInvalid)):
+            manifest.loads(json.dumps(plain | changed).encode())
 
 
 @pytest.mark.parametrize("change", [
