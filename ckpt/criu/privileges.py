@@ -49,7 +49,10 @@ class HostMount:
 
 def credentials(images_dir: Path) -> Iterator[Credentials]:
     """Of every thread in the images. Raises ArchiveInvalid; a process without its core image, too."""
-    for number in sorted(images.all_ids(images_dir)):
+    numbers = sorted(images.all_ids(images_dir))
+    if not numbers:
+        raise ArchiveInvalid("the CRIU images have no process in them (pstree.img)")
+    for number in numbers:
         name = f"core-{number}.img"
         for entry in images._entries(images_dir / name, "CORE", "core_pb2", "core_entry"):
             if not entry.HasField("thread_core"):
