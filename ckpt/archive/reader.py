@@ -96,7 +96,7 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
     if not (stage / MANIFEST).exists():
         return None
     found = manifests.loads(_read_small(stage / MANIFEST))
-    if config.get("id") != found.container_id or _is_stale(found, digests):
+    if _is_stale(found, digests, other=config.get("id") != found.container_id):
         os.unlink(stage / MANIFEST)
         return None
     compare_digests(digests, found)
@@ -104,15 +104,16 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
     return found
 
 
-def _is_stale(manifest: Manifest, digests: dict[str, str]) -> bool:
-    """Whether the manifest is of an earlier checkpoint of the same container.
+def _is_stale(manifest: Manifest, digests: dict[str, str], *, other: bool) -> bool:
+    """Whether the manifest is of an earlier checkpoint, of the same container or of the one that it is a copy of (`other`).
 
     Podman keeps `artifacts/` of a container that it restored and exports it again with its next checkpoint. Every dump has its own
-    inventory and its own core files; damage hits one member.
+    inventory and its own core files; damage hits one member, and config.dump with the container's id may be that one.
     """
-    cores = [name for name in manifest.digests if name.startswith("checkpoint/core-")]
+    cores = any(manifest.digests[name] != digests.get(name) for name in manifest.digests if name.startswith("checkpoint/core-"))
     known = manifest.digests.get(INVENTORY)
-    return known is not None and known != digests.get(INVENTORY) and any(manifest.digests[n] != digests.get(n) for n in cores)
+    inventory = known is not None and known != digests.get(INVENTORY)
+    return (inventory or cores) if other else (inventory and cores)
 
 
 def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:

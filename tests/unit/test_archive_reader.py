@@ -295,6 +295,9 @@ def test_a_made_up_manifest_takes_any_types(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_container_is_dropped(stage: Path, tmp_path: Path) -> None:
     (stage / "config.dump").write_text(json.dumps(CONFIG | {"id": "e" * 64}))
+    with pytest.raises(DigestMismatch, match="config.dump"):  # nothing else differs: it is damage
+        unpack(archive(stage), tmp_path / "damaged")
+    (stage / "checkpoint/core-1.img").write_bytes(b"another dump")
     assert unpack(archive(stage), tmp_path / "out") is None
     assert not (tmp_path / "out" / layout.MANIFEST).exists()
 
