@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,8 @@ def _same_container_image(manifest: Manifest, config: dict[str, Any]) -> None:
     known = manifest.container_image.id if manifest.container_image else ""
     if identity.removeprefix("sha256:") != known.removeprefix("sha256:"):
         raise ArchiveInvalid(f"{CONFIG} names another container image than the manifest")
+    if known and not re.fullmatch(r"(?:sha256:)?[0-9a-f]{12,64}", known):
+        raise ArchiveInvalid(f"{known[:64]!r} is no id of a container image")
     if not identity and not top.get("rootfs"):
         raise ArchiveInvalid(f"{CONFIG} names no container image by its id")
     if text(top.get("name"), f"{CONFIG}: name").startswith("-"):

@@ -72,3 +72,31 @@ def test_privileged_is_one_thing(lab: Lab) -> None:
     lab.a.run(["ckpt", "restore", "-i", "/tmp/privileged.tar.zst", "--allow", "privileged:on"])
     assert counts_on(lab.a)
     assert state(lab.a) == "running"
+
+
+def test_no_name_of_a_container_image_is_moved_and_nothing_is_pulled(lab: Lab) -> None:
+    """The archive names its container image by a name that is not here, and by one that means another: its id is what counts."""
+    host = lab.a
+    export(host, "/tmp/web.tar", "--cap-drop", "KILL")
+    host.run(["sh", "-c", "printf 'FROM scratch\\nLABEL a=b\\n' | podman build -q -t localhost/other:latest -"])
+    script = (
+        "import io, json, sys, tarfile, zstandard\n"
+        "reader = zstandard.ZstdDecompressor().stream_reader(open('/tmp/web.tar', 'rb'), read_across_frames=True)\n"
+        "tar = tarfile.open(fileobj=io.BytesIO(reader.read()))\n"
+        "out = tarfile.open('/tmp/lie.tar', 'w')\n"
+        "for m in tar:\n"
+        "    data = tar.extractfile(m).read() if m.isreg() else b''\n"
+        "    if m.name == 'artifacts/ckpt.json': continue\n"
+        "    if m.name == 'config.dump': data = json.dumps(json.loads(data) | {'rootfsImageName': sys.argv[1]}).encode(); m.size = len(data)\n"
+        "    out.addfile(m, io.BytesIO(data))\n"
+        "out.close()\n"
+    )
+    tags = ["podman", "images", "-a", "--digests", "--no-trunc", "--format", "{{.Repository}}:{{.Tag}} {{.Digest}} {{.Id}}"]
+    before = host.run(tags).stdout
+    for name in ("localhost/nowhere:latest", "localhost/other:latest"):
+        host.run(["python3", "-c", script, name])
+        host.run(["ckpt", "restore", "-i", "/tmp/lie.tar"])
+        assert counts_on(host)
+        host.run(["podman", "rm", "-f", "-t", "0", "web"])
+        assert host.run(tags).stdout == before
+    assert_clean(host)
