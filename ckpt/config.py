@@ -35,6 +35,8 @@ class Settings:
     """How long nothing may be heard of the other host before the link counts as dead, on the host that waits."""
     ssh_options: tuple[str, ...] = ()
     """Added to every ssh call as `-o OPTION`."""
+    allow: tuple[str, ...] = ()
+    """What checkpoints from elsewhere may have beyond this host's defaults, as `--allow` takes it."""
     encrypt: tuple[str, ...] = ()
     """Whom archives are encrypted to, unless `--encrypt` says otherwise."""
     identity: tuple[Path, ...] = ()
@@ -185,6 +187,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "timeout_s": _seconds,
     "link_timeout_s": _seconds,
     "ssh_options": _texts,
+    "allow": _texts,
     "encrypt": _recipients,
     "identity": _paths,
     "sign_key": _path,
