@@ -38,6 +38,18 @@ class Settings:
     """How long nothing may be heard of the other host before the link counts as dead, on the host that waits."""
     ssh_options: tuple[str, ...] = ()
     """Added to every ssh call as `-o OPTION`."""
+    allow: tuple[str, ...] = ()
+    """What checkpoints from elsewhere may have beyond this host's defaults, as `--allow` takes it."""
+    encrypt: tuple[str, ...] = ()
+    """Whom archives are encrypted to, unless `--encrypt` says otherwise."""
+    identity: tuple[Path, ...] = ()
+    """Files with the keys that open encrypted archives."""
+    sign_key: Path | None = None
+    """What checkpoints and archives are signed with."""
+    allowed_signers: Path | None = None
+    """Whose signatures count, for what comes in (ssh-keygen(1), ALLOWED SIGNERS)."""
+    require_signature: bool = False
+    """Refuse what comes in without a signature."""
     http: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What belongs to web servers and registries, by the beginning of the URL: token_file, token_command, header_file, ca_file,
     fingerprint, client_cert, client_key."""
@@ -78,6 +90,27 @@ def _path(value: Any) -> Path:
     if not path.is_absolute():
         raise ValueError("must be an absolute path")
     return path
+
+
+def _paths(value: Any) -> tuple[Path, ...]:
+    items = value.split(os.pathsep) if isinstance(value, str) else value
+    if not isinstance(items, list):
+        raise ValueError("must be a list of absolute paths")
+    return tuple(_path(item) for item in items)
+
+
+def _yes_or_no(value: Any) -> bool:
+    word = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(str(value).lower())
+    if word is None or not isinstance(value, (bool, str)):
+        raise ValueError("must be true or false")
+    return word
+
+
+def _recipients(value: Any) -> tuple[str, ...]:
+    found = _texts(value)
+    if not all(item.startswith("age:") for item in found):
+        raise ValueError("must be a list of age:RECIPIENT")
+    return found
 
 
 def _one_of(*allowed: str) -> Callable[[Any], str]:
@@ -176,6 +209,12 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "timeout_s": _seconds,
     "link_timeout_s": _seconds,
     "ssh_options": _texts,
+    "allow": _texts,
+    "encrypt": _recipients,
+    "identity": _paths,
+    "sign_key": _path,
+    "allowed_signers": _path,
+    "require_signature": _yes_or_no,
     "http": _http,
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt.cli import completion
+from ckpt.cli import completion, protection
 from ckpt.cli.carriage import carrier, carrier_options, destination
 from ckpt.cli.common import F, Session, dump_options, state_options, verb
 from ckpt.errors import CkptError, UsageError
@@ -39,6 +39,7 @@ def _need_root_for_container(session: Session, ref: str) -> None:
         ("ckpt export -R podman:web web.tar.zst", "save a running container straight to an archive"),
         ("ckpt export web - | ssh b ckpt import -", "to the store of another host"),
         ("ckpt export web root@b:/srv/web.tar.zst", "to a file on another host, over ssh"),
+        ("ckpt export web web.age --encrypt age:age1...", "encrypted: age -d opens it, and so does ckpt"),
         ("ckpt export web https://b:7443/web.tar.zst", "to a web server, goes on after a break where the server can"),
         ("ckpt export web oci://reg:5000/ns/web:1 --as image", "to a registry, as an image that podman restores too"),
     ),
@@ -47,6 +48,7 @@ def _need_root_for_container(session: Session, ref: str) -> None:
 @click.argument("dest", metavar="[DEST]", required=False, type=click.Path())
 @click.option("-o", "--output", metavar="DEST", type=click.Path(), help="The same as DEST.")
 @compress_options
+@protection.outgoing_options
 @click.option("-R", "--leave-running", is_flag=True, help="Let a running container run on.")
 @click.option("--as", "form", type=click.Choice(["artifact", "image"]), help="In a registry: an OCI artifact (default), or an image.")
 @click.option("--subject", metavar="REF", help="In a registry: the container image that the artifact belongs to.")
@@ -85,6 +87,7 @@ def command(
     """
     if (dest is None) == (output is None):
         raise UsageError("say where to, once", hint="ckpt export CHECKPOINT FILE; - is stdout")
+    outgoing = protection.outgoing(session, protection.take(state, protection.OUTGOING))
     place = destination(session, dest or output or "")
     if (form or subject) and place.scheme != "oci":
         raise UsageError("--as and --subject are for registries", hint="ckpt export CHECKPOINT oci://REGISTRY/NAME:TAG")
@@ -105,6 +108,7 @@ def command(
         leave_running=leave_running,
         options=dump_options(session, leave_running=leave_running, **state),
         carrier=carriage,
+        outgoing=outgoing,
         store_root=session.store_root,
         emit=session.emit,
     )
