@@ -29,7 +29,7 @@ def carrier_options(function: F) -> F:
         click.option("--fingerprint", metavar="SHA256", help="Trust the server by its certificate's fingerprint, as ckpt serve prints it."),
         click.option("--client-cert", type=_FILE, metavar="FILE", help="Client certificate (PEM)."),
         click.option("--client-key", type=_FILE, metavar="FILE", help="Its key, if that is another file."),
-        click.option("--insecure", is_flag=True, help="Allow http:// to other hosts: anybody on the way can read it."),
+        click.option("--insecure", is_flag=True, help="Allow http://, and registries without TLS: anybody on the way can read it."),
         ssh_option,
     )):  # fmt: skip
         function = option(function)

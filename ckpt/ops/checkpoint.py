@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
 from ckpt.engines.base import HeldDump
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import (
@@ -41,8 +41,9 @@ Keep = Callable[[Draft, Manifest], tuple[Checkpoint | None, dict[str, float | in
 """What makes a finished draft safe (the store, an archive file): the step after which the source may end. Returns the checkpoint, if
 one came of it, and figures."""
 
+_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError)
 _CARRIED = (CannotConnect, TransferFailed, RemoteRefused, DigestMismatch, KeyProblem)
-_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError, *_CARRIED)
+"""Of an archive that could not be brought to where it shall be: whether to try again is told by the exit code."""
 
 
 def checkpoint(
@@ -54,6 +55,7 @@ def checkpoint(
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep_going: bool = False,
+    outgoing: trust.Outgoing = trust.OPEN,
 ) -> list[Outcome]:
     """Save each target to the store and end it (or not: `options.leave_running`).
 
@@ -63,6 +65,7 @@ def checkpoint(
     Args:
         all: every running container, instead of `targets`.
         latest: the container created last, instead of `targets`.
+        outgoing: its key signs the checkpoint.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -76,7 +79,7 @@ def checkpoint(
     catalog = Catalog(store_root)
 
     def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
-        return draft.commit(manifest), {}
+        return draft.commit(manifest, sign=outgoing.signer()), {}
 
     for label, engine, container in found:
         try:
@@ -98,8 +101,12 @@ def save(
     keep: Keep,
     *,
     step: str = "store",
+    drafts: Catalog | None = None,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
+
+    Args:
+        drafts: where the draft is made, when not in the store.
 
     Raises:
         BusyError: it does not run.
@@ -121,9 +128,10 @@ def save(
         leave_running=chosen.leave_running,
     )
     guard = recover.start_guard(job)
-    attempt = _Attempt(engine, container, label, chosen, catalog, emit, job, guard, streams)
+    attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
     try:
         manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
+        attempt.dumped = True
         began = time.monotonic()
         emit(StepStarted(label, step))
         kept, figures = keep(attempt.needed_draft(), manifest)
@@ -149,6 +157,7 @@ class _Attempt:
     streams: bool
     """CRIU can send its pages to a page server; otherwise it writes them as files."""
     draft: Draft | None = None
+    dumped: bool = False
     held: HeldDump | None = None
     frozen_at_s: float = 0.0
     freeze_s: float = 0.0
@@ -236,7 +245,7 @@ class _Attempt:
                 self.discard()
                 self.job.release()  # the guard goes on trying
                 return _unsure(worse, error, self.label)
-            said = explained(error, self.label, self._whereabouts())
+            said = explained(error, self.label, self._whereabouts(), dumped=self.dumped)
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
                 said.log = recover.kept_log(said.log, log)
@@ -319,9 +328,13 @@ def settle(engine: NamedEngine, container: Container, label: str, options: DumpO
     return chosen
 
 
-def explained(error: BaseException, label: str, whereabouts: str) -> BaseException:
-    """The error as a person gets it, with where the workload is now. Bugs and interruptions stay what they are."""
-    if isinstance(error, _AS_THEY_ARE):
+def explained(error: BaseException, label: str, whereabouts: str, *, dumped: bool = False) -> BaseException:
+    """The error as a person gets it, with where the workload is now. Bugs and interruptions stay what they are.
+
+    Args:
+        dumped: it came after the dump, from where the archive goes to.
+    """
+    if isinstance(error, _AS_THEY_ARE) or (dumped and isinstance(error, _CARRIED)):
         error.where = error.where or whereabouts
         return error
     if isinstance(error, CkptError):

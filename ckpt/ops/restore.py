@@ -6,13 +6,13 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
 from ckpt.criu import features
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
@@ -23,11 +23,12 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, proof, recover
+from ckpt.ops import faults, lazy, policy, proof, recover
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
 from ckpt.ops.unpack import unpack
+from ckpt.store import volatile
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports.base import CarrierOptions, Location
@@ -46,6 +47,8 @@ class Source:
     checkpoint: Checkpoint | None = None
     lease_fd: int = -1
     """The lock that keeps `checkpoint` in the store."""
+    made_here: bool = False
+    """The checkpoint was made on this host: it asks for nothing that the workload did not have here."""
 
     @property
     def remains(self) -> str:
@@ -65,6 +68,7 @@ def restore(
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep: bool = True,
+    incoming: trust.Incoming = trust.ANYBODY,
 ) -> list[Outcome]:
     """Restore each reference from the store, or `import_from`.
 
@@ -75,6 +79,7 @@ def restore(
         import_from: an archive; it is restored without ever being in the store.
         digest: what that archive's SHA-256 must be, in hex.
         keep: also keep CRIU's logs and statistics of a restore that went well.
+        incoming: what opens an encrypted archive, and whose signature the checkpoint must have.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -88,10 +93,10 @@ def restore(
         raise UsageError("--name is for one checkpoint only")
     if import_from is not None:
         archive = partial(arriving, import_from, carrier, digest, emit)
-        return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep))]
+        return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep, incoming))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
-        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep)))
+        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
     return outcomes
 
 
@@ -119,6 +124,8 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
     if source.checkpoint is not None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
+    if not source.made_here:
+        policy.require(source.draft.stage, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     faults.point("verified")
     job = Job.create(
         catalog.root,
@@ -188,7 +195,7 @@ class _Attempt:
             if not options.ignore_volumes and tar.exists():
                 self.warn(rootfs.apply_tree(tar, directory, empty=True))
 
-        chosen = _as_dumped(options, manifest)
+        chosen = _as_dumped(options, self.source)
         if options.lazy:
             self.keeper = self._keeper()
             self.stats["lazy"] = True
@@ -269,21 +276,36 @@ class _Attempt:
         return error
 
 
-def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
+def _from_store(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+) -> Outcome:
     with catalog.lease_fd(checkpoint) as fd:
         draft = catalog.begin(checkpoint.manifest.name)
         with _until_restored(draft, options):
-            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd), options, catalog, emit, keep=keep)
+            if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
+                emit(Notice(label, f"signed by {signer}"))
+            source = Source(label, checkpoint.manifest, draft, checkpoint, fd, made_here=not checkpoint.entry.foreign)
+            return bring_back(source, options, catalog, emit, keep=keep)
 
 
 def _from_archive(
-    label: str, archive: Callable[[], AbstractContextManager[Archive]], options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool
+    label: str,
+    archive: Callable[[], AbstractContextManager[Archive]],
+    options: RestoreOptions,
+    catalog: Catalog,
+    emit: Emit,
+    keep: bool,
+    incoming: trust.Incoming,
 ) -> Outcome:
-    with ExitStack() as stack:
-        with archive() as file:
-            draft = catalog.begin("import")
-            stack.enter_context(_until_restored(draft, options))
-            manifest = unpack_archive(file, draft, label, emit, pack=False)
+    with archive() as file:
+        # What came encrypted is not on a disk in clear.
+        draft = (volatile.catalog() if file.sealed else catalog).begin("import", origin="import")
+        try:
+            manifest = unpack_archive(file, draft, label, emit, incoming, pack=False)
+        except BaseException:
+            draft.discard()
+            raise
+    with _until_restored(draft, options):
         return bring_back(Source(label, manifest, draft), options, catalog, emit, keep=keep)
 
 
@@ -355,13 +377,14 @@ def _with_id(containers: Sequence[Container], identity: str) -> Container | None
     return next((container for container in containers if container.id == identity), None)
 
 
-def _as_dumped(options: RestoreOptions, manifest: Manifest) -> RestoreOptions:
+def _as_dumped(options: RestoreOptions, source: Source) -> RestoreOptions:
     """The options with what the user left open as the manifest says."""
+    manifest = source.manifest
     if options.name is not None:
         volumes: Literal["refuse", "keep", "replace"] = "keep"
     else:
         # A volume of the same name on the host that was dumped is the container's own: memory and volume go together.
-        volumes = "replace" if manifest.host.hostname == os.uname().nodename else "refuse"
+        volumes = "replace" if source.made_here and manifest.host.hostname == os.uname().nodename else "refuse"
     return replace(
         options,
         existing_volumes=volumes,
