@@ -21,6 +21,7 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -36,8 +37,9 @@ from typing import TYPE_CHECKING, Final
 
 from ckpt.archive import manifest as manifest_file
 from ckpt.errors import ArchiveInvalid, BusyError, CkptError, ConfigError, DigestMismatch, NoSpace, PermissionDenied, TargetNotFound
-from ckpt.model import Checkpoint, Manifest
+from ckpt.model import Checkpoint, Entry, Manifest
 from ckpt.store import durable, locks
+from ckpt.store import entry as entries
 from ckpt.store.draft import PRIVATE, Draft
 from ckpt.store.job import DEFAULT_ROOT
 
@@ -88,8 +90,11 @@ class Catalog:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def begin(self, name: str) -> Draft:
+    def begin(self, name: str, *, origin: str = "local") -> Draft:
         """An empty draft for a checkpoint of `name`, locked by this process.
+
+        Args:
+            origin: as in `Entry`: where it comes from.
 
         Raises:
             NoSpace, PermissionDenied: the store cannot be written.
@@ -103,7 +108,7 @@ class Catalog:
             except BaseException:
                 os.close(fd)
                 raise
-        return Draft(self, name, identity, fd)
+        return Draft(self, name, identity, fd, origin)
 
     def adopt(self, draft: Draft, manifest: Manifest) -> Checkpoint:
         """The body of `Draft.commit`."""
@@ -121,7 +126,10 @@ class Catalog:
         with self.locked():
             generation = self._next_generation(draft.name)
             final = replace(manifest, id=draft.id, name=draft.name, generation=generation, size_bytes=size_bytes, digests=digests)
-            durable.write_file(draft.stage / MANIFEST, manifest_file.dumps(final))
+            data = manifest_file.dumps(final)
+            durable.write_file(draft.stage / MANIFEST, data)
+            entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data))
+            entries.write(draft.stage, entry)
             place = self.entries / draft.id
             draft.share()  # from its first moment in the store it can be leased
             if pack is not None:
@@ -134,7 +142,7 @@ class Catalog:
             durable.sync_directory(self.entries)
             durable.sync_directory(self.drafts)
         draft.close()
-        return Checkpoint(final, place)
+        return Checkpoint(final, place, entry)
 
     def remove(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint out of the store: at once for everybody else, then its bytes, and the chunks that only it needed.
@@ -304,7 +312,7 @@ class Catalog:
         for name in names:
             directory = self.entries / name
             try:
-                found.append(Checkpoint(_read_manifest(directory), directory))
+                found.append(_read(directory))
             except FileNotFoundError:
                 if directory.exists():  # else: removed while we looked
                     broken.append(Broken(directory, f"{MANIFEST} is missing"))
@@ -441,11 +449,22 @@ class Catalog:
         return last + 1
 
 
-def _read_manifest(directory: Path) -> Manifest:
-    found = manifest_file.loads((directory / MANIFEST).read_bytes())
-    if found.id != directory.name:
-        raise ArchiveInvalid(f"its manifest says id {found.id!r}")
-    return found
+def _digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _read(directory: Path) -> Checkpoint:
+    data = (directory / MANIFEST).read_bytes()
+    manifest = manifest_file.loads(data)
+    entry = entries.read(directory)
+    if entry is None:  # of an older ckpt
+        if manifest.id != directory.name:
+            raise ArchiveInvalid(f"its manifest says id {manifest.id!r}")
+        return Checkpoint(manifest, directory, Entry(manifest.name, manifest.generation, manifest.size_bytes, manifest.created_s))
+    if entry.manifest_digest and entry.manifest_digest != _digest(data):
+        raise ArchiveInvalid("its manifest was changed or damaged")
+    assigned = replace(manifest, id=directory.name, name=entry.name, generation=entry.generation, size_bytes=entry.size_bytes)
+    return Checkpoint(assigned, directory, entry)
 
 
 def new_name(prefix: str = "imported") -> str:

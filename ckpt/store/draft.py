@@ -31,7 +31,7 @@ class Draft:
     Small members are plain files in `stage`. Bulk members go through a `sink`, or are plain files as well and packed by `commit`.
     """
 
-    def __init__(self, catalog: Catalog, name: str, identity: str, fd: int) -> None:
+    def __init__(self, catalog: Catalog, name: str, identity: str, fd: int, origin: str) -> None:
         self._catalog = catalog
         self._fd = fd
         self._lock = threading.Lock()
@@ -41,6 +41,7 @@ class Draft:
         self._bulk: dict[str, Bulk] = {}
         self.name = name
         self.id = identity
+        self.origin = origin
 
     @property
     def stage(self) -> Path:
