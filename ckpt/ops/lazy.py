@@ -30,6 +30,7 @@ from ckpt.criu import action, bindings, lazy, pagefeed, tree
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
 from ckpt.ops.feeder import Feeder, damage
+from ckpt.store import place
 from ckpt.store.job import Job
 
 FOLLOW_S: Final = 0.05
@@ -203,7 +204,7 @@ def _feed(served: _Served, plan: dict[str, Any], stack: ExitStack) -> int | None
     if plan["memory"] == "images":
         return None
     if plan["memory"] == "chunks":
-        found = {"root": served.job.directory.parent.parent, "job": served.job.directory, "images": served.stage / "checkpoint"}
+        found = {"root": place.store_of(served.job.directory), "job": served.job.directory, "images": served.stage / "checkpoint"}
         wanted = {name: plan[name] for name in ("criu_version", "checkpoint_id")}
         feeder = Feeder({**{name: str(path) for name, path in found.items()}, **wanted}, plan["fds"])
         stack.callback(feeder.close)

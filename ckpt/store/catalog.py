@@ -104,6 +104,7 @@ class Catalog:
             identity = secrets.token_hex(8)
             fd = locks.take(self.locks / identity, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
+                locks.sign(fd)
                 (self.drafts / identity).mkdir(mode=0o700)
             except BaseException:
                 os.close(fd)
@@ -177,6 +178,21 @@ class Catalog:
             with suppress(CkptError, OSError):  # it is gone; what it leaves behind goes with the next collection
                 self.collect(packs=names)
 
+    def amend(self, checkpoint: Checkpoint, change: Callable[[Entry], Entry]) -> Checkpoint:
+        """Change what the store knows about a checkpoint (tags, note, pin).
+
+        Raises:
+            TargetNotFound: it is gone.
+        """
+        with self.storage("change the store"), self.locked():
+            try:
+                now = _read(checkpoint.directory)
+            except FileNotFoundError:
+                raise TargetNotFound(f"{checkpoint.ref} is no longer in the store") from None
+            entry = change(now.entry)
+            entries.write(checkpoint.directory, entry)
+        return replace(now, entry=entry)
+
     def sweep(self) -> list[str]:
         """Remove what dead owners left in `tmp/` and `locks/`; returns the names of the removed directories. Never touches a living draft."""
         if not self.drafts.is_dir():
@@ -190,13 +206,15 @@ class Catalog:
                         path.unlink(missing_ok=True)
                     elif "." in name:  # a removed checkpoint: nobody's
                         doomed.append((path, -1))
-                    else:
+                    elif not locks.is_elsewhere(self.locks / name):
                         doomed.append((path, locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB)))
                 except BlockingIOError:
                     continue
             busy = {path.name for path, _ in doomed}
             for name in locks.listing(self.locks):
-                if name not in busy and not (self.drafts / name).exists() and not (self.entries / name).exists():
+                if name in busy or locks.is_elsewhere(self.locks / name):
+                    continue
+                if not (self.drafts / name).exists() and not (self.entries / name).exists():
                     with suppress(BlockingIOError):
                         os.close(locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB))
                         (self.locks / name).unlink(missing_ok=True)
@@ -291,6 +309,13 @@ class Catalog:
         with self.storage("read the store"):
             return collect.sizes(self)
 
+    def footprint(self) -> Callable[[Iterable[Checkpoint]], int]:
+        """Ask what of the disk some checkpoints need together (what they share counts once), as the store is now. Bytes."""
+        from ckpt.store import collect
+
+        with self.storage("read the store"):
+            return collect.footprint(self)
+
     def check(self, checkpoint: Checkpoint) -> list[str]:
         """Read everything of a checkpoint; returns what is wrong with it, nothing when it is whole."""
         from ckpt.store import check
@@ -326,7 +351,7 @@ class Catalog:
         return list(self.listing().checkpoints)
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, an id or the unique beginning of one.
+        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, NAME@TAG, an id or the unique beginning of one.
 
         Raises:
             TargetNotFound: none, or several, with what is close.
@@ -340,6 +365,9 @@ class Catalog:
             versions = [c for c in known if c.manifest.name == name]
             if versions and generation == "latest":
                 return versions[-1]
+            tagged = [c for c in versions if generation in c.entry.tags]
+            if tagged:
+                return tagged[-1]
             if versions and generation.isascii() and generation.isdigit():
                 for candidate in versions:
                     if candidate.manifest.generation == int(generation):

@@ -81,7 +81,7 @@ def test_round_trip_with_files_and_volumes(world: World) -> None:
     assert back.ok, back.error
     assert (world.engine.world / "volumes" / "data" / "row").read_text() == "1"
     assert (world.engine.world / web.id / "upper" / "written").read_text() == "web"
-    assert list_(store_root=world.root) == [outcome.checkpoint]
+    assert [one.checkpoint for one in list_(store_root=world.root)] == [outcome.checkpoint]
     assert world.leftovers() == []
     # Nothing in the store was touched by its restore.
     assert world.engine.describe(web).state == "running"
@@ -361,7 +361,7 @@ def test_rm(world: World) -> None:
         world.save("web", leave_running=True)
     assert [o.ok for o in rm(["web@1", "nope"], store_root=world.root, emit=ignore)] == [False]
     assert [o.ok for o in rm(["web@1", "web@1"], store_root=world.root, emit=ignore)] == [True]
-    assert [c.ref for c in list_(store_root=world.root, name="web")] == ["web@2", "web@3"]
+    assert [one.checkpoint.ref for one in list_(store_root=world.root, name="web")] == ["web@2", "web@3"]
     assert len(rm([], all=True, store_root=world.root, emit=ignore)) == 2
     assert list_(store_root=world.root) == [] and broken(store_root=world.root) == []
     with pytest.raises(UsageError):
