@@ -23,7 +23,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, policy, proof, recover
+from ckpt.ops import faults, lazy, policy, proof, recover, warm
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
@@ -84,6 +84,7 @@ def restore(
     Raises:
         CkptError: nothing could be begun at all.
     """
+    warm.imports(*warm.OUT_OF_CHUNKS, *(warm.LAZILY if options.lazy else ()))
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     catalog = Catalog(store_root)

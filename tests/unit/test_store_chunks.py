@@ -100,7 +100,7 @@ def mixed(seed: int) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, KEY], ids=["open", "keyed"])
 def test_round_trip(tmp_path: Path, seed: int, plain: bool, key: bytes | None) -> None:
     catalog = Catalog(tmp_path / "store", key=key)
     content = mixed(seed)
