@@ -77,10 +77,14 @@ class Archive:
         self.count = 0
         self.sha256 = hashlib.sha256()
 
+    def head(self, size: int) -> bytes:
+        """The first bytes, fewer only of a shorter archive; they are read again."""
+        return self._source.peek(size)
+
     @property
     def sealed(self) -> bool:
         """Whether it is encrypted, told by its first bytes."""
-        return seal.is_sealed(self._source.peek(seal.HEAD_BYTES))
+        return seal.is_sealed(self.head(seal.HEAD_BYTES))
 
     def read(self, size: int = -1, /) -> bytes:
         data = self._source.read(size)

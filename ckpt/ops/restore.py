@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -298,15 +298,12 @@ def _from_archive(
     keep: bool,
     incoming: trust.Incoming,
 ) -> Outcome:
-    with archive() as file:
-        # What came encrypted is not on a disk in clear.
-        draft = (volatile.catalog() if file.sealed else catalog).begin("import", origin="import")
-        try:
+    with ExitStack() as stack:
+        with archive() as file:
+            # What came encrypted is not on a disk in clear.
+            draft = (volatile.catalog() if file.sealed else catalog).begin("import", origin="import")
+            stack.enter_context(_until_restored(draft, options))
             manifest = unpack_archive(file, draft, label, emit, incoming, pack=False)
-        except BaseException:
-            draft.discard()
-            raise
-    with _until_restored(draft, options):
         return bring_back(Source(label, manifest, draft), options, catalog, emit, keep=keep)
 
 
