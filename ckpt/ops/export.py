@@ -66,7 +66,9 @@ def export(
         def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, Figures]:
             final = replace(manifest, id=draft.id, size_bytes=durable.tree_size_bytes(draft.stage))
             durable.write_file(draft.stage / layout.MANIFEST, manifest_file.dumps(final))
-            return None, {"size_bytes": final.size_bytes, **packing.write(StageMembers(draft.stage), final)}
+            figures = packing.write(StageMembers(draft.stage), final)
+            emit(Notice(ref, f"{to} {figures['digest']}"))
+            return None, {"size_bytes": final.size_bytes, **figures}
 
         chosen = replace(options, leave_running=leave_running or options.leave_running)
         return save(engine, container, ref, chosen, catalog, emit, keep, step="archive")

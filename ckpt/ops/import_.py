@@ -71,12 +71,23 @@ class Archive:
         self._download = download
         self._expected = expected
         self._label = label
+        self._ahead = b""
         self.size_bytes = download.size_bytes
         self.count = 0
         self.sha256 = hashlib.sha256()
 
+    def head(self, size: int) -> bytes:
+        """The first bytes, fewer only of a shorter archive; they are read again."""
+        while len(self._ahead) < size and (data := self._download.read(size - len(self._ahead))):
+            self._ahead += data
+        return self._ahead[:size]
+
     def read(self, size: int = -1, /) -> bytes:
-        data = self._download.read(size)
+        if self._ahead and size:
+            data = self._ahead[:size] if size > 0 else self._ahead
+            self._ahead = self._ahead[len(data) :]
+        else:
+            data = self._download.read(size)
         self.count += len(data)
         self.sha256.update(data)
         return data
