@@ -19,6 +19,7 @@ from ckpt.transports._oci_name import Reference
 from ckpt.transports.base import CarrierOptions
 
 _CERTS_D: Final = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
+_BLOCK_BYTES: Final = 128 << 10
 
 
 class Adapter(requests.adapters.HTTPAdapter):
@@ -67,7 +68,13 @@ def _pools(adapter: Adapter) -> dict[str, Any]:
         def send(self, data: Any) -> None:
             adapter.sock = self.sock
             try:
-                super().send(data)  # type: ignore[misc]
+                # A socket's time limit is for all that is sent at once.
+                view = memoryview(data) if isinstance(data, bytes | bytearray | memoryview) and len(data) > _BLOCK_BYTES else None
+                if view is None:
+                    super().send(data)  # type: ignore[misc]
+                else:
+                    for start in range(0, len(view), _BLOCK_BYTES):
+                        super().send(view[start : start + _BLOCK_BYTES])  # type: ignore[misc]
             except (ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise BrokenPipeError from None  # urllib3 goes on to read the answer after this one
 

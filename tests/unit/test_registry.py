@@ -908,6 +908,15 @@ def test_nobody_there(fake: FakeRegistry) -> None:
     assert caught.value.exit_code == 40
 
 
+@FORMS
+def test_a_slow_link_is_no_dead_one(fake: FakeRegistry, form: str) -> None:
+    fake.slow_s = 0.02
+    data = random.Random(5).randbytes(8 << 20)
+    push(fake, data, replace(IMPATIENT, chunk_bytes=8 << 20, connect_timeout_s=0.5, idle_timeout_s=2.0), form=form)
+    fake.slow_s = 0.0
+    assert sent(fake) == len(data) and pull(fake) == data
+
+
 def test_no_registry(fake: FakeRegistry) -> None:
     fake.hook = lambda h: h.answer(404, body=b"<html>") or True
     with pytest.raises(RemoteRefused, match="no registry"):
