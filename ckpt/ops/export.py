@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 
 from ckpt.archive import layout, writer
 from ckpt.archive import manifest as manifest_file
-from ckpt.archive.members import Members, StageMembers
+from ckpt.archive.members import Members
 from ckpt.errors import TargetNotFound, TransferFailed, UsageError
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Checkpoint, DumpOptions, Manifest, Target
@@ -64,9 +64,10 @@ def export(
             raise UsageError(f"only a container of podman can become an image, {ref} is of {engine.name}", hint="--as artifact") from None
 
         def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, Figures]:
-            final = replace(manifest, id=draft.id, size_bytes=durable.tree_size_bytes(draft.stage))
+            final = replace(manifest, id=draft.id, size_bytes=draft.size_bytes)
             durable.write_file(draft.stage / layout.MANIFEST, manifest_file.dumps(final))
-            figures = packing.write(StageMembers(draft.stage), final)
+            with draft.members() as members:
+                figures = packing.write(members, final)
             emit(Notice(ref, f"{to} {figures['digest']}"))
             return None, {"size_bytes": final.size_bytes, **figures}
 
@@ -74,8 +75,8 @@ def export(
         return save(engine, container, ref, chosen, catalog, emit, keep, step="archive")
     began = time.monotonic()
     emit(StepStarted(ref, "archive", f"{checkpoint.ref}, from the store"))
-    with catalog.lease(checkpoint) as stage:
-        figures = packing.write(StageMembers(stage), checkpoint.manifest)
+    with catalog.lease(checkpoint), catalog.members(checkpoint) as members:
+        figures = packing.write(members, checkpoint.manifest)
     emit(StepDone(ref, "archive", f"{to} {figures['digest']}", time.monotonic() - began))
     return Outcome(ref, True, checkpoint, stats={"size_bytes": checkpoint.manifest.size_bytes, **figures})
 
