@@ -12,7 +12,7 @@ from ckpt.archive import layout, reader
 from ckpt.errors import TargetNotFound
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Manifest
-from ckpt.ops import faults
+from ckpt.ops import faults, policy
 from ckpt.ops.result import Outcome
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT
@@ -47,6 +47,8 @@ def _import(file: BinaryIO, total: int | None, label: str, name: str | None, roo
     try:
         manifest = unpack(file, draft, label, emit, total)
         draft.name = name or manifest.name
+        if told := policy.notice(draft.stage, manifest):
+            emit(Notice(label, told))
         faults.point("unpacked")
         checkpoint = draft.commit(replace(manifest, name=draft.name))
     except BaseException:

@@ -16,9 +16,10 @@ from ckpt.archive.manifest import MAX_BYTES, json_object
 from ckpt.archive.strict_json import fields, integer, text
 from ckpt.archive.wants import Profile, Want, asked_capabilities, capability, of_spec, want
 from ckpt.criu import privileges
+from ckpt.engines import registry
 from ckpt.engines.base import HasProfile
 from ckpt.engines.registry import NamedEngine
-from ckpt.errors import ArchiveInvalid, PolicyRefused, UsageError
+from ckpt.errors import ArchiveInvalid, CkptError, EngineUnavailable, PolicyRefused, UsageError
 from ckpt.model import Manifest, RestoreOptions
 
 KINDS: Final = frozenset({
@@ -108,6 +109,18 @@ def require(stage: Path, manifest: Manifest, engine: NamedEngine, options: Resto
         hint=f"allow what you trust it with, one by one: {' '.join(_option(one) for one in refused[:4])}{' ...' if len(refused) > 4 else ''}",
         wants=tuple({"what": one.allow, "asks": one.asks, "default": one.default, "allow": _option(one)} for one in refused),
     )
+
+
+def notice(stage: Path, manifest: Manifest) -> str:
+    """What an import tells: what the checkpoint will ask for when it is restored here; "" for nothing, or when nobody can tell."""
+    try:
+        asked = asked_for(stage, manifest, registry.by_name(manifest.engine), RestoreOptions())
+    except EngineUnavailable:
+        return ""
+    except (CkptError, OSError) as error:
+        return f"it cannot be restored here: {error}"
+    named = ", ".join(one.allow for one in asked[:6]) + (f" and {len(asked) - 6} more" if len(asked) > 6 else "")
+    return f"it asks for more than this host gives to a container, restore will want --allow: {named}" if asked else ""
 
 
 def _option(asked: Want) -> str:
