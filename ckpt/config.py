@@ -6,6 +6,7 @@ Flags are the business of `cli/`; this module reads the rest, says exactly which
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ class Settings:
 
     store: Path = Path("/var/lib/ckpt")
     """The store's directory."""
+    stores: tuple[tuple[str, Path], ...] = ()
+    """Further stores, (name, directory): `--store NAME`."""
     log_dir: Path = Path("/var/log/ckpt")
     """Where CRIU's logs and tracebacks are kept."""
     log_level: LogLevel = "warning"
@@ -37,6 +40,15 @@ class Settings:
     """Added to every ssh call as `-o OPTION`."""
     allow: tuple[str, ...] = ()
     """What checkpoints from elsewhere may have beyond this host's defaults, as `--allow` takes it."""
+
+
+def store_named(settings: Settings, text: str) -> Path:
+    """The directory of a store as people name it: the name of a configured one, or a directory (with a "/" it always is one)."""
+    if "/" not in text:
+        for name, path in settings.stores:
+            if name == text:
+                return path
+    return Path(os.path.abspath(text))
 
 
 def _text(value: Any) -> str:
@@ -79,8 +91,18 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _stores(value: Any) -> tuple[tuple[str, Path], ...]:
+    if not isinstance(value, dict):
+        raise ValueError("must be a table: NAME = DIRECTORY")
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,31}", name):
+            raise ValueError("has a name that is not letters, digits, _ and -")
+    return tuple((name, _path(path)) for name, path in value.items())
+
+
 _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "store": _path,
+    "stores": _stores,
     "log_dir": _path,
     "log_level": _one_of("debug", "info", "warning", "error"),
     "compress": _one_of("zstd", "gzip", "none"),
@@ -103,7 +125,7 @@ def load(environ: Mapping[str, str] | None = None, *, system_file: Path = SYSTEM
     for path in (system_file, *drop_ins, user_file(env)):
         if path is not None:
             settings = _merge(settings, _read(path), str(path))
-    overrides = {key: env[variable(key)] for key in _KEYS if env.get(variable(key))}
+    overrides = {key: env[variable(key)] for key in _KEYS if key != "stores" and env.get(variable(key))}
     for key, value in overrides.items():
         settings = _merge(settings, {key: value}, "the environment", shown=variable(key))
     return settings

@@ -10,13 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 from ckpt.archive import manifest as manifests
 from ckpt.archive import schema
 from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
-from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, require_members
+from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, is_bulk, require_members
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
 from ckpt.errors import ArchiveInvalid, NoSpace
@@ -26,6 +26,18 @@ from ckpt.model import Manifest
 __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
 
 OnBytes = Callable[[int], None]
+
+
+class Sink(Protocol):
+    """Where the content of a member goes that becomes no file: pieces, then `close`. It makes the digest ("sha256:HEX") itself."""
+
+    digest: str
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def close(self) -> None: ...
+
+
 _SMALL: Final = frozenset({MANIFEST, CONFIG, SPEC, NETWORK_STATUS, STATS})
 
 
@@ -43,11 +55,19 @@ class Peek:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, on_bytes: OnBytes | None = None) -> Manifest | None:
+def extract(
+    source: BinaryIO,
+    stage: Path,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    on_bytes: OnBytes | None = None,
+    sinks: Callable[[str], Sink] | None = None,
+) -> Manifest | None:
     """Unpack an archive from a file or a pipe into `stage` (made with 0700 if it is not there), verifying it on the way.
 
     Args:
         on_bytes: called with the number of bytes (compressed, as read from `source`) since the last call.
+        sinks: makes what takes bulk members (`layout.is_bulk`); without it they become files like all others.
 
     Returns:
         The manifest when the archive has one that belongs to it, else None (`foreign_manifest` makes one up).
@@ -69,6 +89,18 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
                 directories.get(member.name)
                 continue
             _check_size(member, limits)
+            if sinks is not None and is_bulk(member.name):
+                if member.name in digests:
+                    raise ArchiveInvalid(f"{stage / member.name} is there already")
+                sink = sinks(member.name)
+                for piece in tar.data():
+                    sink.write(piece)
+                    if on_bytes and stream.raw.count > told:
+                        on_bytes(stream.raw.count - told)
+                        told = stream.raw.count
+                sink.close()
+                digests[member.name] = sink.digest
+                continue
             fd = directories.create(member.name)
             try:
                 digest = hashlib.sha256()

@@ -40,6 +40,8 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
 @compress_options
 @state_options()
 @click.option("-k", "--keep", is_flag=True, help="Accepted for podman's sake: the store always keeps CRIU's logs.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag for the checkpoint: NAME@TAG. Repeatable.")
+@click.option("--note", default="", metavar="TEXT", help="A note for the checkpoint.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first container that fails.")
 @click.option("--print-stats", is_flag=True, help="Print podman's JSON of times (microseconds) and pages instead of names.")
 def command(
@@ -52,6 +54,8 @@ def command(
     compress: str | None,
     level: int | None,
     keep: bool,
+    tags: tuple[str, ...],
+    note: str,
     fail_fast: bool,
     print_stats: bool,
     **state: Any,
@@ -64,6 +68,12 @@ def command(
     one_way(targets, every=every, latest=latest, what="target")
     if export_to is None and (compress or level is not None):
         raise UsageError("--compress and --level go with --export")
+    if export_to is not None and (tags or note):
+        raise UsageError("--tag and --note are for the store, not for --export")
+    if tags or note:
+        from ckpt.ops import mark
+
+        mark.check(tags, note)  # before anything is frozen
     options = dump_options(session, leave_running=leave_running, **state)
     session_targets = [Target.parse(target) for target in targets]
     if export_to is not None:
@@ -79,6 +89,8 @@ def command(
         outcomes = use_case.checkpoint(
             session_targets, all=every, latest=latest, options=options, store_root=session.store_root, emit=session.emit, keep_going=not fail_fast
         )
+        if tags or note:
+            outcomes = mark.made(outcomes, tags, note, store_root=session.store_root)
     return session.finish(outcomes, id_of="checkpoint", stats=_stats if print_stats else None)
 
 

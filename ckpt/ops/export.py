@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 from ckpt.archive import layout, writer
 from ckpt.archive import manifest as manifest_file
-from ckpt.archive.members import StageMembers
+from ckpt.archive.members import Members
 from ckpt.errors import TargetNotFound, UsageError
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Checkpoint, DumpOptions, Manifest, Target
@@ -60,23 +60,23 @@ def export(
             raise TargetNotFound(both, hint="; ".join(h for h in (missing.hint, error.hint) if h) or None) from None
 
         def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, Figures]:
-            final = replace(manifest, id=draft.id, size_bytes=durable.tree_size_bytes(draft.stage))
+            final = replace(manifest, id=draft.id, size_bytes=draft.size_bytes)
             durable.write_file(draft.stage / layout.MANIFEST, manifest_file.dumps(final))
-            return None, {"size_bytes": final.size_bytes, **_write(draft.stage, output, compress, level, ref, emit)}
+            with draft.members() as members:
+                return None, {"size_bytes": final.size_bytes, **_write(members, final.size_bytes, output, compress, level, ref, emit)}
 
         chosen = replace(options, leave_running=leave_running or options.leave_running)
         return save(engine, container, ref, chosen, catalog, emit, keep, step="archive")
     began = time.monotonic()
     emit(StepStarted(ref, "archive", f"{checkpoint.ref}, from the store"))
-    with catalog.lease(checkpoint) as stage:
-        figures = _write(stage, output, compress, level, ref, emit)
+    with catalog.lease(checkpoint), catalog.members(checkpoint) as members:
+        figures = _write(members, checkpoint.manifest.size_bytes, output, compress, level, ref, emit)
     emit(StepDone(ref, "archive", str(output), time.monotonic() - began))
     return Outcome(ref, True, checkpoint, stats={"size_bytes": checkpoint.manifest.size_bytes, **figures})
 
 
-def _write(stage: Path, output: Path | Literal["-"], compress: str, level: int | None, label: str, emit: Emit) -> Figures:
-    members = StageMembers(stage)
-    total, done = durable.tree_size_bytes(stage), 0
+def _write(members: Members, total: int, output: Path | Literal["-"], compress: str, level: int | None, label: str, emit: Emit) -> Figures:
+    done = 0
 
     def on_bytes(count: int) -> None:
         nonlocal done

@@ -58,8 +58,12 @@ def _import(file: BinaryIO, total: int | None, label: str, name: str | None, roo
     return Outcome(label, True, checkpoint, stats=stats)
 
 
-def unpack(file: BinaryIO, draft: Draft, label: str, emit: Emit, total: int | None = None) -> Manifest:
-    """An archive into a draft, verified; one that is not ours gets a made-up manifest with digests from now on, and a notice."""
+def unpack(file: BinaryIO, draft: Draft, label: str, emit: Emit, total: int | None = None, *, pack: bool = True) -> Manifest:
+    """An archive into a draft, verified; one that is not ours gets a made-up manifest with digests from now on, and a notice.
+
+    Args:
+        pack: bulk members go straight into the store's chunks; else every member becomes a plain file in the stage.
+    """
     began, done = time.monotonic(), 0
     emit(StepStarted(label, "unpack"))
 
@@ -68,10 +72,10 @@ def unpack(file: BinaryIO, draft: Draft, label: str, emit: Emit, total: int | No
         done += count
         emit(BytesMoved(label, "unpack", done, total))
 
-    manifest = reader.extract(file, draft.stage, on_bytes=on_bytes)
+    manifest = reader.extract(file, draft.stage, on_bytes=on_bytes, sinks=draft.sink if pack else None)
     if manifest is None:
-        manifest = reader.foreign_manifest(draft.stage)
-        manifest = replace(manifest, digests=layout.digest_members(draft.stage))
+        manifest = reader.foreign_manifest(draft.stage, bulk={name: draft.bulk_size_bytes(name) for name in draft.digests})
+        manifest = replace(manifest, digests={**layout.digest_members(draft.stage), **draft.digests})
         # No warning: podman's archives have no digests to begin with, and an import of one is no half success.
         emit(Notice(label, f"written by {manifest.foreign}, without digests: it cannot be verified that it is whole"))
     emit(StepDone(label, "unpack", "digests equal" if not manifest.foreign else "", time.monotonic() - began))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from ckpt.archive import layout
+from ckpt.criu import features
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
 from ckpt.engines.base import HeldRestore
@@ -23,10 +24,13 @@ from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, policy, proof, recover
-from ckpt.ops.import_ import unpack
+from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
-from ckpt.store.catalog import Catalog
+from ckpt.ops.unpack import unpack
+from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
+
+Figures = dict[str, float | int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +38,17 @@ class Source:
     """A checkpoint to restore from: in the store, or unpacked from a file for this one time."""
 
     label: str
-    stage: Path
     manifest: Manifest
+    draft: Draft
+    """Where it is unpacked, with `checkpoint` not yet. Whoever needs it last removes it: a lazy restore hands it on."""
     checkpoint: Checkpoint | None = None
-    verified: bool = False
     lease_fd: int = -1
-    """The lock that keeps the stage; a lazy restore hands it on."""
-    draft: bool = False
-    """The stage is a draft: whoever needs it last removes it."""
-    made_here: bool = False
-    """The checkpoint was made on this host: it asks for nothing that the workload did not have here."""
+    """The lock that keeps `checkpoint` in the store."""
+
+    @property
+    def made_here(self) -> bool:
+        """Whether it was made on this host: it asks for nothing that the workload did not have here."""
+        return self.checkpoint is not None and not self.checkpoint.entry.foreign
 
     @property
     def remains(self) -> str:
@@ -89,8 +94,8 @@ def restore(
     return outcomes
 
 
-def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, *, keep: bool = True) -> Outcome:
-    """Restore from a stage: verify it, make room for it, restore it held, compare it with what was dumped, let it run.
+def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: Emit, *, keep: bool = True) -> Outcome:
+    """Restore: unpack and verify it, make room for it, restore it held, compare it with what was dumped, let it run.
 
     Raises:
         BusyError: the container runs, or its name is taken.
@@ -110,19 +115,15 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
     if not source.made_here:
-        policy.require(source.stage, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
-    if not source.verified:
-        began = time.monotonic()
-        emit(StepStarted(source.label, "verify"))
-        if manifest.digests:
-            # Of a lazy restore the keeper reads the memory pages, while the daemon does.
-            layout.check_digests(source.stage, manifest, only=_not_pages if options.lazy else None)
-        else:
-            layout.require_members(source.stage)
-        emit(StepDone(source.label, "verify", _verified(manifest, options), time.monotonic() - began))
+        small = source.checkpoint.directory if source.checkpoint else source.draft.stage
+        policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
+    stats: Figures = {}
+    if source.checkpoint is not None:
+        took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, emit=emit, label=source.label)
+        stats["materialize_s"] = round(took_s, 6)
     faults.point("verified")
     job = Job.create(
-        root,
+        catalog.root,
         "restore",
         engine=engine.name,
         container_id=manifest.container_id if options.name is None else "",
@@ -130,7 +131,7 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
         copy=options.name is not None,
     )
     guard = recover.start_guard(job)
-    attempt = _Attempt(engine, source, options, job, guard, emit)
+    attempt = _Attempt(engine, source, options, job, guard, emit, stats)
     try:
         if old is not None:
             # The checkpoint is whole, so what is removed can come back from it.
@@ -154,7 +155,9 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
 class _Attempt:
     """One restore on its way, and how to undo it."""
 
-    def __init__(self, engine: NamedEngine, source: Source, options: RestoreOptions, job: Job, guard: Process | None, emit: Emit) -> None:
+    def __init__(
+        self, engine: NamedEngine, source: Source, options: RestoreOptions, job: Job, guard: Process | None, emit: Emit, stats: Figures
+    ) -> None:
         self.engine = engine
         self.source = source
         self.options = options
@@ -164,14 +167,14 @@ class _Attempt:
         self.held: HeldRestore | None = None
         self.keeper: lazy.Keeper | None = None
         self.warnings: list[str] = []
-        self.stats: dict[str, float | int | str] = {}
+        self.stats = stats
         self.committed = False
 
     def hold(self) -> None:
         """Restore, held, and compare what is there with what was dumped."""
         from ckpt.archive import rootfs
 
-        stage, manifest, options = self.source.stage, self.source.manifest, self.options
+        stage, manifest, options = self.source.draft.stage, self.source.manifest, self.options
         began = time.monotonic()
         self.emit(StepStarted(self.source.label, "restore"))
         self.job.write("restoring")
@@ -189,8 +192,7 @@ class _Attempt:
 
         chosen = _as_dumped(options, self.source)
         if options.lazy:
-            verify = bool(manifest.digests) and not self.source.verified
-            self.keeper = lazy.Keeper(self.job, stage, lease_fd=self.source.lease_fd, draft=self.source.draft, verify=verify)
+            self.keeper = self._keeper()
             self.stats["lazy"] = True
             faults.point("lazy-started")
         self.held = self.engine.restore(stage, manifest, chosen, self.job, rootfs_ready=rootfs_ready, volume_ready=volume_ready)
@@ -201,6 +203,20 @@ class _Attempt:
             self.keeper.check()
         self.stats["restore_s"] = round(time.monotonic() - began, 6)
         self.emit(StepDone(self.source.label, "restore", _count(manifest, options), time.monotonic() - began))
+
+    def _keeper(self) -> lazy.Keeper:
+        source = self.source
+        if source.checkpoint is None:
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True)
+        return lazy.Keeper(
+            self.job,
+            source.draft.stage,
+            lease_fds=(source.draft.fileno(), source.lease_fd),
+            draft=True,
+            memory="chunks",
+            criu_version=features.version_text(),
+            checkpoint_id=source.checkpoint.manifest.id,
+        )
 
     def release(self) -> Container:
         """Let it run: from here on nothing is undone."""
@@ -257,25 +273,33 @@ class _Attempt:
 
 def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
     with catalog.lease_fd(checkpoint) as fd:
-        made_here = not checkpoint.entry.foreign
-        source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd, made_here=made_here)
-        return bring_back(source, options, catalog.root, emit, keep=keep)
+        draft = catalog.begin(checkpoint.manifest.name)
+        with _until_restored(draft, options):
+            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd), options, catalog, emit, keep=keep)
 
 
 def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
     if not path.is_file():
         raise TargetNotFound(f"there is no archive {str(path)!r}")
     draft = catalog.begin(path.name)
-    with ExitStack() as stack:
-        stack.callback(draft.discard)
+    with _until_restored(draft, options):
         with path.open("rb") as file:
-            manifest = unpack(file, draft, str(path), emit, path.stat().st_size)
-        source = Source(str(path), draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
-        outcome = bring_back(source, options, catalog.root, emit, keep=keep)
-        if options.lazy:
-            stack.pop_all()  # the keeper removes it
-            draft.close()
-        return outcome
+            manifest = unpack_archive(file, draft, str(path), emit, path.stat().st_size, pack=False)
+        return bring_back(Source(str(path), manifest, draft), options, catalog, emit, keep=keep)
+
+
+@contextmanager
+def _until_restored(draft: Draft, options: RestoreOptions) -> Iterator[None]:
+    """Remove the draft at the end, unless memory still comes from it: then that is its keeper's."""
+    try:
+        yield
+    except BaseException:
+        draft.discard()
+        raise
+    if options.lazy:
+        draft.close()
+    else:
+        draft.discard()
 
 
 def _choose(catalog: Catalog, refs: Sequence[str], *, all: bool, latest: bool) -> tuple[list[tuple[str, Checkpoint]], list[Outcome]]:
@@ -354,16 +378,6 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return work()
     except CkptError as error:
         return failure(label, error)
-
-
-def _not_pages(name: str) -> bool:
-    return not layout.is_pages(name)
-
-
-def _verified(manifest: Manifest, options: RestoreOptions) -> str:
-    if not manifest.digests:
-        return "no digests in it"
-    return "digests equal, memory is compared while it arrives" if options.lazy else "digests equal"
 
 
 def _count(manifest: Manifest, options: RestoreOptions) -> str:
