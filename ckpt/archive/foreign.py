@@ -5,12 +5,13 @@ from __future__ import annotations
 import calendar
 import dataclasses
 import hashlib
+import json
 import re
 import time
 from pathlib import Path
 from typing import Any, Final
 
-from ckpt.archive.layout import CONFIG, INVENTORY, NETWORK_STATUS, SPEC, stage_members
+from ckpt.archive.layout import CONFIG, DELETED_FILES, INVENTORY, NETWORK_STATUS, SPEC, stage_members
 from ckpt.archive.manifest import MAX_BYTES, is_volume_name, json_object
 from ckpt.errors import ArchiveInvalid
 from ckpt.model import ContainerImage, HostMount, Manifest, PortMapping
@@ -171,3 +172,25 @@ def _addresses(network_data: bytes) -> tuple[str, ...]:
                 if address := _text(subnet.get("ipnet")).partition("/")[0]:
                     found.append(address)
     return tuple(found)
+
+
+def deleted_files(data: bytes) -> list[str]:
+    """The paths of a `deleted.files` member: absolute, in the container.
+
+    Raises:
+        ArchiveInvalid: not JSON, not a list, or a path that is none.
+    """
+    if len(data) > MAX_BYTES:
+        raise ArchiveInvalid(f"{DELETED_FILES} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        plain = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArchiveInvalid(f"{DELETED_FILES} is not valid JSON: {error}") from None
+    if plain is None:
+        return []
+    if not isinstance(plain, list) or not all(isinstance(path, str) for path in plain):
+        raise ArchiveInvalid(f"{DELETED_FILES} is not a list of paths")
+    for path in plain:
+        if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise ArchiveInvalid(f"{DELETED_FILES} has {path[:100]!r}, which is no path in the container")
+    return plain

@@ -15,7 +15,18 @@ from typing import Any, BinaryIO, Final
 from ckpt.archive import manifest as manifests
 from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
-from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, require_members
+from ckpt.archive.layout import (
+    CHUNK_BYTES,
+    CONFIG,
+    DIGEST_PREFIX,
+    INVENTORY,
+    MANIFEST,
+    NETWORK_STATUS,
+    SPEC,
+    STATS,
+    compare_digests,
+    require_members,
+)
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
 from ckpt.errors import ArchiveInvalid, NoSpace
@@ -24,6 +35,7 @@ from ckpt.model import Manifest
 __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
 
 OnBytes = Callable[[int], None]
+_CORE_CAP: Final = 64 << 20
 _SMALL: Final = frozenset({MANIFEST, CONFIG, SPEC, NETWORK_STATUS, STATS})
 
 
@@ -118,24 +130,47 @@ def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
     Raises:
         ArchiveInvalid: as `extract`.
     """
-    small: dict[str, bytes] = {}
     with ArchiveMembers(path, limits=limits) as members:
-        sizes = {name: members.size_bytes(name) for name in members.names() if not name.endswith("/")}
-        for name, size_bytes in sizes.items():
-            _check_size(Member(name, size_bytes), limits)
-            if name in _SMALL:
-                with members.open(name) as file:
-                    small[name] = file.read()
-        compression, size = members.compression, members.archive_bytes
+        return look(members, limits=limits)
+
+
+def look(members: ArchiveMembers, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
+    """`peek` into an archive that is open.
+
+    Raises:
+        ArchiveInvalid: as `extract`.
+    """
+    sizes = {name: members.size_bytes(name) for name in members.names() if not name.endswith("/")}
+    small: dict[str, bytes] = {}
+    for name, size_bytes in sizes.items():
+        _check_size(Member(name, size_bytes), limits)
+        if name in _SMALL:
+            small[name] = _read_member(members, name)
     for name in (CONFIG, SPEC, INVENTORY):
         if name not in sizes:
             raise ArchiveInvalid(f"the archive has no {name}, it is not a complete checkpoint")
     config = manifests.json_object(small[CONFIG], CONFIG)
     spec = manifests.json_object(small[SPEC], SPEC)
     manifest = manifests.loads(small[MANIFEST]) if MANIFEST in small else None
-    if manifest is None or manifest.container_id != config.get("id"):
+    if manifest is None or manifest.container_id != config.get("id") or _is_stale(manifest, _identity(members, manifest)):
         manifest = made_up(small[CONFIG], small.get(NETWORK_STATUS, b""), small[SPEC], size_bytes=sum(sizes.values()), members=tuple(sizes))
-    return Peek(compression, size, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
+    return Peek(members.compression, members.archive_bytes, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
+
+
+def _identity(members: ArchiveMembers, manifest: Manifest) -> dict[str, str]:
+    """Digests of the members that tell one dump from the next. When the inventory is that of the manifest, it is enough."""
+    sizes = {name: members.size_bytes(name) for name in members.names()}
+    found = {INVENTORY: DIGEST_PREFIX + hashlib.sha256(_read_member(members, INVENTORY)).hexdigest()} if sizes.get(INVENTORY, 0) < _CORE_CAP else {}
+    if found.get(INVENTORY) != manifest.digests.get(INVENTORY):
+        for name, size_bytes in sizes.items():
+            if name.startswith("checkpoint/core-") and size_bytes < _CORE_CAP:
+                found[name] = DIGEST_PREFIX + hashlib.sha256(_read_member(members, name)).hexdigest()
+    return found
+
+
+def _read_member(members: ArchiveMembers, name: str) -> bytes:
+    with members.open(name) as file:
+        return b"".join(iter(lambda: file.read(CHUNK_BYTES), b""))
 
 
 def _check_size(member: Member, limits: Limits) -> None:
