@@ -166,6 +166,7 @@ class _Attempt:
             host=host,
             engine_version=version,
             freeze_s=self.freeze_s,
+            look=True,
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
         faults.point("described")
