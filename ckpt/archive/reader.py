@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from ckpt.archive import index
 from ckpt.archive import manifest as manifests
-from ckpt.archive.codec import open_stream
+from ckpt.archive.codec import Stream, open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
 from ckpt.archive.layout import (
     CHUNK_BYTES,
@@ -73,8 +74,10 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         stream = open_stream(source)
         tar = TarStream(stream, limits)
         digests: dict[str, str] = {}
+        entries: list[index.Entry] = []
         told = 0
         for member in tar:
+            entries.append(index.Entry(member.name, member.header_offset, member.data_offset, member.size_bytes, member.mtime_s))
             if member.name.endswith("/"):
                 directories.get(member.name)
                 continue
@@ -100,6 +103,7 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
                 digests[member.name] = DIGEST_PREFIX + digest.hexdigest()
         if on_bytes and stream.raw.count > told:
             on_bytes(stream.raw.count - told)
+    check_tail(stream, entries, ours=MANIFEST in (entry.name for entry in entries))
     require_members(stage)
     config = manifests.json_object(_read_small(stage / CONFIG), CONFIG)
     manifests.json_object(_read_small(stage / SPEC), SPEC)
@@ -111,6 +115,16 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         return None
     compare_digests(digests, found)
     return found
+
+
+def check_tail(stream: Stream, entries: Sequence[index.Entry], *, ours: bool) -> None:
+    """After the last byte of an archive that ckpt wrote: what stands behind its data is an index that agrees with it, or nothing.
+
+    Raises:
+        ArchiveInvalid: it does not agree.
+    """
+    if ours and stream.zstd is not None and stream.zstd.tail_bytes:
+        index.agree(bytes(stream.zstd.tail), stream.zstd.frames, entries)
 
 
 def _is_stale(manifest: Manifest, digests: dict[str, str]) -> bool:

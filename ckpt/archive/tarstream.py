@@ -38,10 +38,13 @@ DEFAULT_LIMITS: Final = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the archive: `name` as in the layout (directories end in "/")."""
+    """A member of the archive: `name` as in the layout (directories end in "/"); where its header and its data begin in the tar."""
 
     name: str
     size_bytes: int
+    header_offset: int = 0
+    data_offset: int = 0
+    mtime_s: int = 0
 
 
 class TarStream:
@@ -92,7 +95,7 @@ class TarStream:
     def _next(self, *, first: bool) -> Member | None:
         pax: dict[str, str] = {}
         long_name: str | None = None
-        extended = 0
+        extended, begin = 0, self._stream.count
         while True:
             block = self._stream.read(_BLOCK)
             self.check_caps()
@@ -117,9 +120,9 @@ class TarStream:
                 long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif info.type != tarfile.XGLTYPE:
                 pax |= _pax(data)
-        return self._member(info, pax, long_name)
+        return self._member(info, pax, long_name, begin)
 
-    def _member(self, info: tarfile.TarInfo, pax: dict[str, str], long_name: str | None) -> Member:
+    def _member(self, info: tarfile.TarInfo, pax: dict[str, str], long_name: str | None, begin: int) -> Member:
         name = pax.get("path", long_name if long_name is not None else info.name)
         size = info.size
         if "size" in pax:
@@ -150,7 +153,7 @@ class TarStream:
         if clean != "./" and (clean.endswith("/") != directory or not is_allowed(clean)):
             raise ArchiveInvalid(f"the archive holds {shown}, which is no member of a checkpoint")
         self._set(size)
-        return Member(clean, size)
+        return Member(clean, size, begin, self._stream.count, max(0, int(info.mtime)))
 
     def _set(self, size: int) -> None:
         self._left = max(size, 0)
