@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -168,6 +168,7 @@ def look(members: ArchiveMembers, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
     manifest = manifests.loads(small[MANIFEST]) if MANIFEST in small else None
     if manifest is None or manifest.container_id != config.get("id") or _is_stale(manifest, _identity(members, manifest)):
         manifest = made_up(small[CONFIG], small.get(NETWORK_STATUS, b""), small[SPEC], size_bytes=sum(sizes.values()), members=tuple(sizes))
+        manifest = manifest if manifest.created_s else replace(manifest, created_s=members.mtime_s(INVENTORY))
     return Peek(members.compression, members.archive_bytes, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from ckpt.archive import layout, reader
+from ckpt.archive import foreign, layout, reader
 from ckpt.errors import TargetNotFound
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Manifest
@@ -68,6 +68,7 @@ def unpack(file: BinaryIO, draft: Draft, label: str, emit: Emit, total: int | No
 
     manifest = reader.extract(file, draft.stage, on_bytes=on_bytes)
     if manifest is None:
+        foreign.convert(draft.stage)
         manifest = reader.foreign_manifest(draft.stage)
         manifest = replace(manifest, digests=layout.digest_members(draft.stage))
         # No warning: podman's archives have no digests to begin with, and an import of one is no half success.
