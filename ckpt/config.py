@@ -35,6 +35,8 @@ class Settings:
     """How long nothing may be heard of the other host before the link counts as dead, on the host that waits."""
     ssh_options: tuple[str, ...] = ()
     """Added to every ssh call as `-o OPTION`."""
+    allow: tuple[str, ...] = ()
+    """What checkpoints from elsewhere may have beyond this host's defaults, as `--allow` takes it."""
 
 
 def _text(value: Any) -> str:
@@ -85,6 +87,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "timeout_s": _seconds,
     "link_timeout_s": _seconds,
     "ssh_options": _texts,
+    "allow": _texts,
 }
 
 

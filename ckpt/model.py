@@ -196,6 +196,8 @@ class RestoreOptions:
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
     checked: bool = False
     """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
+    allow: tuple[str, ...] = ()
+    """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
     timeout_s: float = 200.0
@@ -282,11 +284,37 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """What a store knows about a checkpoint beside the checkpoint itself (ckpt/store/entry.py); no archive brings it along."""
+
+    name: str
+    generation: int
+    size_bytes: int = 0
+    """Of all members, unpacked."""
+    stored_s: float = 0.0
+    """When it came into the store, seconds since the epoch."""
+    origin: str = "local"
+    """"local" (a workload of this host), or how it came from outside: "import", "migrate", "serve", with the place behind a colon."""
+    tags: tuple[str, ...] = ()
+    note: str = ""
+    manifest_digest: str = ""
+    """"sha256:HEX" of the manifest's bytes: a manifest that was damaged, or is another's, is not read."""
+    pinned: bool = False
+    """Neither `prune` nor `rm --all` takes it."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it came from outside, so that this host's policy is to judge it."""
+        return self.origin != "local"
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint in a store: its manifest and the directory (podman's archive layout, unpacked) that holds it."""
 
     manifest: Manifest
     directory: Path
+    entry: Entry = Entry("", 0)
 
     @property
     def ref(self) -> str:

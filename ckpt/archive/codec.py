@@ -6,9 +6,10 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
+from ckpt.archive import index
 from ckpt.archive.layout import CHUNK_BYTES
 from ckpt.errors import ArchiveInvalid
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ckpt.archive.zstdframes import ZstdFrames
 
 _MAGIC: Final = ((b"BZh", "bzip2"), (b"\x1f\x8b\x08", "gzip"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+_GZIP_HEAD: Final = b"\x1f\x8b\x08\0\0\0\0\0\x04\x03"
+"""Of zlib and of pigz -n at level 1 (RFC 1952): no flags, no time, fastest, Unix."""
 _XZ_MEMORY: Final = 256 << 20
 
 
@@ -107,6 +110,7 @@ class Stream:
         if not head:
             raise ArchiveInvalid("the archive is empty")
         self.compression = next((name for magic, name in _MAGIC if head.startswith(magic)), "none")
+        self.head = head
         self.raw = Counted(source, head)
         self.count = 0
         self.zstd: ZstdFrames | None = None
@@ -124,6 +128,28 @@ class Stream:
             data = b"".join(parts)
         self.count += len(data)
         return data
+
+    def require_as_written(self, entries: Sequence[index.Entry]) -> None:
+        """For an archive that ckpt wrote, after its end: what no check sum of the compression covers is as ckpt writes it.
+
+        One that was decompressed and compressed again by another program has no index, and nothing is asked of it.
+
+        Args:
+            entries: the members as they were found.
+
+        Raises:
+            ArchiveInvalid: a bit was changed in a header of the compression, or in the index.
+        """
+        if self.compression == "gzip":
+            changed = int.from_bytes(self.head, "big") ^ int.from_bytes(_GZIP_HEAD, "big")
+            good = changed.bit_count() != 1
+        elif self.zstd is not None and self.zstd.tail_bytes:
+            good = self.zstd.sized and bytes(self.zstd.tail) == index.tail(entries, self.zstd.frames)
+        else:
+            return
+        if not good:
+            message = f"the archive's {self.compression} headers are not those that ckpt writes: it is damaged, or was compressed again"
+            raise ArchiveInvalid(message, hint="if it was compressed again, decompress it and take the plain tar")
 
     def _reader(self) -> Callable[[int], bytes]:
         if self.compression == "none":

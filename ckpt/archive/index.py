@@ -91,16 +91,6 @@ def tail(entries: Sequence[Entry], frames: Sequence[Sizes]) -> bytes:
     return data if len(data) <= TAIL_CAP_BYTES else b""
 
 
-def agree(found: bytes, frames: Sequence[Sizes], entries: Sequence[Entry]) -> None:
-    """Compare the skippable frames behind an archive that was read from its beginning with what was in it.
-
-    Raises:
-        ArchiveInvalid: they are not what a writer would have put there: the archive was damaged.
-    """
-    if found != tail(entries, frames):
-        raise _bad("it does not agree with the members")
-
-
 def load(read_at: ReadAt, archive_bytes: int) -> Index | None:
     """The index at the end of an archive; None when there is none (another program wrote it).
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, Final, cast
 from ckpt.archive import frames, index
 from ckpt.archive.codec import Stream, open_stream
 from ckpt.archive.layout import CHUNK_BYTES, is_bulk
-from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
+from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, TarStream
 from ckpt.errors import ArchiveInvalid
 
 _BLOCK: Final = 512
@@ -145,12 +145,12 @@ class ArchiveMembers:
                 raise ArchiveInvalid(f"the archive's index does not agree with the header of {member.name[:100]!r}")
             self._members[entry.name] = entry
 
-    def _header(self, found: index.Index | None, offset: int, length: int) -> tuple[Member, int]:
+    def _header(self, found: index.Index | None, offset: int, length: int) -> tuple[index.Entry, int]:
         stream = _At(self._start_of(found, offset) if found else None, self, offset, min(length, 4 << 20))
-        member = next(iter(TarStream(cast(Stream, stream), self._limits)), None)
-        if member is None:
+        tar = TarStream(cast(Stream, stream), self._limits)
+        if next(iter(tar), None) is None:
             raise ArchiveInvalid("the archive's index is damaged (a header)")
-        return member, stream.count
+        return tar.entries[-1], stream.count
 
     def _start_of(self, found: index.Index, offset: int) -> bytes | None:
         """The first bytes of a large frame, when `offset` is its beginning: its header is read without unpacking all of it."""
@@ -191,7 +191,7 @@ class ArchiveMembers:
             tar = TarStream(stream, self._limits)
             kept = 0
             for member in tar:
-                self._add(index.Entry(member.name, member.header_offset, member.data_offset, member.size_bytes, member.mtime_s))
+                self._add(tar.entries[-1])
                 if not is_bulk(member.name) and not member.name.endswith("/") and kept + member.size_bytes <= _KEPT_BYTES:
                     self._kept[member.name] = b"".join(tar.data())
                     kept += member.size_bytes

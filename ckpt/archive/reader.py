@@ -5,16 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from ckpt.archive import index
 from ckpt.archive import manifest as manifests
-from ckpt.archive.codec import Stream, open_stream
+from ckpt.archive import schema
+from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
 from ckpt.archive.layout import (
     CHUNK_BYTES,
@@ -31,6 +31,7 @@ from ckpt.archive.layout import (
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
 from ckpt.errors import ArchiveInvalid, NoSpace
+from ckpt.host.beneath import open_beneath
 from ckpt.model import Manifest
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
@@ -74,10 +75,8 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         stream = open_stream(source)
         tar = TarStream(stream, limits)
         digests: dict[str, str] = {}
-        entries: list[index.Entry] = []
         told = 0
         for member in tar:
-            entries.append(index.Entry(member.name, member.header_offset, member.data_offset, member.size_bytes, member.mtime_s))
             if member.name.endswith("/"):
                 directories.get(member.name)
                 continue
@@ -103,39 +102,30 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
                 digests[member.name] = DIGEST_PREFIX + digest.hexdigest()
         if on_bytes and stream.raw.count > told:
             on_bytes(stream.raw.count - told)
-    check_tail(stream, entries, ours=MANIFEST in (entry.name for entry in entries))
     require_members(stage)
     config = manifests.json_object(_read_small(stage / CONFIG), CONFIG)
-    manifests.json_object(_read_small(stage / SPEC), SPEC)
+    schema.check(stage)
     if not (stage / MANIFEST).exists():
         return None
     found = manifests.loads(_read_small(stage / MANIFEST))
-    if config.get("id") != found.container_id or _is_stale(found, digests):
+    if _is_stale(found, digests, other=config.get("id") != found.container_id):
         os.unlink(stage / MANIFEST)
         return None
     compare_digests(digests, found)
+    stream.require_as_written(tar.entries)
     return found
 
 
-def check_tail(stream: Stream, entries: Sequence[index.Entry], *, ours: bool) -> None:
-    """After the last byte of an archive that ckpt wrote: what stands behind its data is an index that agrees with it, or nothing.
-
-    Raises:
-        ArchiveInvalid: it does not agree.
-    """
-    if ours and stream.zstd is not None and stream.zstd.tail_bytes:
-        index.agree(bytes(stream.zstd.tail), stream.zstd.frames, entries)
-
-
-def _is_stale(manifest: Manifest, digests: dict[str, str]) -> bool:
-    """Whether the manifest is of an earlier checkpoint of the same container.
+def _is_stale(manifest: Manifest, digests: dict[str, str], *, other: bool) -> bool:
+    """Whether the manifest is of an earlier checkpoint, of the same container or of the one that it is a copy of (`other`).
 
     Podman keeps `artifacts/` of a container that it restored and exports it again with its next checkpoint. Every dump has its own
-    inventory and its own core files; damage hits one member.
+    inventory and its own core files; damage hits one member, and config.dump with the container's id may be that one.
     """
-    cores = [name for name in manifest.digests if name.startswith("checkpoint/core-")]
+    cores = any(manifest.digests[name] != digests.get(name) for name in manifest.digests if name.startswith("checkpoint/core-"))
     known = manifest.digests.get(INVENTORY)
-    return known is not None and known != digests.get(INVENTORY) and any(manifest.digests[n] != digests.get(n) for n in cores)
+    inventory = known is not None and known != digests.get(INVENTORY)
+    return (inventory or cores) if other else (inventory and cores)
 
 
 def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
@@ -166,17 +156,18 @@ def look(members: ArchiveMembers, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
     config = manifests.json_object(small[CONFIG], CONFIG)
     spec = manifests.json_object(small[SPEC], SPEC)
     manifest = manifests.loads(small[MANIFEST]) if MANIFEST in small else None
-    if manifest is None or manifest.container_id != config.get("id") or _is_stale(manifest, _identity(members, manifest)):
+    other = manifest is not None and manifest.container_id != config.get("id")
+    if manifest is None or _is_stale(manifest, _identity(members, manifest, all_cores=other), other=other):
         manifest = made_up(small[CONFIG], small.get(NETWORK_STATUS, b""), small[SPEC], size_bytes=sum(sizes.values()), members=tuple(sizes))
         manifest = manifest if manifest.created_s else replace(manifest, created_s=members.mtime_s(INVENTORY))
     return Peek(members.compression, members.archive_bytes, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
 
 
-def _identity(members: ArchiveMembers, manifest: Manifest) -> dict[str, str]:
+def _identity(members: ArchiveMembers, manifest: Manifest, *, all_cores: bool) -> dict[str, str]:
     """Digests of the members that tell one dump from the next. When the inventory is that of the manifest, it is enough."""
     sizes = {name: members.size_bytes(name) for name in members.names()}
     found = {INVENTORY: DIGEST_PREFIX + hashlib.sha256(_read_member(members, INVENTORY)).hexdigest()} if sizes.get(INVENTORY, 0) < _CORE_CAP else {}
-    if found.get(INVENTORY) != manifest.digests.get(INVENTORY):
+    if all_cores or found.get(INVENTORY) != manifest.digests.get(INVENTORY):
         for name, size_bytes in sizes.items():
             if name.startswith("checkpoint/core-") and size_bytes < _CORE_CAP:
                 found[name] = DIGEST_PREFIX + hashlib.sha256(_read_member(members, name)).hexdigest()
@@ -237,9 +228,8 @@ class _Directories:
             leaf = name.rstrip("/")
             with suppress(FileExistsError):
                 os.mkdir(leaf, 0o700, dir_fd=self._fds[""])
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             try:
-                self._fds[name] = os.open(leaf, flags, dir_fd=self._fds[""])
+                self._fds[name] = open_beneath(self._fds[""], leaf, os.O_RDONLY | os.O_DIRECTORY)
             except OSError as error:
                 raise ArchiveInvalid(f"{self._stage / leaf} is in the way: {error.strerror}") from error
         return self._fds[name]
@@ -247,8 +237,7 @@ class _Directories:
     def create(self, name: str) -> int:
         """A new file, 0600."""
         head, slash, leaf = name.rpartition("/")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return os.open(leaf, flags, 0o600, dir_fd=self.get(head + slash))
+            return open_beneath(self.get(head + slash), leaf, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             raise ArchiveInvalid(f"{self._stage / name} is there already") from None

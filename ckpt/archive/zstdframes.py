@@ -147,7 +147,7 @@ class ZstdFrames:
             base = 1 << (10 + (window[0] >> 3))
             if base + (base >> 3) * (window[0] & 7) > WINDOW_BYTES:
                 raise ArchiveInvalid("the archive needs a larger zstd window than 128 MiB")
-        if flags & 0x08:
+        if flags & 0x18:  # one bit is reserved, one has no meaning; nobody sets them
             raise ArchiveInvalid("the archive is damaged: a zstd frame of an unknown kind")
         dictionary = self.peel((0, 1, 2, 4)[flags & 3])
         sizes = self.peel((1 if single else 0, 2, 4, 8)[flags >> 6])

@@ -33,6 +33,7 @@ from ckpt.model import RestoreOptions
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports than the checkpoint's ([IP:]HOST:CONTAINER[/PROTOCOL]).")
 @click.option("--pod", metavar="POD", help="Restore into this pod.")
 @click.option("-k", "--keep", is_flag=True, help="Keep CRIU's logs of a restore that went well.")
+@click.option("--allow", multiple=True, metavar="KIND:VALUE", help="What a checkpoint from elsewhere may have: cap:SYS_ADMIN. Can be repeated.")
 @click.option("--lazy", is_flag=True, help="Resume at once, memory follows.")
 @state_options(restoring=True)
 @click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
@@ -48,11 +49,16 @@ def command(
     print_stats: bool,
     publish: tuple[str, ...],
     timeout_s: float | None,
+    allow: tuple[str, ...],
     **given: Any,
 ) -> int:
     """Bring checkpoints back to life.
 
     The checkpoint stays in the store. -a restores the newest checkpoint of every name that does not run.
+
+    A checkpoint that was made elsewhere (imported, or restored with -i) gets what this host gives to any container. What it asks for
+    beyond that (capabilities, devices, files of the host, ...) is listed and refused; --allow lets it have one such thing, as the list
+    says, mount:DIR also what is below DIR.
 
     With --lazy the workload runs before its memory is there: page faults are served from the checkpoint, the rest is brought in the
     background by CRIU's lazy-pages daemon, which outlives ckpt. Until all of it is there the checkpoint cannot be removed and the
@@ -67,7 +73,11 @@ def command(
     if given["name"] is not None and (every or len(refs) > 1):
         raise UsageError("--name fits one checkpoint only")
     session.need_root()
-    options = RestoreOptions(publish=publish, timeout_s=timeout_s if timeout_s is not None else session.settings.timeout_s, **given)
+    from ckpt.ops import policy
+
+    policy.Allowed.parse(allow)  # a wrong one is no configuration's fault
+    limit_s = timeout_s if timeout_s is not None else session.settings.timeout_s
+    options = RestoreOptions(publish=publish, timeout_s=limit_s, allow=(*session.settings.allow, *allow), **given)
     from ckpt.ops import restore as use_case
 
     outcomes = use_case.restore(

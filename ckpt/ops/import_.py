@@ -43,7 +43,7 @@ def _import(file: BinaryIO, total: int | None, label: str, name: str | None, roo
     catalog = Catalog(root)
     catalog.sweep()
     began = time.monotonic()
-    draft = catalog.begin(name or "import")
+    draft = catalog.begin(name or "import", origin="import")
     try:
         manifest = unpack(file, draft, label, emit, total)
         draft.name = name or manifest.name

@@ -22,7 +22,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, proof, recover
+from ckpt.ops import faults, lazy, policy, proof, recover
 from ckpt.ops.import_ import unpack
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
@@ -42,6 +42,8 @@ class Source:
     """The lock that keeps the stage; a lazy restore hands it on."""
     draft: bool = False
     """The stage is a draft: whoever needs it last removes it."""
+    made_here: bool = False
+    """The checkpoint was made on this host: it asks for nothing that the workload did not have here."""
 
     @property
     def remains(self) -> str:
@@ -110,6 +112,8 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
+    if not source.made_here:
+        policy.require(source.stage, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     if not source.verified:
         began = time.monotonic()
         emit(StepStarted(source.label, "verify"))
@@ -186,7 +190,7 @@ class _Attempt:
             if not options.ignore_volumes and tar.exists():
                 self.warn(rootfs.apply_tree(tar, directory, empty=True))
 
-        chosen = _as_dumped(options, manifest)
+        chosen = _as_dumped(options, self.source)
         if options.lazy:
             verify = bool(manifest.digests) and not self.source.verified
             self.keeper = lazy.Keeper(self.job, stage, lease_fd=self.source.lease_fd, draft=self.source.draft, verify=verify)
@@ -256,7 +260,8 @@ class _Attempt:
 
 def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
     with catalog.lease_fd(checkpoint) as fd:
-        source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd)
+        made_here = not checkpoint.entry.foreign
+        source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd, made_here=made_here)
         return bring_back(source, options, catalog.root, emit, keep=keep)
 
 
@@ -330,13 +335,14 @@ def _with_id(containers: Sequence[Container], identity: str) -> Container | None
     return next((container for container in containers if container.id == identity), None)
 
 
-def _as_dumped(options: RestoreOptions, manifest: Manifest) -> RestoreOptions:
+def _as_dumped(options: RestoreOptions, source: Source) -> RestoreOptions:
     """The options with what the user left open as the manifest says."""
+    manifest = source.manifest
     if options.name is not None:
         volumes: Literal["refuse", "keep", "replace"] = "keep"
     else:
         # A volume of the same name on the host that was dumped is the container's own: memory and volume go together.
-        volumes = "replace" if manifest.host.hostname == os.uname().nodename else "refuse"
+        volumes = "replace" if source.made_here and manifest.host.hostname == os.uname().nodename else "refuse"
     return replace(
         options,
         existing_volumes=volumes,

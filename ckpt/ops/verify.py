@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ckpt.archive import foreign, index, layout, reader
+from ckpt.archive import foreign, layout
 from ckpt.archive import manifest as manifests
 from ckpt.archive.codec import open_stream
 from ckpt.archive.members import Members
@@ -140,9 +140,7 @@ def _file_digests(opened: Opened, on_bytes: Callable[[int], None]) -> dict[str, 
     with opened.path.open("rb") as file:
         stream = open_stream(file)
         tar = TarStream(stream, DEFAULT_LIMITS)
-        entries: list[index.Entry] = []
         for member in tar:
-            entries.append(index.Entry(member.name, member.header_offset, member.data_offset, member.size_bytes, member.mtime_s))
             sizes[member.name] = member.size_bytes
             digest = hashlib.sha256()
             for piece in tar.data():
@@ -150,7 +148,8 @@ def _file_digests(opened: Opened, on_bytes: Callable[[int], None]) -> dict[str, 
                 on_bytes(len(piece))
             if not member.name.endswith("/") and member.name not in (layout.MANIFEST, layout.SIGNATURE):
                 digests[member.name] = layout.DIGEST_PREFIX + digest.hexdigest()
-        reader.check_tail(stream, entries, ours=layout.MANIFEST in sizes)
+        if opened.has_manifest:
+            stream.require_as_written(tar.entries)
     if sizes != {name: opened.members.size_bytes(name) for name in opened.members.names()}:
         raise ArchiveInvalid("the archive's index does not agree with its members")
     return digests

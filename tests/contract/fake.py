@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ckpt.archive.wants import Profile
 from ckpt.engines import registry
 from ckpt.engines.base import MutateFs
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown, TargetNotFound
@@ -128,6 +129,9 @@ class FakeEngine:
                 os.kill(container.pid, signal.SIGKILL)
 
     # -- the engine's promise ------------------------------------------------------------------------------------
+
+    def profile(self) -> Profile:
+        return Profile(seccomp=None, namespaces=frozenset(), masked=(), read_only=())
 
     def probe(self) -> Capabilities:
         return Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True)

@@ -371,7 +371,7 @@ def test_a_damaged_layer(tmp_path: Path, data: bytes) -> None:
 def test_old_and_new_manifests(stage: Path) -> None:
     data = json.loads((stage / layout.MANIFEST).read_bytes())
     made = manifest.loads((stage / layout.MANIFEST).read_bytes())
-    for key in ("open_kinds", "memory_bytes", "mounts"):
+    for key in ("open_kinds", "memory_bytes", "mounts", "check"):
         del data[key]
     assert manifest.loads(json.dumps(data).encode()) == made
     full = replace(made, open_kinds={"inet": 2}, memory_bytes={"heap": 1 << 40}, mounts=(("/data", "tmpfs"),))
