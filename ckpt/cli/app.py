@@ -20,6 +20,7 @@ VERBS: Final = {
     "check": "ckpt.cli.check",
     "list": "ckpt.cli.list_",
     "inspect": "ckpt.cli.inspect",
+    "serve": "ckpt.cli.serve",
     "jobs": "ckpt.cli.jobs",
     "rm": "ckpt.cli.rm",
     "peer": "ckpt.cli.peer",
