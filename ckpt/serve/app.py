@@ -12,8 +12,8 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -24,7 +24,7 @@ from ckpt.errors import CkptError, DigestMismatch, RemoteRefused, UsageError
 from ckpt.host.run import CommandFailed
 from ckpt.serve import answers, archives
 from ckpt.serve.limits import Bucket, Pace, Tries
-from ckpt.serve.tokens import PERMISSIONS, Token, Tokens
+from ckpt.serve.tokens import MAX_USES, PERMISSIONS, Token, Tokens
 from ckpt.serve.tunnel import Tunnel
 from ckpt.serve.uploads import Upload, Uploads
 from ckpt.transports.https_peer import PROTOCOL
@@ -38,7 +38,7 @@ _access = logging.getLogger("ckpt.serve.access")
 BLOCK_BYTES: Final = 1 << 20
 APPEND_BYTES: Final = 8 << 20
 PREEMPT_S: Final = 10.0
-WAIT_S: Final = 15.0
+WAIT_S: Final = 240.0
 """How long the last PATCH waits for the import; after that the client asks again."""
 MAX_IMPORTS: Final = 2
 MAX_TUNNELS: Final = 8
@@ -88,7 +88,8 @@ class Service:
         """id of a connection's protocol -> requests within it."""
         self.stopping = asyncio.Event()
         self._imports = asyncio.Semaphore(MAX_IMPORTS)
-        self._tunnels = 0
+        self.tunnels: set[asyncio.Transport] = set()
+        """Connections that carry a migration."""
 
     def app(self) -> web.Application:
         """The application for a server."""
@@ -124,16 +125,15 @@ class Service:
                 except TimeoutError:
                     response = answers.problem(408, "too-slow", "nothing came in time")
                     response.force_close()
-                except (ConnectionError, asyncio.CancelledError):
-                    raise
                 except Exception as error:
-                    if request.transport is None or request.transport.is_closing():
-                        raise ConnectionResetError from error
-                    response = answers.of_error(error)
-                if not isinstance(response, web.Response) or response.prepared:
+                    gone = isinstance(error, ConnectionError) or request.transport is None or request.transport.is_closing()
+                    response = answers.problem(400, "broken", "the request was cut") if gone else answers.of_error(error)
+                if response.prepared:
                     pass
                 elif response.status >= 400 and not request.content.at_eof():
                     response.force_close()
+                if request.method == "OPTIONS":
+                    response.headers["Ckpt-Upload"] = "1"  # also with a refusal: nothing less is to be tried
                 status = response.status
                 return response
             finally:
@@ -198,7 +198,7 @@ class Service:
         limits = [f"max-append-size={APPEND_BYTES}"]
         if self.rules.max_bytes is not None:
             limits.insert(0, f"max-size={self.rules.max_bytes}")
-        return web.Response(status=204, headers={"Ckpt-Upload": "1", "Upload-Limit": ", ".join(limits), "Allow": "OPTIONS, POST, PUT"})
+        return web.Response(status=204, headers={"Upload-Limit": ", ".join(limits), "Allow": "OPTIONS, POST, PUT"})
 
     async def begin(self, request: web.Request) -> web.StreamResponse:
         who = await self.need(request, "upload")
@@ -222,36 +222,40 @@ class Service:
             raise web.HTTPNotFound()
         return upload
 
-    async def _take(self, upload: Upload) -> None:
-        """Become the one that may change it: an earlier request ends now, whether it knows or not."""
-        connection = upload.connection
-        if connection is not None:
-            cast(asyncio.Transport, connection).abort()
+    @asynccontextmanager
+    async def _taken(self, request: web.Request, upload: Upload) -> AsyncIterator[None]:
+        """Be the one that may change it: an earlier request on it ends now, whether it knows or not."""
+        upload.turn += 1
+        mine = upload.turn
+        if upload.connection is not None:
+            cast(asyncio.Transport, upload.connection).abort()
         try:
             await asyncio.wait_for(upload.lock.acquire(), PREEMPT_S)
         except TimeoutError:
             raise web.HTTPServiceUnavailable() from None
+        try:
+            if upload.turn != mine:
+                raise ConnectionAbortedError  # a later one came while we waited
+            upload.connection = request.transport
+            yield
+        finally:
+            upload.connection = None
+            upload.lock.release()
 
     async def head(self, request: web.Request) -> web.StreamResponse:
         upload = await self._found(request)
-        await self._take(upload)
-        try:
+        async with self._taken(request, upload):
             if upload.result is None and upload.finishing is None:
                 await _whole(upload.open)
             return web.Response(status=204, headers={"Cache-Control": "no-store", **_state(upload)})
-        finally:
-            upload.lock.release()
 
     async def delete(self, request: web.Request) -> web.StreamResponse:
         upload = await self._found(request)
-        await self._take(upload)
-        try:
+        async with self._taken(request, upload):
             if upload.finishing is not None:
                 return answers.problem(423, "busy", "it is being taken into the store")
             await self._drop(upload)
             return web.Response(status=204)
-        finally:
-            upload.lock.release()
 
     async def _drop(self, upload: Upload) -> None:
         done = upload.result is not None
@@ -265,33 +269,29 @@ class Service:
         complete = request.headers.get("Upload-Complete", "?0").strip()
         if offset is None or complete not in ("?0", "?1"):
             raise UsageError("a PATCH has an Upload-Offset, and Upload-Complete is ?0 or ?1")
-        await self._take(upload)
-        try:
-            if upload.result is None and upload.finishing is None:
-                await _whole(upload.open)
-                if offset != upload.offset:
-                    return answers.problem(409, "offset", f"{upload.offset} bytes are there", headers=_state(upload))
-                if complete == "?0":
-                    await self._receive(request, upload)
-                    return web.Response(status=204, headers=_state(upload))
-                digest = _digest(request)
-                if request.content_length or digest is None:
-                    raise UsageError("the last PATCH has a Repr-Digest and no content")
-                await self._complete(upload, digest)
-            elif complete == "?0":
-                return answers.problem(409, "finished", "this upload is complete")
-        except (ConnectionError, TimeoutError, asyncio.CancelledError):
-            raise  # what has come stays
-        except UsageError:
-            raise
-        except BaseException as error:
-            # A full disk gets its room back. What is wrong stays wrong.
-            _log.warning("upload %s of %s ended: %s", upload.id[:8], upload.owner[:20], error)
-            if upload.finishing is None:
-                await self._drop(upload)
-            raise
-        finally:
-            upload.lock.release()
+        async with self._taken(request, upload):
+            try:
+                if upload.result is None and upload.finishing is None:
+                    await _whole(upload.open)
+                    if offset != upload.offset:
+                        return answers.problem(409, "offset", f"{upload.offset} bytes are there", headers=_state(upload))
+                    if complete == "?0":
+                        await self._receive(request, upload)
+                        return web.Response(status=204, headers=_state(upload))
+                    digest = _digest(request)
+                    if request.content_length or digest is None:
+                        raise UsageError("the last PATCH has a Repr-Digest and no content")
+                    await self._complete(upload, digest)
+                elif complete == "?0":
+                    return answers.problem(409, "finished", "this upload is complete")
+            except (ConnectionError, TimeoutError, asyncio.CancelledError, UsageError):
+                raise  # what has come stays
+            except BaseException as error:
+                # A full disk gets its room back. What is wrong stays wrong.
+                _log.warning("upload %s of %s ended: %s", upload.id[:8], upload.owner[:20], error)
+                if upload.finishing is None:
+                    await self._drop(upload)
+                raise
         return await self._outcome(upload, WAIT_S)
 
     async def _complete(self, upload: Upload, digest: bytes | None) -> None:
@@ -353,7 +353,6 @@ class Service:
         pace = Pace(self.rules.least_bytes_s, self.rules.silence_s)
         pieces: list[bytes] = []
         held = 0
-        upload.connection = request.transport
 
         def flush() -> None:
             self.uploads.room_for(held, upload)
@@ -377,16 +376,11 @@ class Service:
                 if self.bucket is not None and (wait_s := self.bucket.take(len(piece))) > 0:
                     pace.paused(wait_s)
                     await asyncio.sleep(wait_s)
-        except (ConnectionError, TimeoutError, asyncio.CancelledError):
-            raise
-        except CkptError:
-            raise
-        except OSError:
+        except (OSError, CkptError):
             raise
         except Exception as error:  # aiohttp's word for a body that ended too early differs from version to version
             raise ConnectionResetError from error
         finally:
-            upload.connection = None
             if held and pieces:
                 with suppress(OSError, CkptError):
                     await _whole(flush)
@@ -419,8 +413,7 @@ class Service:
             response = web.StreamResponse(status=status, headers=headers)
             if request.method == "HEAD":
                 return response
-            use = f"download:{archive.checkpoint.manifest.id}"
-            await self.claim(who, use)
+            use = await self._claim_download(who, archive.checkpoint.manifest.id)
             left = None if size is None else end - start
             archive.start(start)
             await response.prepare(request)
@@ -443,6 +436,17 @@ class Service:
         finally:
             await asyncio.to_thread(archive.close)
 
+    async def _claim_download(self, who: Who, identity: str) -> str:
+        """The use for a download: one that was begun and not finished goes on."""
+        for number in range(1, MAX_USES + 1):
+            use = f"download:{identity}:{number}"
+            state = "open" if who.token is None else await asyncio.to_thread(self.tokens.claim, who.token.id, use)
+            if state == "open":
+                return use
+            if not state:
+                break
+        raise RemoteRefused("this token is used up", hint="a new one: ckpt serve token new")
+
     # -- migrations ----------------------------------------------------------------------------------------------
 
     async def peer(self, request: web.Request) -> web.StreamResponse:
@@ -454,26 +458,24 @@ class Service:
         if not _SESSION.fullmatch(session):
             raise UsageError("a Ckpt-Session is 32 hexadecimal digits")
         use = f"migrate:{session}"
-        if self._tunnels >= MAX_TUNNELS:
+        transport = request.transport
+        if len(self.tunnels) >= MAX_TUNNELS or transport is None:
             raise web.HTTPServiceUnavailable()
-        self._tunnels += 1
+        self.tunnels.add(cast(asyncio.Transport, transport))
         code = None
         try:
             if not ask:
                 await self.claim(who, use)
             response = web.StreamResponse(status=101, headers={"Upgrade": PROTOCOL, "Connection": "Upgrade"})
-            transport, inner = request.transport, request.protocol
-            assert transport is not None
-            await response.prepare(request)
-            tunnel = Tunnel(transport, inner, bucket=self.bucket)
+            tunnel = Tunnel(cast(asyncio.Transport, transport), request.protocol, bucket=self.bucket)
             _log.info("%s came for a migration (%s)", who.id[:20], request.remote)
-            code = await tunnel.run(self.rules.store, ask=ask)
+            code = await tunnel.run(self.rules.store, lambda: response.prepare(request), ask=ask)
             _log.info("%s left after %d bytes, its peer ended with %s", who.id[:20], tunnel.received_bytes, code)
             return response
         except CommandFailed as error:
             raise CkptError("ckpt peer could not be started") from error
         finally:
-            self._tunnels -= 1
+            self.tunnels.discard(cast(asyncio.Transport, transport))
             if code == 0 and not ask:
                 # After the source's goodbye; a cut link may come again.
                 await self.settle(who.id, use, done=True)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -110,8 +111,11 @@ class Tunnel:
     def received_bytes(self) -> int:
         return self._near.moved_bytes
 
-    async def run(self, store: Path, *, ask: bool = False) -> int:
+    async def run(self, store: Path, accept: Callable[[], Awaitable[object]], *, ask: bool = False) -> int:
         """Carry bytes until one end closes; returns the exit status of the peer (0 after a goodbye).
+
+        Args:
+            accept: says yes to the client; called when the peer runs.
 
         Raises:
             CommandFailed: it could not be started; the connection is still the caller's.
@@ -130,8 +134,11 @@ class Tunnel:
             theirs.close()
         try:
             self._near.other, self._far.other = self._far, self._near
-            await loop.create_connection(lambda: self._far, sock=mine)
+            # The client may speak as soon as it reads the answer, and what it says is not for who had the connection so far.
+            self._outside.pause_reading()
+            await accept()
             self._near.connection_made(self._outside)
+            await loop.create_connection(lambda: self._far, sock=mine)
             self._outside.set_protocol(self._near)
             self._outside.resume_reading()
             await asyncio.wait({self._near.over, self._far.over}, return_when=asyncio.FIRST_COMPLETED)

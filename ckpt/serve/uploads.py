@@ -57,8 +57,10 @@ class Upload:
     result: dict[str, Any] | None = None
     """What it became: {"ref": ...}; or the error that it ended with."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turn: int = 0
+    """Counts the requests that wanted to."""
     connection: asyncio.BaseTransport | None = None
-    """The connection that brings data at the moment."""
+    """Of the request that has the lock."""
     finishing: asyncio.Task[dict[str, Any]] | None = None
     touched_s: float = field(default_factory=time.time)
     _fd: int = -1
