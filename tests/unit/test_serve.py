@@ -96,12 +96,17 @@ def test_plain_put(start: Start, archive: bytes) -> None:
     assert len(Catalog(server.store).all()) == 1
 
 
-def cut_patch(client: Client, offset: int, data: bytes, keep: int, *, reset: bool) -> None:
-    """A PATCH whose connection is reset or closed after `keep` bytes of its content."""
+def cut_patch(server: Server, client: Client, offset: int, data: bytes, keep: int, *, reset: bool) -> None:
+    """A PATCH whose connection is reset, or closed when the server waits for more, after `keep` bytes of its content."""
+    assert server.service is not None
+    upload = server.service.uploads.under_way()[0]
     plain = socket.create_connection(("127.0.0.1", client.port))
     with unverified().wrap_socket(plain) as sock:
         head = f"PATCH {client.upload} HTTP/1.1\r\nHost: b\r\nUpload-Offset: {offset}\r\nUpload-Complete: ?0\r\nContent-Length: {len(data)}\r\n"
-        sock.sendall((head + f"Authorization: {client.headers['Authorization']}\r\n\r\n").encode() + data[:keep])
+        sock.sendall((head + f"Authorization: {client.headers['Authorization']}\r\n\r\n").encode())
+        if not reset:
+            wait_until(lambda: upload.connection is not None)
+        sock.sendall(data[:keep])
         if not reset:
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(4096):
@@ -120,7 +125,7 @@ def test_fifty_breaks(start: Start, archive: bytes) -> None:
     for number in range(50):
         size = len(archive) // 60
         keep = chance.randrange(size)
-        cut_patch(client, offset, archive[offset : offset + size], keep, reset=number % 2 == 0)
+        cut_patch(server, client, offset, archive[offset : offset + size], keep, reset=number % 2 == 0)
         told = client.request("HEAD", client.upload)
         assert told.status == 204 and offset <= told.offset <= offset + keep
         offset = told.offset
