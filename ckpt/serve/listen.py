@@ -128,7 +128,8 @@ class _Door:
 async def _sweep(service: Service) -> None:
     while True:
         try:
-            for upload in await asyncio.to_thread(service.uploads.sweep):
+            for upload in service.uploads.stale():
+                await asyncio.to_thread(upload.remove)
                 _log.info("upload %s was given up", upload.id[:8])
                 await service.settle(upload.owner, f"upload:{upload.id}", done=upload.result is not None)
         except (OSError, CkptError) as error:

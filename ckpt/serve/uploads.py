@@ -113,6 +113,11 @@ class Upload:
             os.close(self._fd)
             self._fd, self._digest = -1, None
 
+    def remove(self) -> None:
+        """All its bytes. Blocks. Never raises."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     def save(self) -> None:
         """Bring what is known about it to the disk. Raises OSError."""
         value = {"name": self.name, "owner": self.owner, "length_bytes": self.length_bytes, "result": self.result}
@@ -196,7 +201,7 @@ class Uploads:
 
     def under_way(self) -> list[Upload]:
         """Those without an outcome."""
-        return [upload for upload in self._known.values() if upload.result is None]
+        return [upload for upload in list(self._known.values()) if upload.result is None]
 
     def room_for(self, more_bytes: int, upload: Upload | None = None) -> None:
         """Whether so much more may come.
@@ -210,7 +215,7 @@ class Uploads:
                 raise TooLarge(f"this is more than the {self.max_bytes} bytes that are taken here")
             if upload.length_bytes is not None and end > upload.length_bytes:
                 raise TooLarge(f"this is more than the {upload.length_bytes} bytes that were announced")
-        if self.quota_bytes is not None and sum(one.offset for one in list(self.under_way())) + more_bytes > self.quota_bytes:
+        if self.quota_bytes is not None and sum(one.offset for one in self.under_way()) + more_bytes > self.quota_bytes:
             raise NoSpace("what waits here is as much as may wait", hint="come again later")
         disk = os.statvfs(self.directory)
         if disk.f_bavail * disk.f_frsize < more_bytes + min(SPARE_BYTES, disk.f_blocks * disk.f_frsize // 16):
@@ -224,14 +229,12 @@ class Uploads:
         upload.touched_s = time.time()
         upload.save()
 
-    def drop(self, upload: Upload) -> None:
-        """Forget an upload with all its bytes."""
+    def forget(self, upload: Upload) -> None:
+        """Nobody finds it any more; its bytes go with `Upload.remove`."""
         self._known.pop(upload.id, None)
-        upload.close()
-        shutil.rmtree(upload.directory, ignore_errors=True)
 
-    def sweep(self, now_s: float | None = None) -> list[Upload]:
-        """Drop those that nobody touched for long; returns them."""
+    def stale(self, now_s: float | None = None) -> list[Upload]:
+        """Forget those that nobody touched for long; returns them, to be removed. In the thread that also finds them."""
         now = time.time() if now_s is None else now_s
         old = [
             upload
@@ -239,7 +242,7 @@ class Uploads:
             if not upload.lock.locked() and upload.finishing is None and now - upload.touched_s > (EXPIRE_S if upload.result is None else ANSWER_S)
         ]
         for upload in old:
-            self.drop(upload)
+            self.forget(upload)
         return old
 
 

@@ -263,7 +263,16 @@ def test_a_full_disk(tmp_path: Path, start: Start, archive: bytes) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/checkpoints/..%2F..%2Fetc", "/..%2fx", "/checkpoints/.hidden", "/checkpoints/a%00b", "/checkpoints/a%0ab", "/peer", "/checkpoints/-x", "/a%2Fb"],
+    [
+        "/checkpoints/..%2F..%2Fetc",
+        "/..%2fx",
+        "/checkpoints/.hidden",
+        "/checkpoints/a%00b",
+        "/checkpoints/a%0ab",
+        "/peer",
+        "/checkpoints/-x",
+        "/a%2Fb",
+    ],
 )
 def test_names_are_data(start: Start, path: str) -> None:
     server = start()
@@ -481,7 +490,7 @@ def test_the_rate(start: Start, archive: bytes) -> None:
     client = server.client(server.token("upload"))
     client.begin()
     begun = time.monotonic()
-    assert client.append(0, archive[: 2_500_000]).status == 204
+    assert client.append(0, archive[:2_500_000]).status == 204
     assert 1.0 < time.monotonic() - begun < 6
 
 
@@ -491,9 +500,10 @@ def test_old_uploads_go(start: Start) -> None:
     client = server.client(token)
     client.begin()
     assert server.service is not None
-    assert server.service.uploads.sweep() == []
-    (gone,) = server.service.uploads.sweep(time.time() + 90_000)
+    assert server.service.uploads.stale() == []
+    (gone,) = server.service.uploads.stale(time.time() + 90_000)
     assert client.request("HEAD", client.upload).status == 404
+    gone.remove()
     assert gone.directory.exists() is False
 
 

@@ -21,8 +21,9 @@ from ckpt.errors import CannotConnect, CkptError, FeatureMissing, KeyProblem, Re
 from ckpt.model import Carriage
 from ckpt.peer import client
 from ckpt.serve import certificate, forced, tunnel
-from ckpt.transports import https_peer, https_pins
-from ckpt.transports.https_peer import Access, Server as Address
+from ckpt.transports import https_pins
+from ckpt.transports.https_peer import Access
+from ckpt.transports.https_peer import Server as Address
 from tests.unit.serving import Server
 
 TOP = Path(__file__).parents[2]
@@ -155,7 +156,8 @@ def test_pins(served: Callable[..., Server], tmp_path: Path) -> None:
     with pytest.raises(RemoteRefused, match="not trusted"), client.connect(url(server), access=access(server, tmp_path, token, fingerprint=None)):
         pass
     wrong = "sha256:" + "0" * 64
-    with pytest.raises(RemoteRefused, match="another certificate"), client.connect(url(server), access=access(server, tmp_path, token, fingerprint=wrong)):
+    other = access(server, tmp_path, token, fingerprint=wrong)
+    with pytest.raises(RemoteRefused, match="another certificate"), client.connect(url(server), access=other):
         pass
     assert https_pins.known(f"127.0.0.1:{server.port}") is None
     with client.connect(url(server), access=access(server, tmp_path, token)):
@@ -177,8 +179,9 @@ def test_an_authority(served: Callable[..., Server], tmp_path: Path) -> None:
     """A self-made certificate can be its own authority; the name must be the one that is asked for."""
     server = served()
     own = certificate.own(server.store)
-    with pytest.raises(RemoteRefused, match="not trusted"), client.connect(
-        url(server), access=access(server, tmp_path, fingerprint=None, ca=str(own))
+    with (
+        pytest.raises(RemoteRefused, match="not trusted"),
+        client.connect(url(server), access=access(server, tmp_path, fingerprint=None, ca=str(own))),
     ):
         pass
     with pytest.raises(KeyProblem), client.connect(url(server), access=access(server, tmp_path, fingerprint=None, ca=str(tmp_path / "none"))):
@@ -258,8 +261,9 @@ def test_other_answers(answer: bytes, kind: type[CkptError], said: str, tmp_path
 
         thread = threading.Thread(target=serve)
         thread.start()
-        with pytest.raises(kind) as caught, client.connect(
-            f"https://127.0.0.1:{listener.getsockname()[1]}", access=Access(fingerprint=serving.fingerprint), timeout_s=5
+        with (
+            pytest.raises(kind) as caught,
+            client.connect(f"https://127.0.0.1:{listener.getsockname()[1]}", access=Access(fingerprint=serving.fingerprint), timeout_s=5),
         ):
             pass
         thread.join()
@@ -325,11 +329,15 @@ def test_what_a_forced_command_lets_through(command: str, permission: str, words
 @pytest.mark.parametrize(
     "command",
     [
-        None, "", "ckpt", "sh", "bash -c id", "ckpt list", "ckpt rm -a", "ckpt restore web", "ckpt peer; id", "ckpt peer && id", "ckpt peer --store /x",
+        None, "",
+        "ckpt", "sh", "bash -c id", "ckpt list", "ckpt rm -a", "ckpt restore web", "ckpt peer; id", "ckpt peer && id",
+        "ckpt peer --store /x",
         "ckpt import /etc/shadow", "ckpt import", "ckpt import - -", "ckpt import --store /x -", "ckpt import --name ../x -", "ckpt import -n -x -",
-        "ckpt import -n a -n b -", "ckpt export web -o /etc/passwd", "ckpt export web -o out", "ckpt export", "ckpt export web", "ckpt export -R web -o -",
+        "ckpt import -n a -n b -", "ckpt export web -o /etc/passwd", "ckpt export web -o out", "ckpt export", "ckpt export web",
+        "ckpt export -R web -o -",
         "ckpt export podman:web -o -", "ckpt export ../x -o -", "ckpt export missing -o -", "ckpt peer --join /etc/passwd",
-        "ckpt peer --join /tmp/../ckpt-streams-x/../../etc", "ckpt peer\nid", "ckpt 'peer", "/tmp/ckpt peer", "CKPT_FAULT=x ckpt peer", "ckpt import $(id)",
+        "ckpt peer --join /tmp/../ckpt-streams-x/../../etc", "ckpt peer\nid", "ckpt 'peer", "/tmp/ckpt peer", "CKPT_FAULT=x ckpt peer",
+        "ckpt import $(id)",
         "x" * 5000,
     ],
 )  # fmt: skip
