@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from ckpt.errors import RemoteRefused, UsageError
+from ckpt.errors import UsageError
 from ckpt.serve import answers, archives
-from ckpt.serve.tokens import MAX_USES
 
 if TYPE_CHECKING:
-    from ckpt.serve.app import Service, Who
+    from ckpt.serve.app import Service
 
 _log = logging.getLogger("ckpt.serve")
 _RANGE: Final = re.compile(r"bytes=(\d{1,18})-(\d{0,18})", re.ASCII)
@@ -52,7 +51,8 @@ class Giving:
             response = web.StreamResponse(status=status, headers=headers)
             if request.method == "HEAD":
                 return response
-            use = await self._claim_download(who, archive.checkpoint.manifest.id)
+            # Only the client knows whether the last bytes reached it, so this one may be asked for again.
+            await self._service.claim(who, f"download:{archive.checkpoint.manifest.id}")
             left = None if size is None else end - start
             archive.start(start)
             await response.prepare(request)
@@ -69,22 +69,10 @@ class Giving:
                 request.transport.close()  # shorter than promised: the client sees that
                 return response
             await response.write_eof()
-            if size is None or start + (end - start) == size:
-                await self._service.settle(who.id, use, done=True)
             return response
         finally:
             await asyncio.to_thread(archive.close)
 
-    async def _claim_download(self, who: Who, identity: str) -> str:
-        """The use for a download: one that was begun and not finished goes on."""
-        for number in range(1, MAX_USES + 1):
-            use = f"download:{identity}:{number}"
-            state = "open" if who.token is None else await asyncio.to_thread(self._service.tokens.claim, who.token.id, use)
-            if state == "open":
-                return use
-            if not state:
-                break
-        raise RemoteRefused("this token is used up", hint="a new one: ckpt serve token new")
 
 
 def _range(request: web.Request, etag: str, size: int) -> tuple[int, int]:

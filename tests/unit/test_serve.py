@@ -412,8 +412,11 @@ def test_downloads(start: Start, archive: bytes, tmp_path: Path) -> None:
     assert client.request("HEAD", "/checkpoints/web").headers["Content-Length"] == str(len(whole.body))
     assert client.request("GET", "/checkpoints/web@7").status == 404
     assert client.request("GET", "/checkpoints/..%2f..%2fetc").status == 404
+    once = server.client(server.token("download"))
+    assert once.request("GET", "/checkpoints/web").status == once.request("GET", "/checkpoints/web").status == 200
     again = server.client(server.token("upload"), path="/checkpoints/again")
     assert again.send(whole.body).json()["ref"] == "again@1"
+    assert once.request("GET", "/checkpoints/again").status == 403, "one use is one checkpoint"
     assert again.request("GET", "/checkpoints/web").status == 403
 
 
