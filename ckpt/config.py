@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -35,6 +35,24 @@ class Settings:
     """How long nothing may be heard of the other host before the link counts as dead, on the host that waits."""
     ssh_options: tuple[str, ...] = ()
     """Added to every ssh call as `-o OPTION`."""
+    http: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What belongs to web servers and registries, by the beginning of the URL: token_file, token_command, header_file, ca_file,
+    fingerprint, client_cert, client_key."""
+
+    def http_of(self, url: str) -> Mapping[str, Any]:
+        """The entry of `http` for a URL: of those with its scheme, host and port, the one with the longest path above it."""
+        fitting = [prefix for prefix in self.http if _is_below(url, prefix)]
+        return self.http[max(fitting, key=len)] if fitting else {}
+
+
+def _is_below(url: str, prefix: str) -> bool:
+    from urllib.parse import urlsplit
+
+    ports = {"https": 443, "http": 80}
+    given, above = urlsplit(url), urlsplit(prefix)
+    origins = [(parts.scheme, parts.hostname, parts.port or ports.get(parts.scheme)) for parts in (given, above)]
+    path = above.path.rstrip("/")
+    return origins[0] == origins[1] and (given.path == path or given.path.startswith(path + "/") or not path)
 
 
 def _text(value: Any) -> str:
@@ -77,6 +95,57 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _command(value: Any) -> tuple[str, ...]:
+    words = _texts(value)
+    if not words:
+        raise ValueError("must be a command")
+    return words
+
+
+def _fingerprint(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 71 or not value.startswith("sha256:") or not set(value[7:]) <= set("0123456789abcdef"):
+        raise ValueError("must be sha256: and 64 hexadecimal digits")
+    return value
+
+
+_HTTP_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "token_file": _path,
+    "token_command": _command,
+    "header_file": _path,
+    "ca_file": _path,
+    "fingerprint": _fingerprint,
+    "client_cert": _path,
+    "client_key": _path,
+}
+
+
+def _http(value: Any) -> Mapping[str, Mapping[str, Any]]:
+    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
+        raise ValueError('must be tables, [http."https://b:7443"]')
+    found: dict[str, dict[str, Any]] = {}
+    for prefix, entry in value.items():
+        from urllib.parse import urlsplit
+
+        try:
+            parts = urlsplit(prefix)
+            usable = bool(parts.hostname) and bool(parts.scheme) and parts.username is None and not parts.query and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError("must have URLs as its keys, https://HOST[:PORT][/PATH]")
+        found[prefix] = {}
+        for key, setting in entry.items():
+            if key not in _HTTP_KEYS:
+                raise ValueError(f"has an unknown key {key} (known are {', '.join(_HTTP_KEYS)})")
+            try:
+                found[prefix][key] = _HTTP_KEYS[key](setting)
+            except ValueError as error:
+                raise ValueError(f"has a {key} that {error}") from None
+        if "token_file" in entry and "token_command" in entry:
+            raise ValueError("has both a token_file and a token_command")
+    return found
+
+
 _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "store": _path,
     "log_dir": _path,
@@ -85,6 +154,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "timeout_s": _seconds,
     "link_timeout_s": _seconds,
     "ssh_options": _texts,
+    "http": _http,
 }
 
 
@@ -143,5 +213,6 @@ def _merge(settings: Settings, values: Mapping[str, Any], source: str, *, shown:
         try:
             settings = replace(settings, **{key: check(value)})
         except ValueError as error:
-            raise ConfigError(f"{source}: {name} {error}, not {value!r}") from None
+            given = "" if isinstance(value, dict) else f", not {value!r}"
+            raise ConfigError(f"{source}: {name} {error}{given}") from None
     return settings

@@ -275,11 +275,37 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """What a store knows about a checkpoint beside the checkpoint itself (ckpt/store/entry.py); no archive brings it along."""
+
+    name: str
+    generation: int
+    size_bytes: int = 0
+    """Of all members, unpacked."""
+    stored_s: float = 0.0
+    """When it came into the store, seconds since the epoch."""
+    origin: str = "local"
+    """"local" (a workload of this host), or how it came from outside: "import", "migrate", "serve", with the place behind a colon."""
+    tags: tuple[str, ...] = ()
+    note: str = ""
+    manifest_digest: str = ""
+    """"sha256:HEX" of the manifest's bytes: a manifest that was damaged, or is another's, is not read."""
+    pinned: bool = False
+    """Neither `prune` nor `rm --all` takes it."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it came from outside, so that this host's policy is to judge it."""
+        return self.origin != "local"
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint in a store: its manifest and the directory (podman's archive layout, unpacked) that holds it."""
 
     manifest: Manifest
     directory: Path
+    entry: Entry = Entry("", 0)
 
     @property
     def ref(self) -> str:

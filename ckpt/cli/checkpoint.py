@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt.cli.carriage import carrier, destination
 from ckpt.cli.common import Session, all_and_latest, dump_options, one_way, state_options, targets_argument, verb
-from ckpt.cli.export import compress_options, destination
+from ckpt.cli.export import compress_options
 from ckpt.cli.render.rows import Row
 from ckpt.errors import CkptError, UsageError
 from ckpt.model import DumpOptions, Target
@@ -35,7 +36,7 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
 @all_and_latest("running container")
 @click.option("-R", "--leave-running", is_flag=True, help="Let it run on after the dump.")
 @click.option(
-    "-e", "--export", "export_to", metavar="FILE", type=click.Path(), help="Write an archive (a file, a directory, - for stdout), not to the store."
+    "-e", "--export", "export_to", metavar="DEST", type=click.Path(), help="Write an archive (a directory, or as for ckpt export), not to the store."
 )
 @compress_options
 @state_options()
@@ -110,9 +111,10 @@ def _export(
         # Qualified: this is about what runs, not about a checkpoint of that name in the store.
         ref = target if Target.parse(target).engine else _qualified(target)
         try:
+            place = destination(session, file)
             outcome = use_case.export(
-                ref, destination(session, file), compress=compress, level=level, leave_running=options.leave_running, options=options,
-                store_root=session.store_root, emit=session.emit,
+                ref, place, compress=compress, level=level, leave_running=options.leave_running, options=options,
+                carrier=carrier(session, place), store_root=session.store_root, emit=session.emit,
             )  # fmt: skip
         except CkptError as error:
             outcome = failure(target, error)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from ckpt.cli import completion
+from ckpt.cli.carriage import carrier, carrier_options, destination
 from ckpt.cli.common import F, Session, dump_options, state_options, verb
 from ckpt.errors import CkptError, UsageError
 
@@ -18,16 +18,6 @@ def compress_options(function: F) -> F:
     function = click.option("--level", type=click.IntRange(0, 22), metavar="N", help="Compression level.")(function)
     kinds = click.Choice(["zstd", "gzip", "none"], case_sensitive=False)
     return click.option("-c", "--compress", type=kinds, help="How to pack (default zstd).")(function)
-
-
-def destination(session: Session, output: str) -> Path | Literal["-"]:
-    """The file that was named, or stdout, which then carries the archive and no results. Raises UsageError for a terminal."""
-    if output != "-":
-        return Path(output)
-    if sys.stdout.isatty():
-        raise UsageError("an archive is nothing for a terminal", hint="redirect stdout, or name a file")
-    session.reporter.results = False
-    return "-"
 
 
 def _need_root_for_container(session: Session, ref: str) -> None:
@@ -45,23 +35,55 @@ def _need_root_for_container(session: Session, ref: str) -> None:
 @verb(
     "export",
     examples=(
-        ("ckpt export web@2 -o web.tar.zst", "write a checkpoint of the store as an archive"),
-        ("ckpt export -R podman:web -o web.tar.zst", "save a running container straight to an archive"),
-        ("ckpt export web -o - | ssh b ckpt import -", "to the store of another host"),
+        ("ckpt export web@2 web.tar.zst", "write a checkpoint of the store as an archive"),
+        ("ckpt export -R podman:web web.tar.zst", "save a running container straight to an archive"),
+        ("ckpt export web - | ssh b ckpt import -", "to the store of another host"),
+        ("ckpt export web root@b:/srv/web.tar.zst", "to a file on another host, over ssh"),
+        ("ckpt export web https://b:7443/web.tar.zst", "to a web server, goes on after a break where the server can"),
     ),
 )
 @click.argument("ref", metavar="CHECKPOINT|TARGET", shell_complete=completion.both)
-@click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(), help="The archive; - for stdout.")
+@click.argument("dest", metavar="[DEST]", required=False, type=click.Path())
+@click.option("-o", "--output", metavar="DEST", type=click.Path(), help="The same as DEST.")
 @compress_options
 @click.option("-R", "--leave-running", is_flag=True, help="Let a running container run on.")
+@carrier_options
 @state_options()
-def command(session: Session, ref: str, output: str, compress: str | None, level: int | None, leave_running: bool, **state: Any) -> int:
-    """Write a checkpoint as one file that podman restores too.
+def command(
+    session: Session,
+    ref: str,
+    dest: str | None,
+    output: str | None,
+    compress: str | None,
+    level: int | None,
+    leave_running: bool,
+    token_file: Path | None,
+    token_command: str | None,
+    header_file: Path | None,
+    ca_file: Path | None,
+    fingerprint: str | None,
+    client_cert: Path | None,
+    client_key: Path | None,
+    insecure: bool,
+    ssh_options: tuple[str, ...],
+    **state: Any,
+) -> int:
+    """Write a checkpoint as one archive that podman restores too.
+
+    DEST is a file, - (stdout), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, or an http(s) URL: ckpt serve, a web server that takes
+    PUT, or a presigned URL of object storage. It is there whole, or not at all. A link that breaks is tried again for a minute; over ssh, and
+    to servers that can, the upload goes on where it was. Paths of ssh URLs are absolute, /~/PATH is below the home directory.
 
     A checkpoint in the store is written as it is. The name of a running container saves it on the way: it ends (unless -R) when the
-    archive is safely on the disk.
+    other end has the whole archive safely.
     """
-    place = destination(session, output)
+    if (dest is None) == (output is None):
+        raise UsageError("say where to, once", hint="ckpt export CHECKPOINT FILE; - is stdout")
+    place = destination(session, dest or output or "")
+    carriage = carrier(
+        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file, fingerprint=fingerprint,
+        client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
+    )  # fmt: skip
     if "@" not in ref:
         _need_root_for_container(session, ref)
     from ckpt.ops import export as use_case
@@ -73,6 +95,7 @@ def command(session: Session, ref: str, output: str, compress: str | None, level
         level=level,
         leave_running=leave_running,
         options=dump_options(session, leave_running=leave_running, **state),
+        carrier=carriage,
         store_root=session.store_root,
         emit=session.emit,
     )

@@ -13,7 +13,21 @@ from pathlib import Path
 from ckpt.archive import layout
 from ckpt.engines.base import HeldDump
 from ckpt.engines.registry import NamedEngine
-from ckpt.errors import BusyError, CkptError, DumpFailed, FeatureMissing, NoSpace, PermissionDenied, StateUnknown, UsageError
+from ckpt.errors import (
+    BusyError,
+    CannotConnect,
+    CkptError,
+    DigestMismatch,
+    DumpFailed,
+    FeatureMissing,
+    KeyProblem,
+    NoSpace,
+    PermissionDenied,
+    RemoteRefused,
+    StateUnknown,
+    TransferFailed,
+    UsageError,
+)
 from ckpt.events import Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
@@ -27,7 +41,8 @@ Keep = Callable[[Draft, Manifest], tuple[Checkpoint | None, dict[str, float | in
 """What makes a finished draft safe (the store, an archive file): the step after which the source may end. Returns the checkpoint, if
 one came of it, and figures."""
 
-_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError)
+_CARRIED = (CannotConnect, TransferFailed, RemoteRefused, DigestMismatch, KeyProblem)
+_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError, *_CARRIED)
 
 
 def checkpoint(

@@ -110,7 +110,7 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         arrival = Arrival(root, engine, {"name": str(args["name"]), "container_id": str(args["container_id"]), "source": session.source})
         session.state["arrival"] = arrival
         session.on_lost(arrival.leave)
-        arrival.draft = Catalog(root).begin(str(args["name"]))
+        arrival.draft = Catalog(root).begin(str(args["name"]), origin="migrate")
         faults.point("destination-begin")
         return {"job": arrival.job.id, "machine": machine_id()}
 

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, proof, recover
-from ckpt.ops.import_ import unpack
+from ckpt.ops.import_ import Archive, arriving, unpack
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.transports.base import CarrierOptions, Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +55,22 @@ def restore(
     *,
     all: bool = False,
     latest: bool = False,
-    import_file: Path | None = None,
+    import_from: Location | None = None,
+    digest: str | None = None,
+    carrier: CarrierOptions | None = None,
     options: RestoreOptions,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep: bool = True,
 ) -> list[Outcome]:
-    """Restore each reference from the store, or `import_file`.
+    """Restore each reference from the store, or `import_from`.
 
     Args:
         refs: NAME (its newest checkpoint), NAME@N, NAME@latest, an id.
         all: the newest checkpoint of every name whose container does not run, instead of `refs`.
         latest: the checkpoint made last, instead of `refs`.
-        import_file: an archive; it is restored without ever being in the store.
+        import_from: an archive; it is restored without ever being in the store.
+        digest: what that archive's SHA-256 must be, in hex.
         keep: also keep CRIU's logs and statistics of a restore that went well.
 
     Raises:
@@ -75,12 +79,13 @@ def restore(
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     catalog = Catalog(store_root)
-    if sum((bool(refs), all, latest, import_file is not None)) != 1:
-        raise UsageError("say what to restore: checkpoints, --all, --latest or --import FILE, one of them")
+    if sum((bool(refs), all, latest, import_from is not None)) != 1:
+        raise UsageError("say what to restore: checkpoints, --all, --latest or --import SOURCE, one of them")
     if options.name is not None and (all or len(refs) > 1):
         raise UsageError("--name is for one checkpoint only")
-    if import_file is not None:
-        return [_guarded(str(import_file), partial(_from_file, import_file, options, catalog, emit, keep))]
+    if import_from is not None:
+        archive = partial(arriving, import_from, carrier, digest, emit)
+        return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
         outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep)))
@@ -257,15 +262,15 @@ def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, cat
         return bring_back(source, options, catalog.root, emit, keep=keep)
 
 
-def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
-    if not path.is_file():
-        raise TargetNotFound(f"there is no archive {str(path)!r}")
-    draft = catalog.begin(path.name)
+def _from_archive(
+    label: str, archive: Callable[[], AbstractContextManager[Archive]], options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool
+) -> Outcome:
     with ExitStack() as stack:
-        stack.callback(draft.discard)
-        with path.open("rb") as file:
-            manifest = unpack(file, draft, str(path), emit, path.stat().st_size)
-        source = Source(str(path), draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
+        with archive() as file:
+            draft = catalog.begin("import")
+            stack.callback(draft.discard)
+            manifest = unpack(file, draft, label, emit)
+        source = Source(label, draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
         outcome = bring_back(source, options, catalog.root, emit, keep=keep)
         if options.lazy:
             stack.pop_all()  # the keeper removes it

@@ -18,6 +18,7 @@ from ckpt.events import ignore
 from ckpt.model import Checkpoint
 from ckpt.ops import import_
 from ckpt.store.catalog import Catalog
+from ckpt.transports.base import Location
 
 COMPRESSIONS: Final = ("none", "zstd", "gzip")
 _PIPE_BYTES: Final = 1 << 20
@@ -29,7 +30,7 @@ def take_in(archive: Path, name: str | None, store: Path) -> str:
     Raises:
         CkptError: as ops.import_; the store is as before.
     """
-    outcome = import_.import_(archive, name=name, store_root=store, emit=ignore)
+    outcome = import_.import_(Location.parse(str(archive)), name=name, store_root=store, emit=ignore)
     if outcome.error is not None:
         raise outcome.error
     assert outcome.checkpoint is not None

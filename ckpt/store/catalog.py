@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -31,8 +32,9 @@ from typing import Final
 
 from ckpt.archive import manifest as manifest_file
 from ckpt.errors import ArchiveInvalid, BusyError, CkptError, NoSpace, PermissionDenied, TargetNotFound
-from ckpt.model import Checkpoint, Manifest
+from ckpt.model import Checkpoint, Entry, Manifest
 from ckpt.store import durable
+from ckpt.store import entry as entries
 from ckpt.store.job import DEFAULT_ROOT
 
 MANIFEST: Final = Path("artifacts", "ckpt.json")
@@ -59,11 +61,12 @@ class Listing:
 class Draft:
     """A checkpoint being written. Exactly one of `commit` and `discard` is called; a dead owner's draft is swept."""
 
-    def __init__(self, catalog: Catalog, name: str, identity: str, fd: int) -> None:
+    def __init__(self, catalog: Catalog, name: str, identity: str, fd: int, origin: str) -> None:
         self._catalog = catalog
         self._fd = fd
         self.name = name
         self.id = identity
+        self.origin = origin
 
     @property
     def stage(self) -> Path:
@@ -111,8 +114,11 @@ class Catalog:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def begin(self, name: str) -> Draft:
+    def begin(self, name: str, *, origin: str = "local") -> Draft:
         """An empty draft for a checkpoint of `name`, locked by this process.
+
+        Args:
+            origin: as in `Entry`: where it comes from.
 
         Raises:
             NoSpace, PermissionDenied: the store cannot be written.
@@ -123,7 +129,7 @@ class Catalog:
             stage = self.drafts / identity
             stage.mkdir(mode=0o700)
             fd = _lock_directory(stage, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Draft(self, name, identity, fd)
+        return Draft(self, name, identity, fd, origin)
 
     def adopt(self, draft: Draft, manifest: Manifest) -> Checkpoint:
         """The body of `Draft.commit`."""
@@ -133,7 +139,10 @@ class Catalog:
             generation = self._next_generation(draft.name)
             size_bytes = durable.tree_size_bytes(draft.stage)
             final = replace(manifest, id=draft.id, name=draft.name, generation=generation, size_bytes=size_bytes)
-            durable.write_file(draft.stage / MANIFEST, manifest_file.dumps(final))
+            data = manifest_file.dumps(final)
+            durable.write_file(draft.stage / MANIFEST, data)
+            entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data))
+            entries.write(draft.stage, entry)
             durable.sync_directory(draft.stage)
             place = self.entries / draft.id
             draft.share()  # from its first moment in the store it can be leased
@@ -141,7 +150,7 @@ class Catalog:
             durable.sync_directory(self.entries)
             durable.sync_directory(self.drafts)
         draft.close()
-        return Checkpoint(final, place)
+        return Checkpoint(final, place, entry)
 
     def remove(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint out of the store: at once for everybody else, then its bytes.
@@ -201,7 +210,7 @@ class Catalog:
         for name in names:
             directory = self.entries / name
             try:
-                found.append(Checkpoint(_read_manifest(directory), directory))
+                found.append(_read(directory))
             except FileNotFoundError:
                 if directory.exists():  # else: removed while we looked
                     broken.append(Broken(directory, f"{MANIFEST} is missing"))
@@ -321,11 +330,22 @@ def _lock_directory(path: Path, how: int) -> int:
     return fd
 
 
-def _read_manifest(directory: Path) -> Manifest:
-    found = manifest_file.loads((directory / MANIFEST).read_bytes())
-    if found.id != directory.name:
-        raise ArchiveInvalid(f"its manifest says id {found.id!r}")
-    return found
+def _digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _read(directory: Path) -> Checkpoint:
+    data = (directory / MANIFEST).read_bytes()
+    manifest = manifest_file.loads(data)
+    entry = entries.read(directory)
+    if entry is None:  # of an older ckpt
+        if manifest.id != directory.name:
+            raise ArchiveInvalid(f"its manifest says id {manifest.id!r}")
+        return Checkpoint(manifest, directory, Entry(manifest.name, manifest.generation, manifest.size_bytes, manifest.created_s))
+    if entry.manifest_digest and entry.manifest_digest != _digest(data):
+        raise ArchiveInvalid("its manifest was changed or damaged")
+    assigned = replace(manifest, id=directory.name, name=entry.name, generation=entry.generation, size_bytes=entry.size_bytes)
+    return Checkpoint(assigned, directory, entry)
 
 
 def new_name(prefix: str = "imported") -> str:
