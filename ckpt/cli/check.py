@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ckpt.cli.common import Session, access, access_options, dump_options, one_way, ssh_option, state_options, targets_argument, verb
+from ckpt.cli.carriage import access, server_options
+from ckpt.cli.common import Session, dump_options, one_way, ssh_option, state_options, targets_argument, verb
 from ckpt.cli.render.rows import CHECK_FIELDS, Row, check_row
 from ckpt.cli.render.tables import check_lines
 from ckpt.errors import CkptError
@@ -24,7 +25,7 @@ from ckpt.model import Target
 @click.option("-a", "--all", "every", is_flag=True, help="Every running container.")
 @click.option("--to", metavar="[USER@]HOST[:PORT]|https://HOST:PORT", help="Also ask whether it can run there.")
 @ssh_option
-@access_options
+@server_options
 @state_options()
 def command(session: Session, targets: tuple[str, ...], every: bool, to: str | None, ssh_options: tuple[str, ...], **state: Any) -> int:
     """Say whether containers can be saved, and why not. Touches nothing.
@@ -32,7 +33,7 @@ def command(session: Session, targets: tuple[str, ...], every: bool, to: str | N
     Exits with 1 when one of them cannot.
     """
     one_way(targets, every=every, what="target")
-    reached = access(to, state)
+    reached = access(session, to, state)
     session.need_root()
     from ckpt.ops import check as use_case
 

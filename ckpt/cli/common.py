@@ -23,7 +23,6 @@ from ckpt.model import Compression, DumpOptions
 
 if TYPE_CHECKING:
     from ckpt.ops.result import Outcome
-    from ckpt.transports.https_peer import Access
 
     _FloatType = click.ParamType[float]
     _IntType = click.ParamType[int]
@@ -264,48 +263,6 @@ class CompressionChoice(_CompressionType):
 
 
 ssh_option = click.option("--ssh-option", "ssh_options", multiple=True, metavar="OPTION", help="An option for ssh -o (Port=2222). Can be repeated.")
-
-
-def access_options(function: F) -> F:
-    """How to reach a `ckpt serve`."""
-    file = click.Path(path_type=str)
-    for option in reversed((
-        click.option("--fingerprint", metavar="SHA256", help="The certificate of an https:// server, as ckpt serve prints it; remembered."),
-        click.option("--ca", type=file, metavar="FILE", help="The authorities that vouch for an https:// server (default: the system's)."),
-        click.option("--token-file", type=file, metavar="FILE", help="File with the token for an https:// server."),
-        click.option("--token-command", metavar="COMMAND", help="Command that prints the token."),
-        click.option("--client-cert", type=file, metavar="FILE", help="Our certificate for an https:// server."),
-        click.option("--client-key", type=file, metavar="FILE", help="The certificate's key, if it is in a file of its own."),
-    )):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def access(destination: str | None, given: dict[str, Any]) -> Access | None:
-    """Takes the options of `access_options` out of `given`. Raises UsageError when they do not go with the destination."""
-    from ckpt.transports import https_peer, https_pins
-
-    taken = {name: given.pop(name) for name in ("fingerprint", "ca", "token_file", "token_command", "client_cert", "client_key")}
-    used = [name for name, value in taken.items() if value is not None]
-    if destination is None or not https_peer.is_https(destination):
-        if used:
-            raise UsageError(f"--{used[0].replace('_', '-')} goes with an https:// destination only")
-        return None
-    if taken["token_file"] is not None and taken["token_command"] is not None:
-        raise UsageError("--token-file and --token-command exclude each other")
-    if taken["fingerprint"] is not None and taken["ca"] is not None:
-        raise UsageError("--fingerprint and --ca exclude each other: one of them says whom to trust")
-    if taken["client_key"] is not None and taken["client_cert"] is None:
-        raise UsageError("--client-key needs --client-cert")
-    files = {name: os.path.abspath(taken[name]) if taken[name] else None for name in ("ca", "token_file", "client_cert", "client_key")}
-    return https_peer.Access(
-        fingerprint=https_pins.parse(taken["fingerprint"]) if taken["fingerprint"] is not None else None,
-        ca=files["ca"],
-        certificate=files["client_cert"],
-        key=files["client_key"],
-        token_file=files["token_file"],
-        token_command=taken["token_command"],
-    )
 
 
 def dump_options(session: Session, **given: Any) -> DumpOptions:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ckpt.cli import completion
-from ckpt.cli.common import CompressionChoice, Duration, Rate, Session, access, access_options, ssh_option, timeout_option, verb
+from ckpt.cli.carriage import access, server_options
+from ckpt.cli.common import CompressionChoice, Duration, Rate, Session, ssh_option, timeout_option, verb
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
@@ -62,7 +63,7 @@ AUTO_CONVERGE_ROUNDS = 16
 @click.option("--streams", type=click.IntRange(1, 16), default=1, metavar="N", help="Carry content over so many connections (default 1).")
 @click.option("--direct", is_flag=True, help="Carry content by TLS straight to the other host (ports 49152 to 49215), not through ssh.")
 @ssh_option
-@access_options
+@server_options
 @timeout_option
 def command(
     session: Session,
@@ -105,7 +106,7 @@ def command(
     (--fingerprint; it is remembered), or the authority that signed its certificate (--ca), and a token (--token-file) or a certificate of
     this host (--client-cert).
     """
-    reached = access(destination, given)
+    reached = access(session, destination, given)
     if job_id is not None:
         if target or destination or dry_run:
             raise UsageError("--continue ID needs no target and no destination")

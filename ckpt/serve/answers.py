@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from http import HTTPStatus
 from typing import Any, Final
 
 from aiohttp import web
@@ -44,7 +45,7 @@ RETRY_S: Final = "2"
 
 def problem(status: int, code: str, message: str, hint: str | None = None, headers: dict[str, str] | None = None) -> web.Response:
     """An error as JSON."""
-    value = {"status": status, "title": message, "detail": hint or "", "code": code, "message": message, "hint": hint}
+    value = {"status": status, "title": HTTPStatus(status).phrase, "detail": message, "code": code, "message": message, "hint": hint}
     made = web.json_response(value, status=status, content_type="application/problem+json", headers=headers)
     if status in (423, 429, 503) and "Retry-After" not in made.headers:
         made.headers["Retry-After"] = RETRY_S

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import secrets
 import socket
-import stat
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,8 +18,7 @@ from urllib.parse import urlsplit
 
 from ckpt import __version__
 from ckpt.errors import BusyError, CannotConnect, CkptError, KeyProblem, NoSpace, RemoteRefused, UsageError
-from ckpt.host.run import CommandFailed, run
-from ckpt.transports import https_pins
+from ckpt.transports import _secrets, https_pins
 
 if TYPE_CHECKING:
     import ssl
@@ -30,8 +27,6 @@ DEFAULT_PORT: Final = 7443
 PROTOCOL: Final = "ckpt-peer"
 _MAX_HEAD_BYTES: Final = 32 << 10
 _MAX_BODY_BYTES: Final = 64 << 10
-_TOKEN_BYTES: Final = 4096
-_COMMAND_LIMIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +40,7 @@ class Access:
     certificate: str | None = None
     key: str | None = None
     token_file: str | None = None
-    token_command: str | None = None
+    token_command: tuple[str, ...] = ()
     session: str = field(default_factory=lambda: secrets.token_hex(16))
     """Binds a single-use token to this migration: who has the token alone cannot go on with it."""
 
@@ -58,36 +53,12 @@ class Access:
         if not value:
             return None
         known = {one.name for one in fields(cls)}
-        return cls(**{key: text for key, text in value.items() if key in known})
+        taken = {key: text for key, text in value.items() if key in known}
+        return cls(**{**taken, "token_command": tuple(taken.get("token_command", ()))})
 
     def token(self) -> str | None:
-        """The token from its file or command; None without one.
-
-        Raises:
-            KeyProblem: it cannot be read, or everybody can read it.
-        """
-        if self.token_file is not None:
-            path = Path(self.token_file)
-            try:
-                with path.open("rb") as file:
-                    mode = os.fstat(file.fileno()).st_mode
-                    text = file.read(_TOKEN_BYTES)
-            except OSError as error:
-                raise KeyProblem(f"cannot read the token file {path}: {error.strerror}") from error
-            if stat.S_ISREG(mode) and mode & 0o077:
-                raise KeyProblem(f"others may read the token file {path}", hint=f"chmod 600 {path}")
-        elif self.token_command is not None:
-            try:
-                text = run(["/bin/sh", "-c", self.token_command], timeout_s=_COMMAND_LIMIT_S).stdout
-            except CommandFailed as error:
-                # Its words might hold what it was about to print.
-                raise KeyProblem(f"the token command failed (exit status {error.result.returncode})") from None
-        else:
-            return None
-        token = text.decode(errors="replace").strip()
-        if not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise KeyProblem("there is no usable token in the token file or in what the token command printed")
-        return token
+        """The token from its file or command; None without one. Raises KeyProblem."""
+        return _secrets.token(Path(self.token_file) if self.token_file is not None else None, self.token_command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +73,7 @@ class Server:
         """Read `https://HOST[:PORT]`. Raises UsageError for anything more."""
         try:
             parts = urlsplit(text)
-            port = parts.port or DEFAULT_PORT
+            port = parts.port or 443
         except ValueError as error:
             raise _bad(text, str(error)) from None
         if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:

@@ -39,12 +39,23 @@ def test_hosts_without_ssh(lab: Lab) -> None:
     before = last_tick(lab.a)
     server, fingerprint = serve(lab)
 
-    token(lab, "migrate", uses=3)
+    token(lab, "migrate")
     stranger = migrate(lab)
     assert stranger.returncode == 43 and "not trusted" in stranger.stderr and "web is running, untouched" in stranger.stderr, stranger
     lab.a.run(["ckpt", "check", "web", "--to", URL, "--fingerprint", fingerprint, "--token-file", "/root/token"])
     assert lab.a.run(["stat", "-c", "%a", "/root/.config/ckpt/known_servers"]).stdout.strip() == "600"
 
+    # Archives, there and back; the server is known by now.
+    token(lab, "upload,download", uses=2)
+    lab.a.run(["ckpt", "checkpoint", "-R", "web"])
+    lab.a.run(["ckpt", "export", "web@1", f"{URL}/kept.tar.zst", "--token-file", "/root/token"])
+    assert "kept@1" in lab.b.run(["ckpt", "list"]).stdout
+    lab.a.run(["ckpt", "import", f"{URL}/checkpoints/kept@1", "--token-file", "/root/token", "-n", "back"])
+    assert "back@1" in lab.a.run(["ckpt", "list"]).stdout
+    again = lab.a.run(["ckpt", "export", "web@1", URL, "--token-file", "/root/token"], check=False)
+    assert again.returncode == 43 and "used up" in again.stderr, again
+
+    token(lab, "migrate", uses=3)
     # Cut at the switchover: the destination never heard of it, and undoes what it has. The source asks it as soon as it can.
     moving = lab.a.popen(["ckpt", "migrate", "--token-file", "/root/token", "web", URL], env={"CKPT_FAULT": f"migrate-resume:gate={GATE}"})
     wait_until(lambda: lab.a.exists(f"{GATE}.reached"), "the switchover")
@@ -95,7 +106,7 @@ def test_a_key_that_is_for_ckpt_only(lab: Lab) -> None:
     start_counter(lab.a)
     lab.a.run(["ckpt", "checkpoint", "-R", "web"])
     forced("--restrict-to-path /srv/kept --write-only")
-    sent = lab.a.run(["sh", "-c", "ckpt export web@1 -o - | ssh root@b ckpt import -"], check=False)
+    sent = lab.a.run(["sh", "-c", "ckpt export web@1 - | ssh root@b ckpt import -"], check=False)
     assert sent.returncode == 0, sent
     assert lab.b.run(["ckpt", "list", "--store", "/srv/kept", "-q"]).stdout.strip()
     for command in ("", "id", "ckpt list", "ckpt export web@1 -o -", "ckpt peer", "ckpt peer; id", "cat /etc/shadow"):
@@ -105,7 +116,7 @@ def test_a_key_that_is_for_ckpt_only(lab: Lab) -> None:
     assert refused.returncode in (40, 43) and "does not allow migrate" in refused.stderr and counts_on(lab.a), refused
 
     forced("--restrict-to-path /srv/kept --read-only")
-    lab.a.run(["sh", "-c", "ssh root@b ckpt export web@1 -o - | ckpt import -n back -"])
+    lab.a.run(["sh", "-c", "ssh root@b ckpt export web@1 - | ckpt import -n back -"])
     forced("")
     lab.a.run(["ckpt", "migrate", "web", "root@b"])
     assert the_live_one(lab) is lab.b

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from ckpt.errors import DigestMismatch, RemoteRefused
-from ckpt.ops import import_
 from ckpt.events import ignore
+from ckpt.ops import import_
 from ckpt.store.catalog import Catalog
 from ckpt.transports.base import CarrierOptions, Location, Payload, carrier_of
 from tests.unit.serving import Server
