@@ -183,6 +183,7 @@ def _listen(session: Session, place: _Place, given: dict[str, Any]) -> int:
     if "migrate" in place.allow and os.geteuid() != 0:
         session.need_root()
     listen.parse_address(given["listen"] or f":{https_peer.DEFAULT_PORT}")
+    fingerprints = frozenset(https_pins.parse(text) for text in given["client_fingerprint"])
     _log_to_stderr()
     serving = certificate.serving(given["cert"] or certificate.own(place.store), given["key"], client_ca=given["client_ca"])
     rules = Rules(
@@ -190,7 +191,7 @@ def _listen(session: Session, place: _Place, given: dict[str, Any]) -> int:
         allow=place.allow,
         max_bytes=given["max_bytes"],
         rate_bytes_s=given["rate_bytes_s"] or None,
-        client_fingerprints=frozenset(https_pins.parse(text) for text in given["client_fingerprint"]),
+        client_fingerprints=fingerprints,
         once=given["once"],
     )
 

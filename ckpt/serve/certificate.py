@@ -84,15 +84,19 @@ def serving(certificate: Path, key: Path | None = None, *, client_ca: Path | Non
         first = certificate.read_text().split("-----BEGIN CERTIFICATE-----", 1)[1].split("-----END CERTIFICATE-----", 1)[0]
         der = ssl.PEM_cert_to_DER_cert(f"-----BEGIN CERTIFICATE-----{first}-----END CERTIFICATE-----")
     except (OSError, ValueError, IndexError) as error:
-        raise KeyProblem(f"cannot use the certificate {certificate}: {error}", hint="--cert wants PEM; its key beside it or in --key") from error
+        raise KeyProblem(f"cannot use the certificate {certificate}: {_said(error)}", hint="--cert wants PEM; its key beside it or in --key") from error
     if client_ca is not None:
         try:
             context.load_verify_locations(client_ca)
         except OSError as error:
-            raise KeyProblem(f"cannot use the clients' authorities in {client_ca}: {error}") from error
+            raise KeyProblem(f"cannot use the clients' authorities in {client_ca}: {_said(error)}") from error
         context.verify_mode = ssl.CERT_OPTIONAL
         context.verify_flags = ssl.VerifyFlags(context.verify_flags | _PARTIAL_CHAIN)
     return Serving(context, fingerprint(der))
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
 
 
 def _not_public(path: Path) -> None:

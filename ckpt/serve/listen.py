@@ -23,6 +23,7 @@ from ckpt.transports.https_peer import DEFAULT_PORT
 HANDSHAKE_S: Final = 10.0
 STOP_S: Final = 30.0
 """How long what is under way may take after a SIGTERM. An upload can be gone on with afterwards."""
+CUT_S: Final = 1.0
 SWEEP_S: Final = 60.0
 BACKLOG: Final = 128
 _log = logging.getLogger("ckpt.serve")
@@ -93,6 +94,8 @@ async def _serve(host: str | None, port: int, service: Service, serving: Serving
         server.close()
         for task in background:
             task.cancel()
+        # What is still under way is cut: an upload can go on later, a peer undoes what it began.
+        await runner.server.shutdown(CUT_S)
         await runner.cleanup()
 
 

@@ -87,8 +87,9 @@ class Tokens:
         if not 1 <= uses <= MAX_USES:
             raise UsageError(f"a token can be used 1 to {MAX_USES} times")
         secret = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
+        now_s = self._now()
         made = Token(
-            secrets.token_hex(6), _digest(secret), tuple(p for p in PERMISSIONS if p in allow), uses, self._now(), self._now() + expires_s, {}
+            secrets.token_hex(6), _digest(secret), tuple(p for p in PERMISSIONS if p in allow), uses, now_s, now_s + expires_s, {}
         )
         with self._changing() as known:
             if len(known) >= MAX_TOKENS:

@@ -524,3 +524,44 @@ def test_addresses(text: str, parsed: tuple[str | None, int]) -> None:
     for wrong in ("x:y", ":99999", "a:-1"):
         with pytest.raises(UsageError):
             listen.parse_address(wrong)
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def ckpt(store: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "ckpt", "--store", str(store), "serve", *words]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+
+
+def test_token_command(tmp_path: Path) -> None:
+    made = ckpt(tmp_path, "token", "new", "--allow", "migrate", "--expires", "2h", "--uses", "3")
+    assert made.returncode == 0, made
+    token = Tokens(tmp_path).verify(made.stdout.strip())
+    assert token is not None and token.allow == ("migrate",) and token.uses == 3 and round(token.expires_s - token.created_s) == 7200
+    listed = ckpt(tmp_path, "token", "list")
+    assert token.id in listed.stdout and "used 0 of 3" in listed.stdout and made.stdout.strip() not in listed.stdout
+    assert ckpt(tmp_path, "token", "revoke", token.id).returncode == 0
+    assert ckpt(tmp_path, "token", "revoke", token.id).returncode == TargetNotFound.exit_code
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["token"],
+        ["nonsense"],
+        ["token", "new", "--allow", "root"],
+        ["--uses", "2"],
+        ["--write-only", "--read-only"],
+        ["--listen", "x:y"],
+        ["--key", "k"],
+        ["--client-fingerprint", "sha256:00", "--client-ca", "x"],
+        ["--max-size", "much"],
+        ["--stdio", "--once"],
+        ["--restrict-to-path", "/nowhere"],
+    ],
+)
+def test_wrong_usage(tmp_path: Path, words: list[str]) -> None:
+    done = ckpt(tmp_path / "store", *words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") <= 3, done
+    assert not (tmp_path / "store").exists()

@@ -20,7 +20,7 @@ import pytest
 from ckpt.errors import CannotConnect, CkptError, FeatureMissing, KeyProblem, RemoteRefused, TransferFailed, UsageError
 from ckpt.model import Carriage
 from ckpt.peer import client
-from ckpt.serve import certificate, forced, tunnel
+from ckpt.serve import certificate, forced, listen, tunnel
 from ckpt.transports import https_pins
 from ckpt.transports.https_peer import Access
 from ckpt.transports.https_peer import Server as Address
@@ -127,6 +127,19 @@ def test_a_server_that_ends_cuts_the_link(served: Callable[..., Server], tmp_pat
             peer.call("echo")
             time.sleep(0.05)
     wait_until((tmp_path / "mark").exists)
+
+
+def test_a_server_that_is_stopped(served: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits a while for the migration, then cuts it; the peer undoes what it began."""
+    monkeypatch.setattr(listen, "STOP_S", 0.3)
+    server = served()
+    with pytest.raises(TransferFailed), client.connect(url(server), access=access(server, tmp_path)) as peer:
+        peer.call("hang-on")
+        began_s = time.monotonic()
+        server.close()
+        assert time.monotonic() - began_s < 20
+        assert (tmp_path / "mark").exists()
+        peer.call("echo")
 
 
 @pytest.mark.timeout(120)
