@@ -84,7 +84,7 @@ def serving(certificate: Path, key: Path | None = None, *, client_ca: Path | Non
         first = certificate.read_text().split("-----BEGIN CERTIFICATE-----", 1)[1].split("-----END CERTIFICATE-----", 1)[0]
         der = ssl.PEM_cert_to_DER_cert(f"-----BEGIN CERTIFICATE-----{first}-----END CERTIFICATE-----")
     except (OSError, ValueError, IndexError) as error:
-        raise KeyProblem(f"cannot use the certificate {certificate}: {_said(error)}", hint="--cert wants PEM; its key beside it or in --key") from error
+        raise KeyProblem(f"cannot use the certificate {certificate}: {_said(error)}", hint="PEM, with its key beside it or in --key") from error
     if client_ca is not None:
         try:
             context.load_verify_locations(client_ca)
