@@ -146,7 +146,7 @@ def test_a_server_that_is_stopped(served: Callable[..., Server], tmp_path: Path,
 def test_it_is_fast(served: Callable[..., Server], tmp_path: Path) -> None:
     """Content goes through at a rate that no Python per byte could have; the figure is printed."""
     server = served()
-    size = 256 << 20
+    size = 128 << 20
     path = tmp_path / "file"
     with path.open("wb") as file:
         for _ in range(size >> 20):
