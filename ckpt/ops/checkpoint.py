@@ -10,10 +10,24 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
 from ckpt.engines.base import HeldDump
 from ckpt.engines.registry import NamedEngine
-from ckpt.errors import BusyError, CkptError, DumpFailed, FeatureMissing, NoSpace, PermissionDenied, StateUnknown, UsageError
+from ckpt.errors import (
+    BusyError,
+    CannotConnect,
+    CkptError,
+    DigestMismatch,
+    DumpFailed,
+    FeatureMissing,
+    KeyProblem,
+    NoSpace,
+    PermissionDenied,
+    RemoteRefused,
+    StateUnknown,
+    TransferFailed,
+    UsageError,
+)
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
@@ -27,7 +41,8 @@ Keep = Callable[[Draft, Manifest], tuple[Checkpoint | None, dict[str, float | in
 """What makes a finished draft safe (the store, an archive file): the step after which the source may end. Returns the checkpoint, if
 one came of it, and figures."""
 
-_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError)
+_CARRIED = (CannotConnect, TransferFailed, RemoteRefused, DigestMismatch, KeyProblem)
+_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError, *_CARRIED)
 
 
 def checkpoint(
@@ -39,6 +54,7 @@ def checkpoint(
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep_going: bool = False,
+    outgoing: trust.Outgoing = trust.OPEN,
 ) -> list[Outcome]:
     """Save each target to the store and end it (or not: `options.leave_running`).
 
@@ -48,6 +64,7 @@ def checkpoint(
     Args:
         all: every running container, instead of `targets`.
         latest: the container created last, instead of `targets`.
+        outgoing: its key signs the checkpoint.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -61,7 +78,7 @@ def checkpoint(
     catalog = Catalog(store_root)
 
     def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
-        return draft.commit(manifest), {}
+        return draft.commit(manifest, sign=outgoing.signer()), {}
 
     for label, engine, container in found:
         try:
@@ -83,8 +100,12 @@ def save(
     keep: Keep,
     *,
     step: str = "store",
+    drafts: Catalog | None = None,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
+
+    Args:
+        drafts: where the draft is made, when not in the store.
 
     Raises:
         BusyError: it does not run.
@@ -106,7 +127,7 @@ def save(
         leave_running=chosen.leave_running,
     )
     guard = recover.start_guard(job)
-    attempt = _Attempt(engine, container, label, chosen, catalog, emit, job, guard, streams)
+    attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
     try:
         manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
         began = time.monotonic()

@@ -30,7 +30,7 @@ from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import knobs
-from ckpt.store import history, place
+from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -171,6 +171,7 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
         finally:
             job.release()
     Catalog(root).sweep()
+    volatile.sweep()
     return said
 
 

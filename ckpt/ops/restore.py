@@ -6,13 +6,13 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
 from ckpt.criu import features
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
@@ -24,11 +24,14 @@ from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, lazy, policy, proof, recover
+from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
 from ckpt.ops.unpack import unpack
+from ckpt.store import volatile
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.transports.base import CarrierOptions, Location
 
 Figures = dict[str, float | int | str]
 
@@ -44,11 +47,8 @@ class Source:
     checkpoint: Checkpoint | None = None
     lease_fd: int = -1
     """The lock that keeps `checkpoint` in the store."""
-
-    @property
-    def made_here(self) -> bool:
-        """Whether it was made on this host: it asks for nothing that the workload did not have here."""
-        return self.checkpoint is not None and not self.checkpoint.entry.foreign
+    made_here: bool = False
+    """The checkpoint was made on this host: it asks for nothing that the workload did not have here."""
 
     @property
     def remains(self) -> str:
@@ -61,20 +61,25 @@ def restore(
     *,
     all: bool = False,
     latest: bool = False,
-    import_file: Path | None = None,
+    import_from: Location | None = None,
+    digest: str | None = None,
+    carrier: CarrierOptions | None = None,
     options: RestoreOptions,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep: bool = True,
+    incoming: trust.Incoming = trust.ANYBODY,
 ) -> list[Outcome]:
-    """Restore each reference from the store, or `import_file`.
+    """Restore each reference from the store, or `import_from`.
 
     Args:
         refs: NAME (its newest checkpoint), NAME@N, NAME@latest, an id.
         all: the newest checkpoint of every name whose container does not run, instead of `refs`.
         latest: the checkpoint made last, instead of `refs`.
-        import_file: an archive; it is restored without ever being in the store.
+        import_from: an archive; it is restored without ever being in the store.
+        digest: what that archive's SHA-256 must be, in hex.
         keep: also keep CRIU's logs and statistics of a restore that went well.
+        incoming: what opens an encrypted archive, and whose signature the checkpoint must have.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -82,15 +87,16 @@ def restore(
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     catalog = Catalog(store_root)
-    if sum((bool(refs), all, latest, import_file is not None)) != 1:
-        raise UsageError("say what to restore: checkpoints, --all, --latest or --import FILE, one of them")
+    if sum((bool(refs), all, latest, import_from is not None)) != 1:
+        raise UsageError("say what to restore: checkpoints, --all, --latest or --import SOURCE, one of them")
     if options.name is not None and (all or len(refs) > 1):
         raise UsageError("--name is for one checkpoint only")
-    if import_file is not None:
-        return [_guarded(str(import_file), partial(_from_file, import_file, options, catalog, emit, keep))]
+    if import_from is not None:
+        archive = partial(arriving, import_from, carrier, digest, emit)
+        return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep, incoming))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
-        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep)))
+        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
     return outcomes
 
 
@@ -271,21 +277,37 @@ class _Attempt:
         return error
 
 
-def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
+def _from_store(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+) -> Outcome:
     with catalog.lease_fd(checkpoint) as fd:
         draft = catalog.begin(checkpoint.manifest.name)
         with _until_restored(draft, options):
-            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd), options, catalog, emit, keep=keep)
+            if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
+                emit(Notice(label, f"signed by {signer}"))
+            source = Source(label, checkpoint.manifest, draft, checkpoint, fd, made_here=not checkpoint.entry.foreign)
+            return bring_back(source, options, catalog, emit, keep=keep)
 
 
-def _from_file(path: Path, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
-    if not path.is_file():
-        raise TargetNotFound(f"there is no archive {str(path)!r}")
-    draft = catalog.begin(path.name)
+def _from_archive(
+    label: str,
+    archive: Callable[[], AbstractContextManager[Archive]],
+    options: RestoreOptions,
+    catalog: Catalog,
+    emit: Emit,
+    keep: bool,
+    incoming: trust.Incoming,
+) -> Outcome:
+    with archive() as file:
+        # What came encrypted is not on a disk in clear.
+        draft = (volatile.catalog() if file.sealed else catalog).begin("import", origin="import")
+        try:
+            manifest = unpack_archive(file, draft, label, emit, incoming, pack=False)
+        except BaseException:
+            draft.discard()
+            raise
     with _until_restored(draft, options):
-        with path.open("rb") as file:
-            manifest = unpack_archive(file, draft, str(path), emit, path.stat().st_size, pack=False)
-        return bring_back(Source(str(path), manifest, draft), options, catalog, emit, keep=keep)
+        return bring_back(Source(label, manifest, draft), options, catalog, emit, keep=keep)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.errors import ArchiveInvalid, BusyError, CkptError, ConfigError, DigestMismatch, NoSpace, PermissionDenied, TargetNotFound
 from ckpt.model import Checkpoint, Entry, Manifest
@@ -53,6 +54,7 @@ __all__ = ["Broken", "Catalog", "Draft", "Listing", "new_name"]
 MANIFEST: Final = Path("artifacts", "ckpt.json")
 SCHEMA: Final = 2
 SCHEMA_FILE: Final = "store.json"
+SIGNATURE: Final = Path(layout.SIGNATURE)
 MIN_PREFIX: Final = 4
 """An id may be shortened to this many characters where that is unique."""
 
@@ -111,7 +113,7 @@ class Catalog:
                 raise
         return Draft(self, name, identity, fd, origin)
 
-    def adopt(self, draft: Draft, manifest: Manifest) -> Checkpoint:
+    def adopt(self, draft: Draft, manifest: Manifest, sign: Callable[[bytes], bytes] | None = None) -> Checkpoint:
         """The body of `Draft.commit`."""
         draft.pack(manifest.digests)
         digests = manifest.digests
@@ -124,11 +126,15 @@ class Catalog:
         pack = draft.finish()
         # The many bytes go to the disk before the lock is taken: nobody waits for them.
         durable.sync_tree(draft.stage)
+        final = replace(manifest, id=draft.id, name=draft.name, size_bytes=size_bytes, digests=digests)
+        signed = _signed(draft.stage, final, sign)
         with self.locked():
             generation = self._next_generation(draft.name)
-            final = replace(manifest, id=draft.id, name=draft.name, generation=generation, size_bytes=size_bytes, digests=digests)
-            data = manifest_file.dumps(final)
-            durable.write_file(draft.stage / MANIFEST, data)
+            final = replace(final, generation=generation)
+            data = signed
+            if data is None:
+                data = manifest_file.dumps(final)
+                durable.write_file(draft.stage / MANIFEST, data)
             entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data))
             entries.write(draft.stage, entry)
             place = self.entries / draft.id
@@ -475,6 +481,19 @@ class Catalog:
         given[name] = last + 1
         durable.write_file(path, json.dumps(given, ensure_ascii=True).encode())
         return last + 1
+
+
+def _signed(stage: Path, manifest: Manifest, sign: Callable[[bytes], bytes] | None) -> bytes | None:
+    """The bytes of a manifest that stays as it is: signed now (no number is given yet), or as it came with its signature."""
+    if sign is not None:
+        data = manifest_file.dumps(replace(manifest, generation=0))
+        found = sign(data)  # may ask ssh-agent, or wait for somebody to touch a token: not under the store's lock
+        durable.write_file(stage / MANIFEST, data)
+        durable.write_file(stage / SIGNATURE, found)
+        return data
+    if (stage / SIGNATURE).is_file() and (stage / MANIFEST).is_file():
+        return (stage / MANIFEST).read_bytes()
+    return None
 
 
 def _digest(data: bytes) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -135,18 +136,21 @@ class Draft:
             self._bulk[name].digest = self._bulk[name].digest or (known or {})[name]
             path.unlink()
 
-    def commit(self, manifest: Manifest) -> Checkpoint:
+    def commit(self, manifest: Manifest, *, sign: Callable[[bytes], bytes] | None = None) -> Checkpoint:
         """Make the draft a checkpoint: pack it, number it, bring every byte to the disk, rename it into place.
 
         The id, the name and the generation of `manifest` are set here, and so is `size_bytes`; digests of members that a sink wrote are
-        added when there are digests of others.
+        added when there are digests of others. A manifest that is in the draft with a signature over it stays as it came.
+
+        Args:
+            sign: makes a signature over the manifest's bytes.
 
         Raises:
             NoSpace: the disk is full; the draft is still there, to be discarded.
             DigestMismatch: a sink wrote something else than the manifest says.
         """
         with self._catalog.storage("store the checkpoint"):
-            return self._catalog.adopt(self, manifest)
+            return self._catalog.adopt(self, manifest, sign)
 
     def finish(self) -> Path | None:
         """End packing: recipe and pack are on the disk. Returns the pack, if there is one (for `Catalog.adopt`)."""
