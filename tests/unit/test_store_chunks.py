@@ -257,7 +257,8 @@ def is_slack(data: bytes, at: int) -> bool:
         return False
     if at < index:
         return not any(int(row["offset"]) <= at < int(row["offset"]) + int(row["stored"]) for row in table)
-    return index + table.nbytes <= at < len(data)
+    tags = index + table.nbytes <= at < len(data) - 96
+    return tags or at >= len(data) - 32 or len(data) - 72 <= at < len(data) - 64
 
 
 def test_an_error_names_the_member(tmp_path: Path) -> None:
