@@ -30,7 +30,7 @@ from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import knobs
-from ckpt.store import history
+from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -68,7 +68,7 @@ def start_guard(job: Job) -> Process | None:
 
 def store_root(job: Job) -> Path:
     """The root of the store that a job belongs to (ROOT/jobs/JOB)."""
-    return job.directory.parent.parent
+    return place.store_of(job.directory)
 
 
 def committed(job: Job) -> bool:
@@ -146,7 +146,7 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
         One sentence for each job that was settled, for people.
     """
     said: list[str] = []
-    jobs = root / "jobs"
+    jobs = place.jobs(root)
     for directory in sorted(jobs.iterdir()) if jobs.is_dir() else []:
         job = Job(directory)
         try:
@@ -171,6 +171,7 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
         finally:
             job.release()
     Catalog(root).sweep()
+    volatile.sweep()
     return said
 
 
@@ -198,7 +199,7 @@ def _dismiss(guard: Process | None) -> None:
 
 def served(root: Path) -> list[dict[str, Any]]:
     """The facts of the jobs whose restored workload still gets memory from its checkpoint."""
-    jobs = root / "jobs"
+    jobs = place.jobs(root)
     found = [Job(directory) for directory in (sorted(jobs.iterdir()) if jobs.is_dir() else [])]
     return [job.facts for job in found if job.state == "serving" and lazy.running(job.directory)]
 

@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 __all__ = ["Broken", "Catalog", "Draft", "Listing", "new_name"]
 
 MANIFEST: Final = Path("artifacts", "ckpt.json")
-SIGNATURE: Final = Path(layout.SIGNATURE)
 SCHEMA: Final = 2
 SCHEMA_FILE: Final = "store.json"
+SIGNATURE: Final = Path(layout.SIGNATURE)
 MIN_PREFIX: Final = 4
 """An id may be shortened to this many characters where that is unique."""
 
@@ -106,6 +106,7 @@ class Catalog:
             identity = secrets.token_hex(8)
             fd = locks.take(self.locks / identity, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
+                locks.sign(fd)
                 (self.drafts / identity).mkdir(mode=0o700)
             except BaseException:
                 os.close(fd)
@@ -122,11 +123,11 @@ class Catalog:
                     raise DigestMismatch(f"{name} is not what the manifest says")
             digests = dict(sorted({**draft.digests, **digests}.items()))
         size_bytes = durable.tree_size_bytes(draft.stage, skip=PRIVATE) + draft.bulk_bytes
-        final = replace(manifest, id=draft.id, name=draft.name, size_bytes=size_bytes, digests=digests)
-        signed = _signed(draft.stage, final, sign)
         pack = draft.finish()
         # The many bytes go to the disk before the lock is taken: nobody waits for them.
         durable.sync_tree(draft.stage)
+        final = replace(manifest, id=draft.id, name=draft.name, size_bytes=size_bytes, digests=digests)
+        signed = _signed(draft.stage, final, sign)
         with self.locked():
             generation = self._next_generation(draft.name)
             final = replace(final, generation=generation)
@@ -182,6 +183,21 @@ class Catalog:
         self._give_back(names)
         shutil.rmtree(gone, ignore_errors=True)
 
+    def amend(self, checkpoint: Checkpoint, change: Callable[[Entry], Entry]) -> Checkpoint:
+        """Change what the store knows about a checkpoint (tags, note, pin).
+
+        Raises:
+            TargetNotFound: it is gone.
+        """
+        with self.storage("change the store"), self.locked():
+            try:
+                now = _read(checkpoint.directory)
+            except FileNotFoundError:
+                raise TargetNotFound(f"{checkpoint.ref} is no longer in the store") from None
+            entry = change(now.entry)
+            entries.write(checkpoint.directory, entry)
+        return replace(now, entry=entry)
+
     def sweep(self) -> list[str]:
         """Remove what dead owners left in `tmp/`, `packs/` and `locks/`; returns the names of the removed directories.
 
@@ -213,7 +229,7 @@ class Catalog:
                     elif "." in name:  # a removed checkpoint: nobody's
                         if name in removed:
                             doomed.append((path, -1))
-                    else:
+                    elif not locks.is_elsewhere(self.locks / name):
                         doomed.append((path, locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB)))
                         # It died between the renames of its pack and of itself: nobody can have referred to that pack.
                         (self.packs / f"{name}.pack").unlink(missing_ok=True)
@@ -221,7 +237,9 @@ class Catalog:
                     continue
             busy = {path.name for path, _ in doomed}
             for name in locks.listing(self.locks):
-                if name not in busy and not (self.drafts / name).exists() and not (self.entries / name).exists():
+                if name in busy or locks.is_elsewhere(self.locks / name):
+                    continue
+                if not (self.drafts / name).exists() and not (self.entries / name).exists():
                     with suppress(BlockingIOError):
                         os.close(locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB))
                         (self.locks / name).unlink(missing_ok=True)
@@ -316,6 +334,13 @@ class Catalog:
         with self.storage("read the store"):
             return collect.sizes(self)
 
+    def footprint(self) -> Callable[[Iterable[Checkpoint]], int]:
+        """Ask what of the disk some checkpoints need together (what they share counts once), as the store is now. Bytes."""
+        from ckpt.store import collect
+
+        with self.storage("read the store"):
+            return collect.footprint(self)
+
     def check(self, checkpoint: Checkpoint) -> list[str]:
         """Read everything of a checkpoint; returns what is wrong with it, nothing when it is whole."""
         from ckpt.store import check
@@ -351,7 +376,7 @@ class Catalog:
         return list(self.listing().checkpoints)
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, an id or the unique beginning of one.
+        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, NAME@TAG, an id or the unique beginning of one.
 
         Raises:
             TargetNotFound: none, or several, with what is close.
@@ -365,6 +390,9 @@ class Catalog:
             versions = [c for c in known if c.manifest.name == name]
             if versions and generation == "latest":
                 return versions[-1]
+            tagged = [c for c in versions if generation in c.entry.tags]
+            if tagged:
+                return tagged[-1]
             if versions and generation.isascii() and generation.isdigit():
                 for candidate in versions:
                     if candidate.manifest.generation == int(generation):

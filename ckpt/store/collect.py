@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ckpt.errors import CkptError
+from ckpt.model import Checkpoint
 from ckpt.store import durable, locks, recipe
 from ckpt.store.dead import SUFFIX as DEAD
 from ckpt.store.dead import load_dead, save_dead
@@ -150,6 +151,35 @@ def sizes(catalog: Catalog) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def footprint(catalog: Catalog) -> Callable[[Iterable[Checkpoint]], int]:
+    """The body of `Catalog.footprint`."""
+    known: dict[str, Needs] = {}
+    _read_needs(catalog, known, None)
+    stored: dict[str, Places] = {}
+    small: dict[str, int] = {}
+
+    def count(checkpoints: Iterable[Checkpoint]) -> int:
+        total = 0
+        needs: dict[str, Needs] = {}
+        for checkpoint in checkpoints:
+            name = checkpoint.directory.name
+            if name not in small:
+                with suppress(OSError):
+                    small[name] = durable.tree_size_bytes(checkpoint.directory)
+            total += small.get(name, 0)
+            needs[name] = known.get(name, {})
+        for name, chunks in _union(needs).items():
+            if name not in stored:
+                try:
+                    stored[name] = _aligned(read_table(catalog.packs / (name + SUFFIX))["stored"])
+                except (CkptError, OSError):
+                    stored[name] = np.zeros(0, np.int64)
+            total += int(stored[name][chunks[chunks < len(stored[name])]].sum())
+        return total
+
+    return count
+
+
 def _read_needs(catalog: Catalog, known: dict[str, Needs], wanted: set[str] | None) -> list[str]:
     """Bring `known` (entry -> the chunks it needs of each pack) up to date; an entry never changes. Returns the entries that cannot be read."""
     problems: list[str] = []
@@ -184,7 +214,7 @@ def _claims(catalog: Catalog) -> set[str]:
     """The packs that living drafts are deduplicated against (under the store's lock)."""
     kept: set[str] = set()
     for name in locks.listing(catalog.drafts):
-        if "." in name or not locks.is_held(catalog.locks / name):
+        if "." in name or not (locks.is_held(catalog.locks / name) or locks.is_elsewhere(catalog.locks / name)):
             continue
         with suppress(FileNotFoundError):
             claims: Any = json.loads((catalog.drafts / name / PRIVATE / CLAIMS).read_bytes())
