@@ -14,7 +14,7 @@ from ckpt.archive import layout, reader, seal, trust
 from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Manifest
-from ckpt.ops import faults
+from ckpt.ops import faults, policy
 from ckpt.ops.result import Outcome
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT
@@ -52,6 +52,8 @@ def import_(
         try:
             manifest = unpack(archive, draft, label, emit, incoming)
             draft.name = name or manifest.name
+            if told := policy.notice(draft.stage, manifest):
+                emit(Notice(label, told))
             faults.point("unpacked")
             checkpoint = draft.commit(replace(manifest, name=draft.name))
         except BaseException:

@@ -47,8 +47,11 @@ class Source:
     checkpoint: Checkpoint | None = None
     lease_fd: int = -1
     """The lock that keeps `checkpoint` in the store."""
-    made_here: bool = False
-    """The checkpoint was made on this host: it asks for nothing that the workload did not have here."""
+
+    @property
+    def made_here(self) -> bool:
+        """Whether it was made on this host: it asks for nothing that the workload did not have here."""
+        return self.checkpoint is not None and not self.checkpoint.entry.foreign
 
     @property
     def remains(self) -> str:
@@ -121,12 +124,13 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
+    if not source.made_here:
+        small = source.checkpoint.directory if source.checkpoint else source.draft.stage
+        policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     stats: Figures = {}
     if source.checkpoint is not None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
-    if not source.made_here:
-        policy.require(source.draft.stage, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     faults.point("verified")
     job = Job.create(
         catalog.root,
@@ -285,8 +289,7 @@ def _from_store(
         with _until_restored(draft, options):
             if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
                 emit(Notice(label, f"signed by {signer}"))
-            source = Source(label, checkpoint.manifest, draft, checkpoint, fd, made_here=not checkpoint.entry.foreign)
-            return bring_back(source, options, catalog, emit, keep=keep)
+            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd), options, catalog, emit, keep=keep)
 
 
 def _from_archive(

@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 __all__ = ["Broken", "Catalog", "Draft", "Listing", "new_name"]
 
 MANIFEST: Final = Path("artifacts", "ckpt.json")
-SIGNATURE: Final = Path(layout.SIGNATURE)
 SCHEMA: Final = 2
 SCHEMA_FILE: Final = "store.json"
 SIGNATURE: Final = Path(layout.SIGNATURE)
