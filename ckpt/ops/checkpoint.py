@@ -194,6 +194,7 @@ class _Attempt:
             engine_version=version,
             freeze_s=self.freeze_s,
             digests=dict(sorted({**layout.digest_members(self.draft.stage), **self.draft.digests}.items())),
+            look=True,
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
         faults.point("described")
