@@ -197,6 +197,7 @@ class _Attempt:
             engine_version=version,
             freeze_s=self.freeze_s,
             digests=dict(sorted({**layout.digest_members(self.draft.stage), **self.draft.digests}.items())),
+            look=True,
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
         faults.point("described")
@@ -212,12 +213,15 @@ class _Attempt:
             self.emit(BytesMoved(self.label, "dump", done))
 
         limit_s = self.options.timeout_s
-        with intake.PageIntake(
-            draft.stage / "checkpoint", criu_version, lambda name: draft.sink(f"checkpoint/{name}"), on_bytes, timeout_s=limit_s
-        ) as pages:
-            self.job.on_failure = pages.break_off
-            self.held = self.engine.dump(self.container, draft.stage, replace(self.options, page_server_port=pages.port), self.job)
-            pages.finish()
+        try:
+            with intake.PageIntake(
+                draft.stage / "checkpoint", criu_version, lambda name: draft.sink(f"checkpoint/{name}"), on_bytes, timeout_s=limit_s
+            ) as pages:
+                self.job.on_failure = pages.break_off
+                self.held = self.engine.dump(self.container, draft.stage, replace(self.options, page_server_port=pages.port), self.job)
+                pages.finish()
+        except TransferFailed as error:  # of CRIU's pages on this host, not of an archive to another
+            raise DumpFailed(error.message, hint=error.hint, log=error.log) from error
 
     def _bring_stats(self) -> None:
         """After a resume CRIU has written its statistics: they become a member of the checkpoint, as in podman's archives."""
