@@ -6,15 +6,11 @@ The same members give the same bytes (with the same zstd library and level), on 
 from __future__ import annotations
 
 import errno
-import io
-import os
-import secrets
 import tarfile
 import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import BinaryIO, Final, Literal, Protocol, cast
 
 from ckpt.archive import index
@@ -217,39 +213,3 @@ def _write_member(members: Members, name: str, at: int, sink: _Sink, buffer: mem
     if large:
         cast(FrameSink, sink).cut()
     return entry
-
-
-def write_file(
-    members: Members,
-    path: Path,
-    *,
-    compress: Compression = "zstd",
-    level: int | None = None,
-    threads: int = -1,
-    on_bytes: OnBytes | None = None,
-) -> int:
-    """`write` into a file that is there complete (0600, on the disk) or not at all. Returns its size in bytes.
-
-    Raises:
-        NoSpace: no space left; nothing is left behind.
-        CkptError: as `write`.
-    """
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with io.FileIO(fd, "w") as raw:
-            size = write(members, raw, compress=compress, level=level, threads=threads, on_bytes=on_bytes)
-            os.fsync(fd)
-        os.rename(temporary, path)
-    except BaseException as error:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            raise NoSpace(f"no space left for {path}", hint="free some space or choose another place") from error
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return size

@@ -225,21 +225,6 @@ def test_archives_of_other_tars(stage: Path, tmp_path: Path, style: str) -> None
         assert same(stage, tmp_path / "out")
 
 
-def test_write_file_is_whole_or_absent(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out.tar.zst"
-    assert writer.write_file(StageMembers(stage), target) == target.stat().st_size
-    assert stat.S_IMODE(target.stat().st_mode) == 0o600
-    before = target.read_bytes()
-
-    def full(*_: object, **__: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer, "_write_member", full)
-    with pytest.raises(NoSpace):
-        writer.write_file(StageMembers(stage), target)
-    assert target.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["out.tar.zst", "stage"]
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("compress", ["zstd", "gzip", "none"])
 def test_a_full_device(stage: Path, compress: str) -> None:
@@ -504,14 +489,16 @@ def test_random_damage_raises_only_our_errors(stage: Path, tmp_path: Path) -> No
 def test_peek_sees_without_unpacking(stage: Path, tmp_path: Path) -> None:
     for compress in ("zstd", "none"):
         path = tmp_path / f"a.{compress}"
-        writer.write_file(StageMembers(stage), path, compress=compress)  # type: ignore[arg-type]
+        with path.open("wb") as out:
+            writer.write(StageMembers(stage), out, compress=compress)  # type: ignore[arg-type]
         found = peek(path)
         assert found.compression == compress and found.archive_bytes == path.stat().st_size
         assert found.manifest == manifest.loads((stage / layout.MANIFEST).read_bytes())
         assert found.config == CONFIG and found.spec == SPEC and found.stats == b"\x40\x59\x10\x55"
         assert found.sizes["checkpoint/pages-1.img"] == 4_500_000
     shutil.rmtree(stage / "artifacts")
-    writer.write_file(StageMembers(stage), tmp_path / "b")
+    with (tmp_path / "b").open("wb") as out:
+        writer.write(StageMembers(stage), out)
     assert peek(tmp_path / "b").manifest.foreign == "podman"
 
 
@@ -527,7 +514,8 @@ block = os.urandom(1 << 19) + bytes(1 << 19)
 with (stage / "checkpoint/pages-1.img").open("wb") as file:
     for _ in range(size):
         file.write(block)
-writer.write_file(StageMembers(stage), out / "a", threads=2)
+with (out / "a").open("wb") as file:
+    writer.write(StageMembers(stage), file, threads=2)
 with (out / "a").open("rb") as file:
     reader.extract(file, out / "s")
 reader.peek(out / "a")

@@ -41,7 +41,8 @@ def stage(tmp_path: Path) -> Path:
 
 
 def archive(stage: Path, path: Path) -> str:
-    writer.write_file(StageMembers(stage), path)
+    with path.open("wb") as out:
+        writer.write(StageMembers(stage), out)
     return str(path)
 
 
