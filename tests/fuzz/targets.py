@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from ckpt.archive import _apply, foreign, index, layout, manifest, reader, schema, seal, strict_json, wants, wants_podman, zstd_watch
+from ckpt.archive import _apply, foreign, index, layout, manifest, reader, schema, seal, strict_json, wants, wants_podman, zstdframes
 from ckpt.archive.codec import Stream, open_stream
 from ckpt.archive.tarstream import Limits, TarStream
 from ckpt.criu import images, pagestream, privileges, seccomp
@@ -128,10 +128,11 @@ def codec(data: bytes) -> None:
 @target(_compressed)
 def zstd_headers(data: bytes) -> None:
     """Frames of zstd, in pieces."""
-    watch = zstd_watch.ZstdWatch()
-    for at in range(0, len(data), 7):
-        watch.feed(data[at : at + 7])
-    watch.as_written([], len(data), 0)
+    source = io.BytesIO(data)
+    found = zstdframes.ZstdFrames(lambda size: source.read(min(size, 7)))
+    total = 0
+    while total < 4 << 20 and (piece := found.read(65536)):
+        total += len(piece)
 
 
 def _indexes() -> list[bytes]:
