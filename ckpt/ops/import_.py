@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from ckpt.archive import layout, reader, seal, trust
+from ckpt.archive import foreign, layout, reader, seal, trust
 from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Manifest
@@ -140,11 +140,13 @@ def unpack(
         draft.stage,
         on_bytes=on_bytes,
         judge=lambda data, given: signers.append(incoming.judge(data, given)),
-        sinks=draft.sink if pack else None,
+        # What another engine writes as rootfs-diff.tar may have to be converted: the commit packs it.
+        sinks=(lambda member: None if member == layout.ROOTFS_DIFF else draft.sink(member)) if pack else None,
     )
     seal.finish(stream)
     archive.finish()
     if manifest is None:
+        foreign.convert(draft.stage)
         manifest = reader.foreign_manifest(draft.stage, bulk={name: draft.bulk_size_bytes(name) for name in draft.digests})
         manifest = replace(manifest, digests={**layout.digest_members(draft.stage), **draft.digests})
         # No warning: podman's archives have no digests to begin with, and an import of one is no half success.

@@ -113,6 +113,9 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         RestoreFailed: nothing of the restore is left.
     """
     manifest = source.manifest
+    if manifest.foreign in ("cri-o", "containerd"):
+        why = f"{source.label} was written by {manifest.foreign}: it belongs into a pod of Kubernetes, ckpt cannot restore it"
+        raise EngineUnavailable(why, where="nothing was touched", hint="ckpt inspect, verify and diff can look into it")
     engine = registry.by_name(manifest.engine)
     can = engine.probe()
     if not can.usable:
