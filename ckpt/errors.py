@@ -106,8 +106,10 @@ class PolicyRefused(CkptError):
 
     slug, exit_code, summary = "policy", 34, "the checkpoint asks for more than this host allows"
 
-    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None, wants: tuple[dict[str, str], ...] = ()) -> None:
-        super().__init__(message, where=where, hint=hint)
+    def __init__(
+        self, message: str, *, where: str | None = None, hint: str | None = None, log: str | None = None, wants: tuple[dict[str, str], ...] = ()
+    ) -> None:
+        super().__init__(message, where=where, hint=hint, log=log)
         self.wants = wants
 
     def to_json(self) -> dict[str, object]:

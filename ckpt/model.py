@@ -143,6 +143,8 @@ class DumpOptions:
     """What the engine has to say of the container is in the stage already (engines.base.StartsEarly): the dump need not wait for it."""
     memory_stays: bool = False
     """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
+    sealed: bool = False
+    """The stage is in memory and will be encrypted: nothing that is not on a disk already may get there in clear."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import typing
 from typing import Any, Final, TypeVar
 
 from ckpt.archive import strict_json
-from ckpt.archive.layout import DIGEST_PREFIX, MANIFEST, is_allowed
+from ckpt.archive.layout import DIGEST_PREFIX, MANIFEST, UNDIGESTED, is_allowed
 from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.model import Manifest
 
@@ -68,7 +68,7 @@ def loads(data: bytes) -> Manifest:
         if not is_volume_name(volume):
             raise ArchiveInvalid(f"{MANIFEST} has {volume[:64]!r} as the name of a volume")
     for member, digest in manifest.digests.items():
-        if not is_allowed(member) or member.endswith("/") or member == MANIFEST:
+        if not is_allowed(member) or member.endswith("/") or member in UNDIGESTED:
             raise ArchiveInvalid(f"{MANIFEST} has a digest for {member[:64]!r}, which is no member of a checkpoint")
         if not _DIGEST.match(digest):
             raise ArchiveInvalid(f"{MANIFEST} has a digest for {member!r} that is not sha256")

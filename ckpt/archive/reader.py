@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 from ckpt.archive import manifest as manifests
 from ckpt.archive import schema
@@ -23,14 +23,17 @@ from ckpt.archive.layout import (
     INVENTORY,
     MANIFEST,
     NETWORK_STATUS,
+    SIGNATURE,
     SPEC,
     STATS,
+    UNDIGESTED,
     compare_digests,
+    is_bulk,
     require_members,
 )
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
-from ckpt.errors import ArchiveInvalid, NoSpace
+from ckpt.errors import ArchiveInvalid, DigestMismatch, NoSpace
 from ckpt.host.beneath import open_beneath
 from ckpt.model import Manifest
 
@@ -38,7 +41,21 @@ __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "p
 
 OnBytes = Callable[[int], None]
 _CORE_CAP: Final = 64 << 20
-_SMALL: Final = frozenset({MANIFEST, CONFIG, SPEC, NETWORK_STATUS, STATS})
+Judge = Callable[[bytes, bytes | None], object]
+"""Told the manifest and its signature (None: there is none) as soon as they came; raises DigestMismatch for what is not to be taken."""
+
+
+class Sink(Protocol):
+    """Where the content of a member goes that becomes no file: pieces, then `close`. It makes the digest ("sha256:HEX") itself."""
+
+    digest: str
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def close(self) -> None: ...
+
+
+_SMALL: Final = frozenset({MANIFEST, SIGNATURE, CONFIG, SPEC, NETWORK_STATUS, STATS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +72,21 @@ class Peek:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, on_bytes: OnBytes | None = None) -> Manifest | None:
+def extract(
+    source: BinaryIO,
+    stage: Path,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    on_bytes: OnBytes | None = None,
+    judge: Judge | None = None,
+    sinks: Callable[[str], Sink | None] | None = None,
+) -> Manifest | None:
     """Unpack an archive from a file or a pipe into `stage` (made with 0700 if it is not there), verifying it on the way.
 
     Args:
         on_bytes: called with the number of bytes (compressed, as read from `source`) since the last call.
+        judge: asked before anything but the manifest and its signature is unpacked. What it took must be what the archive is.
+        sinks: makes what takes bulk members (`layout.is_bulk`); without it, or where it makes none, they become files like all others.
 
     Returns:
         The manifest when the archive has one that belongs to it, else None (`foreign_manifest` makes one up).
@@ -76,11 +103,25 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         tar = TarStream(stream, limits)
         digests: dict[str, str] = {}
         told = 0
+        signed = _Signed(stage, judge)
         for member in tar:
             if member.name.endswith("/"):
                 directories.get(member.name)
                 continue
             _check_size(member, limits)
+            signed.before(member.name)
+            sink = sinks(member.name) if sinks is not None and is_bulk(member.name) else None
+            if sink is not None:
+                if member.name in digests:
+                    raise ArchiveInvalid(f"{stage / member.name} is there already")
+                for piece in tar.data():
+                    sink.write(piece)
+                    if on_bytes and stream.raw.count > told:
+                        on_bytes(stream.raw.count - told)
+                        told = stream.raw.count
+                sink.close()
+                digests[member.name] = sink.digest
+                continue
             fd = directories.create(member.name)
             try:
                 digest = hashlib.sha256()
@@ -98,7 +139,7 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
                     pending.result()
             finally:
                 os.close(fd)
-            if member.name != MANIFEST:
+            if member.name not in UNDIGESTED:
                 digests[member.name] = DIGEST_PREFIX + digest.hexdigest()
         if on_bytes and stream.raw.count > told:
             on_bytes(stream.raw.count - told)
@@ -106,14 +147,46 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
     config = manifests.json_object(_read_small(stage / CONFIG), CONFIG)
     schema.check(stage)
     if not (stage / MANIFEST).exists():
+        signed.reject_stale()
         return None
     found = manifests.loads(_read_small(stage / MANIFEST))
     if _is_stale(found, digests, other=config.get("id") != found.container_id):
+        signed.reject_stale()
         os.unlink(stage / MANIFEST)
         return None
     compare_digests(digests, found)
     stream.require_as_written(tar.entries)
     return found
+
+
+class _Signed:
+    """When the judge is asked, and that nothing is unpacked which it has not seen."""
+
+    def __init__(self, stage: Path, judge: Judge | None) -> None:
+        self._stage = stage
+        self._judge = judge
+        self._asked = False
+        self._vouched = False
+
+    def before(self, name: str) -> None:
+        """A member is about to be unpacked."""
+        if self._judge is None:
+            return
+        if name in UNDIGESTED:
+            if self._asked:
+                raise DigestMismatch(f"{name} is not at the beginning of the archive: its signature cannot be relied on")
+            return
+        if not self._asked:
+            self._asked = True
+            data, signature = (_read_small(self._stage / part) if (self._stage / part).exists() else None for part in (MANIFEST, SIGNATURE))
+            self._judge(data or b"", signature)
+            self._vouched = signature is not None
+
+    def reject_stale(self) -> None:
+        """The manifest is not of this checkpoint, so nor is its signature."""
+        if self._vouched:
+            raise DigestMismatch("the archive is not what was signed: its manifest belongs to another checkpoint")
+        (self._stage / SIGNATURE).unlink(missing_ok=True)
 
 
 def _is_stale(manifest: Manifest, digests: dict[str, str], *, other: bool) -> bool:

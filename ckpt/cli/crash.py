@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -17,22 +18,28 @@ from ckpt.errors import Bug, CkptError
 
 def report(error: BaseException, args: Sequence[str], *, log_dir: Path | None = None) -> Bug:
     """Write the traceback to `log_dir` (default: the configured one, else the temporary directory) and make the error that names the file."""
-    text = "\n".join(
+    text = _without_secrets("\n".join(
         (
             f"ckpt {__version__}, Python {platform.python_version()}, Linux {platform.release()} {platform.machine()}",
             f"command: ckpt {' '.join(args)}",
             "",
             "".join(traceback.format_exception(error)),
         )
-    )
+    ))  # fmt: skip
     path = _write(text, log_dir or _log_dir())
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    what = _without_secrets(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
     return Bug(
         f"a bug in ckpt: {what}",
         where="not known: look with the engine's own tools (podman ps -a)",
         hint="please report it with the log",
         log=str(path) if path else None,
     )
+
+
+def _without_secrets(text: str) -> str:
+    """URLs lose what may be credentials: user information and query."""
+    text = re.sub(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#'\"]*@", r"\1", text)
+    return re.sub(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?'\"]*)\?[^\s'\"]*", r"\1?...", text)
 
 
 def _log_dir() -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import click
 
+from ckpt.cli import carriage, protection
+from ckpt.cli.carriage import carrier_options, digest_option
 from ckpt.cli.common import Session, verb
 from ckpt.cli.render.rows import Row
 from ckpt.errors import UsageError
@@ -17,23 +18,35 @@ from ckpt.errors import UsageError
     "import",
     examples=(
         ("ckpt import web.tar.zst", "an archive of ckpt or podman"),
-        ("ssh a ckpt export web@2 -o - | ckpt import -", "from the store of another host"),
+        ("ssh a ckpt export web@2 - | ckpt import -", "from the store of another host"),
+        ("ckpt import root@a:/srv/web.tar.zst", "over ssh, from a host without ckpt too"),
+        ("ckpt import https://a/web.tar.zst", "from a web server"),
+        ("ckpt import oci://reg:5000/ns/web:1", "from a registry, what podman pushed too"),
     ),
 )
-@click.argument("source", metavar="FILE", type=click.Path())
+@click.argument("source", metavar="SOURCE", type=click.Path())
 @click.option("-n", "--name", metavar="NAME", help="What to call it in the store (default: its own name).")
-def command(session: Session, source: str, name: str | None) -> int:
+@digest_option
+@protection.incoming_options
+@carrier_options
+def command(session: Session, source: str, name: str | None, digest: str | None, **carriage_options: Any) -> int:
     """Take an archive into the store, verified; nothing is restored.
 
-    Prints the checkpoint's name in the store, ready for `ckpt restore`. - reads stdin.
+    SOURCE is a file, - (stdin), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, an http(s) URL, presigned ones too, or
+    oci://REGISTRY/NAME with :TAG or @sha256:DIGEST. A link that breaks is tried again for a minute, and the download goes on where it was.
+
+    Prints the checkpoint's name in the store, ready for `ckpt restore`.
     """
     if name is not None and not name.strip():
         raise UsageError("an empty --name")
-    if source == "-" and sys.stdin.isatty():
-        raise UsageError("an archive is nothing that a person types", hint="redirect stdin, or name a file")
+    incoming = protection.incoming(session, protection.take(carriage_options, protection.INCOMING))
+    place = carriage.source(source)
+    options = carriage.carrier(session, place, **carriage_options)
     from ckpt.ops import import_ as use_case
 
-    outcome = use_case.import_("-" if source == "-" else Path(source), name=name, store_root=session.store_root, emit=session.emit)
+    outcome = use_case.import_(
+        place, name=name, digest=carriage.digest(digest), carrier=options, incoming=incoming, store_root=session.store_root, emit=session.emit
+    )
     return session.finish([outcome], id_of="checkpoint", table=_refs)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ckpt.cli import completion
+from ckpt.cli import carriage, completion, protection
+from ckpt.cli.carriage import carrier_options, digest_option
 from ckpt.cli.checkpoint import microseconds
 from ckpt.cli.common import Session, all_and_latest, one_way, state_options, verb
 from ckpt.cli.render.rows import Row
@@ -24,11 +25,16 @@ from ckpt.model import RestoreOptions
         ("ckpt restore --lazy web", "runs at once, its memory follows"),
         ("ckpt restore -n copy web", "beside the original, under another name"),
         ("ckpt restore -i web.tar.zst", "from an archive, podman's too"),
+        ("ckpt restore -i https://a/web.tar.zst", "the same from a web server"),
     ),
 )
 @click.argument("refs", nargs=-1, metavar="[CHECKPOINT]...", shell_complete=completion.checkpoints)
 @all_and_latest("checkpoint")
-@click.option("-i", "--import", "import_file", type=click.Path(path_type=Path), metavar="FILE", help="Restore from an archive, past the store.")
+@click.option(
+    "-i", "--import", "import_from", type=click.Path(), metavar="SOURCE", help="Restore from an archive, past the store: as for ckpt import."
+)
+@digest_option
+@protection.incoming_options
 @click.option("-n", "--name", metavar="NAME", help="Give the container this name (and a new id).")
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports than the checkpoint's ([IP:]HOST:CONTAINER[/PROTOCOL]).")
 @click.option("--pod", metavar="POD", help="Restore into this pod.")
@@ -39,16 +45,27 @@ from ckpt.model import RestoreOptions
 @click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
 @click.option("--ignore-static-mac", is_flag=True, help="Take a new MAC address.")
 @click.option("--print-stats", is_flag=True, help="Print podman's JSON of times (microseconds) and pages instead of names.")
+@carrier_options
 def command(
     session: Session,
     refs: tuple[str, ...],
     every: bool,
     latest: bool,
-    import_file: Path | None,
+    import_from: str | None,
+    digest: str | None,
     keep: bool,
     print_stats: bool,
     publish: tuple[str, ...],
     timeout_s: float | None,
+    token_file: Path | None,
+    token_command: str | None,
+    header_file: Path | None,
+    ca_file: Path | None,
+    fingerprint: str | None,
+    client_cert: Path | None,
+    client_key: Path | None,
+    insecure: bool,
+    ssh_options: tuple[str, ...],
     allow: tuple[str, ...],
     **given: Any,
 ) -> int:
@@ -65,14 +82,22 @@ def command(
     workload cannot be saved or moved. Should the daemon be killed before that, or a page file prove damaged, the missing memory is
     lost to the workload, which is then ended; the checkpoint stays, restore it again.
     """
-    if import_file is not None:
+    if import_from is not None:
         if refs or every or latest:
             raise UsageError("--import takes an archive instead of a checkpoint's name, --all or --latest")
     else:
         one_way(refs, every=every, latest=latest, what="checkpoint")
     if given["name"] is not None and (every or len(refs) > 1):
         raise UsageError("--name fits one checkpoint only")
+    if digest is not None and import_from is None:
+        raise UsageError("--digest goes with --import")
     session.need_root()
+    incoming = protection.incoming(session, protection.take(given, protection.INCOMING))
+    place = carriage.source(import_from) if import_from is not None else None
+    reach = None if place is None else carriage.carrier(
+        session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file, fingerprint=fingerprint,
+        client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
+    )  # fmt: skip
     from ckpt.ops import policy
 
     policy.Allowed.parse(allow)  # a wrong one is no configuration's fault
@@ -81,8 +106,9 @@ def command(
     from ckpt.ops import restore as use_case
 
     outcomes = use_case.restore(
-        refs, all=every, latest=latest, import_file=import_file, options=options, store_root=session.store_root, emit=session.emit, keep=keep
-    )
+        refs, all=every, latest=latest, import_from=place, digest=carriage.digest(digest), carrier=reach, options=options,
+        store_root=session.store_root, emit=session.emit, keep=keep, incoming=incoming,
+    )  # fmt: skip
     return session.finish(outcomes, id_of="container", stats=_stats if print_stats else None)
 
 

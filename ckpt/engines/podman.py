@@ -132,6 +132,9 @@ class Podman:
         if container.rootfs.upper_dir is None and not options.ignore_rootfs:
             hint = "use podman's overlay storage driver, or leave the root file system behind with --ignore-rootfs"
             found.append(Finding("root file system", "error", "it is no overlay, so its changes cannot be told from its container image", hint))
+        if options.sealed and shm_in_use(container):
+            detail = "there are files in /dev/shm, which podman would write to its own disk in clear on the way"
+            found.append(Finding("/dev/shm", "error", detail, "remove them, or save it to the store (in clear) and export that"))
         if container.auto_remove:
             hint = "keep a checkpoint elsewhere (ckpt export), or start it without --rm"
             found.append(Finding("--rm", "warning", f"{container.name} was started with --rm: podman forgets it as soon as it ends", hint))

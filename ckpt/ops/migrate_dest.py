@@ -25,6 +25,7 @@ from ckpt.ops import ahead_dest, faults, lazy, policy, proof, recover
 from ckpt.ops.moments import Moment
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
+from ckpt.store import place
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -324,9 +325,8 @@ def start_keeper(arrival: Arrival, memory: str, *, newest: Path | None = None, w
     arrival.keeper = lazy.Keeper(
         arrival.job,
         arrival.draft.stage,
-        lease_fd=arrival.draft.fileno(),
+        lease_fds=(arrival.draft.fileno(),),
         draft=True,
-        verify=False,  # every frame had its check sum
         memory=cast(lazy.Memory, memory),
         criu_version=features.facts().version,
         newest=newest,
@@ -423,7 +423,7 @@ def _job(root: Path, args: dict[str, Any]) -> Job | None:
     text = str(args.get("job", ""))
     if not _JOB_ID.fullmatch(text):
         raise UsageError(f"{text!r} is no job")
-    job = Job(root / "jobs" / text)
+    job = Job(place.jobs(root) / text)
     return job if job.directory.is_dir() else None
 
 

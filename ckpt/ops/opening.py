@@ -51,18 +51,11 @@ def opening(ref_or_file: str, *, store_root: Path = DEFAULT_ROOT) -> Iterator[Op
             if not path.is_file():
                 raise
         else:
-            with catalog.lease(checkpoint):
-                yield Opened(checkpoint.ref, checkpoint.manifest, stored_members(catalog, checkpoint), checkpoint.directory, checkpoint)
+            with catalog.lease(checkpoint), catalog.members(checkpoint) as members:
+                yield Opened(checkpoint.ref, checkpoint.manifest, members, checkpoint.directory, checkpoint)
             return
     if not path.is_file():
         raise TargetNotFound(f"there is no archive {ref_or_file!r}")
-    with ArchiveMembers(path) as members:
-        seen = reader.look(members)
-        yield Opened(ref_or_file, seen.manifest, members, path, None, members.archive_bytes, members.compression)
-
-
-def stored_members(catalog: Catalog, checkpoint: Checkpoint) -> Members:
-    """The members of a checkpoint in the store."""
-    from ckpt.archive.members import StageMembers
-
-    return StageMembers(checkpoint.directory)
+    with ArchiveMembers(path) as archive:
+        seen = reader.look(archive)
+        yield Opened(ref_or_file, seen.manifest, archive, path, None, archive.archive_bytes, archive.compression)

@@ -106,7 +106,7 @@ def _verify(ref: str, deep: bool, signature: CheckSignature | None, root: Path, 
             if opened.has_manifest:
                 _compare(digests, opened.manifest.digests, report)
         else:
-            report.problems += _stored(opened, root, on_bytes)
+            report.problems += Catalog(root).check(opened.checkpoint)
             report.members = len(opened.manifest.digests)
             report.digests = "wrong" if report.problems else "equal"
             report.bytes = report.bytes or total
@@ -114,15 +114,6 @@ def _verify(ref: str, deep: bool, signature: CheckSignature | None, root: Path, 
         if deep:
             report.problems += list(_deep(opened))
         return opened.checkpoint, report
-
-
-def _stored(opened: Opened, root: Path, on_bytes: Callable[[int], None]) -> list[str]:
-    assert opened.checkpoint is not None
-    found = layout.digest_members(opened.path, on_bytes)
-    found.pop(layout.SIGNATURE, None)
-    report = Report()
-    _compare(found, opened.manifest.digests, report)
-    return report.problems
 
 
 def _compare(found: dict[str, str], wanted: dict[str, str], report: Report) -> None:
@@ -146,7 +137,7 @@ def _file_digests(opened: Opened, on_bytes: Callable[[int], None]) -> dict[str, 
             for piece in tar.data():
                 digest.update(piece)
                 on_bytes(len(piece))
-            if not member.name.endswith("/") and member.name not in (layout.MANIFEST, layout.SIGNATURE):
+            if not member.name.endswith("/") and member.name not in layout.UNDIGESTED:
                 digests[member.name] = layout.DIGEST_PREFIX + digest.hexdigest()
         if opened.has_manifest:
             stream.require_as_written(tar.entries)

@@ -90,12 +90,20 @@ def interactive() -> bool:
     return all(stream is not None and not stream.closed and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
-def argv(destination: str | Destination, remote_command: Sequence[str], options: Sequence[str] = (), *, batch: bool | None = None) -> list[str]:
+def argv(
+    destination: str | Destination,
+    remote_command: Sequence[str],
+    options: Sequence[str] = (),
+    *,
+    batch: bool | None = None,
+    subsystem: bool = False,
+) -> list[str]:
     """The command line that runs `remote_command` on the destination.
 
     Args:
         options: the user's `-o` options (`Key=Value`); they win, since ssh takes the first value it sees.
         batch: never ask anybody anything; None asks only when there is a terminal.
+        subsystem: `remote_command` is the name of a subsystem (`sftp`).
 
     Raises:
         UsageError: the destination or an option is not usable.
@@ -121,26 +129,33 @@ def argv(destination: str | Destination, remote_command: Sequence[str], options:
         words += ["-o", option]
     if where.port is not None:
         words += ["-p", str(where.port)]
-    words += ["--", f"{where.user}@{where.host}" if where.user else where.host]
+    words += ["-s"] * subsystem + ["--", f"{where.user}@{where.host}" if where.user else where.host]
     if remote_command:
         words.append(shlex.join(remote_command))
     return words
 
 
 def open(  # noqa: A001
-    destination: str | Destination, remote_command: Sequence[str], options: Sequence[str] = (), *, batch: bool | None = None, stdout: int = PIPE
+    destination: str | Destination,
+    remote_command: Sequence[str],
+    options: Sequence[str] = (),
+    *,
+    batch: bool | None = None,
+    stdout: int = PIPE,
+    subsystem: bool = False,
 ) -> Process:
     """Start ssh with pipes on its standard input, output and error; returns before it is connected.
 
     Args:
         stdout: DEVNULL when nothing is to be heard of the other side.
+        subsystem: as for `argv`.
 
     Raises:
         UsageError: the destination or an option is not usable.
         CannotConnect: there is no ssh program.
     """
     quiet = not interactive() if batch is None else batch
-    words = argv(destination, remote_command, options, batch=quiet)
+    words = argv(destination, remote_command, options, batch=quiet, subsystem=subsystem)
     # Ctrl-C at the terminal goes to the whole foreground group. The link must outlive it, since rolling back needs it: ssh inherits
     # a blocked SIGINT (and keeps it blocked in its poll); without a terminal it gets a session of its own.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

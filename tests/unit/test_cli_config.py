@@ -40,3 +40,18 @@ def test_mistakes_name_the_file(tmp_path: Path, text: str) -> None:
 def test_mistakes_name_the_variable(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CKPT_LOG_LEVEL must be one of debug"):
         config.load({"CKPT_LOG_LEVEL": "loud"}, system_file=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'http = "x"', '[http."b:7443"]', '[http."https://me:sesame@b"]',
+        '[http."https://b"]\ntoken = "sesame"', '[http."https://b"]\ntoken_file = "x"',
+        '[http."https://b"]\ntoken_file = "/x"\ntoken_command = ["y"]', '[http."https://b"]\ntoken_command = []',
+    ],
+)  # fmt: skip
+def test_mistakes_about_servers_show_no_secrets(tmp_path: Path, text: str) -> None:
+    system = write(tmp_path / "ckpt.toml", text)
+    with pytest.raises(ConfigError, match="http") as caught:
+        config.load({}, system_file=system)
+    assert "sesame" not in caught.value.message

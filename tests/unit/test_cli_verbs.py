@@ -15,7 +15,9 @@ from ckpt.cli.main import main
 from ckpt.errors import BusyError, CkptError, DumpFailed, NeedsContinue, TargetNotFound
 from ckpt.events import BytesMoved, Notice, StepDone, StepStarted
 from ckpt.model import Carriage, Checkpoint, Compression, Container, ContainerImage, DumpOptions, Finding, Manifest, Process, Target
+from ckpt.ops.list_ import Listed
 from ckpt.ops.result import Outcome, failure
+from ckpt.transports.base import Location
 
 MANIFEST = Manifest(
     id="c0ffee" * 5, name="web", engine="podman", container_id="ab" * 32, created_s=1.7e9, generation=2, size_bytes=1 << 20, freeze_s=0.212,
@@ -140,7 +142,7 @@ def test_json_of_a_failure_as_a_whole(fake: Fake, capsys: pytest.CaptureFixture[
 
 def test_templates(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     fake("list_.broken", ())
-    fake("list_.list_", [CHECKPOINT])
+    fake("list_.list_", [Listed(CHECKPOINT)])
     assert main(["list", "--format", r"{{.Name}}\t{{.ID}} {{ .ContainerImage.Name }}"]) == 0
     assert capsys.readouterr().out == f"web\t{MANIFEST.id} docker.io/library/busybox\n"
 
@@ -247,15 +249,15 @@ def test_checkpoint_to_an_archive(fake: Fake, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr("ckpt.cli.checkpoint._qualified", lambda target: f"podman:{target}")
     seen = fake("export.export", Outcome("podman:web", True, None, CONTAINER))
     assert main(["checkpoint", "web", "-e", "w.tar.gz", "-c", "GZIP", "--level", "3", "-R"]) == 0
-    assert seen["args"] == ("podman:web", Path("w.tar.gz"))
+    assert seen["args"] == ("podman:web", Location.parse("w.tar.gz"))
     assert (seen["compress"], seen["level"], seen["leave_running"]) == ("gzip", 3, True)
     assert capsys.readouterr().out == "web\n"
 
 
 def test_checkpoint_several_to_a_directory(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written: list[Path] = []
+    written: list[Location] = []
 
-    def export(ref: str, output: Path, **kwargs: Any) -> Outcome:
+    def export(ref: str, output: Location, **kwargs: Any) -> Outcome:
         written.append(output)
         if ref == "podman:a":
             raise DumpFailed("a cannot")
@@ -263,7 +265,7 @@ def test_checkpoint_several_to_a_directory(fake: Fake, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("ckpt.ops.export.export", export)
     assert main(["checkpoint", "podman:a", "runc:b", "-e", str(tmp_path)]) == 20
-    assert written == [tmp_path / "a.tar.zst", tmp_path / "b.tar.zst"]
+    assert [one.path for one in written] == [tmp_path / "a.tar.zst", tmp_path / "b.tar.zst"]
     assert capsys.readouterr() == ("runc:b\n", "error: a cannot\n")
     written.clear()
     assert main(["checkpoint", "podman:a", "runc:b", "-e", str(tmp_path), "--fail-fast"]) == 20
@@ -273,15 +275,64 @@ def test_checkpoint_several_to_a_directory(fake: Fake, monkeypatch: pytest.Monke
 def test_export_to_stdout_prints_nothing_else_there(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     seen = fake("export.export", DONE, events=(StepDone("web", "archive"),))
     assert main(["export", "web@2", "-o", "-", "--format", "jsonl"]) == 0
-    assert seen["args"] == ("web@2", "-")
+    assert seen["args"] == ("web@2", Location.parse("-"))
     assert capsys.readouterr().out == ""
 
 
 def test_import_prints_the_new_name(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     seen = fake("import_.import_", Outcome("web.tar.zst", True, CHECKPOINT))
     assert main(["import", "web.tar.zst", "-n", "web"]) == 0
-    assert (seen["args"], seen["name"]) == ((Path("web.tar.zst"),), "web")
+    assert (seen["args"], seen["name"]) == ((Location.parse("web.tar.zst"),), "web")
     assert capsys.readouterr().out == "web@2\n"
+
+
+def test_export_takes_its_destination_either_way(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = fake("export.export", DONE)
+    assert main(["export", "web@2", "b:web.tar", "--ssh-option", "Port=2222"]) == 0
+    assert seen["args"] == ("web@2", Location.parse("b:web.tar")) and seen["carrier"].ssh_options == ("Port=2222",)
+    for bad in (["export", "web@2"], ["export", "web@2", "x", "-o", "y"], ["export", "web@2", "ftp://x/y"], ["export", "web@2", "https://x/?a#b"]):
+        assert main(bad) == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_how_to_reach_a_server(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config/ckpt").mkdir(parents=True)
+    (tmp_path / "config/ckpt/ckpt.toml").write_text(
+        '[http."https://b:7443"]\ntoken_file = "/etc/b"\nca_file = "/etc/ca"\n[http."https://b:7443/in"]\ntoken_command = ["pass", "b"]\n'
+    )
+    seen = fake("import_.import_", Outcome("x", True, CHECKPOINT))
+    for url, file, command, ca in (
+        ("https://b:7443/web.tar", Path("/etc/b"), (), Path("/etc/ca")),
+        ("https://b:7443/in/web.tar", None, ("pass", "b"), None),
+        ("https://b:7443/inner", Path("/etc/b"), (), Path("/etc/ca")),
+        ("https://b/web.tar", None, (), None),
+        ("https://b:7443@c/web.tar", None, (), None),
+    ):
+        assert main(["import", url]) == 0
+        assert (seen["carrier"].token_file, seen["carrier"].token_command, seen["carrier"].ca_file) == (file, command, ca)
+    assert main(["import", "https://b:7443/x", "--token-command", "pass 'my b'", "--insecure", "--digest", "sha256:" + "AB" * 32]) == 0
+    assert (seen["carrier"].token_file, seen["carrier"].token_command, seen["carrier"].insecure) == (None, ("pass", "my b"), True)
+    assert seen["digest"] == "ab" * 32
+    for bad in (["--digest", "md5:00"], ["--token-command", "'"], ["--token-command", "a", "--token-file", "b"], ["--client-key", "k"]):
+        assert main(["import", "https://b/x", *bad]) == 2
+
+
+def test_a_bug_s_log_has_no_secrets(fake: Fake, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    url = "https://me:" + "sesame" + "@b/x?X-Amz-Signature=" + "sesame"
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"about {url}")
+
+    import ckpt.ops.import_
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(ckpt.ops.import_, "import_", broken)
+        assert main(["import", url]) == 70
+    [log] = (tmp_path / "log").iterdir()
+    assert "sesame" not in capsys.readouterr().err
+    shown = log.read_text()
+    assert "sesame" not in shown.replace('"sesame"', "") and "https://b/x?..." in shown
 
 
 def test_restore_options(fake: Fake) -> None:
@@ -289,7 +340,7 @@ def test_restore_options(fake: Fake) -> None:
     args = ["restore", "web@2", "-n", "w2", "-p", "80:80", "-p", "81:81", "-k", "--pod", "p", "--ignore-static-ip", "--ignore-rootfs"]
     assert main(args) == 0
     options = seen["options"]
-    assert (seen["args"], seen["keep"], seen["import_file"]) == ((("web@2",),), True, None)
+    assert (seen["args"], seen["keep"], seen["import_from"]) == ((("web@2",),), True, None)
     assert (options.name, options.publish, options.pod) == ("w2", ("80:80", "81:81"), "p")
     assert (options.ignore_static_ip, options.ignore_static_mac, options.ignore_rootfs, options.tcp_established) == (True, False, True, None)
 
@@ -384,7 +435,7 @@ def test_list_and_inspect_for_people(fake: Fake, capsys: pytest.CaptureFixture[s
     from ckpt.ops.inspect import Inspection
 
     fake("list_.broken", ())
-    fake("list_.list_", [CHECKPOINT])
+    fake("list_.list_", [Listed(CHECKPOINT)])
     assert main(["list"]) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["CHECKPOINT", "ID"]
