@@ -40,7 +40,6 @@ from ckpt.model import Manifest
 __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
 
 OnBytes = Callable[[int], None]
-_CORE_CAP: Final = 64 << 20
 Judge = Callable[[bytes, bytes | None], object]
 """Told the manifest and its signature (None: there is none) as soon as they came; raises DigestMismatch for what is not to be taken."""
 
@@ -55,6 +54,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+_CORE_CAP: Final = 64 << 20
 _SMALL: Final = frozenset({MANIFEST, SIGNATURE, CONFIG, SPEC, NETWORK_STATUS, STATS})
 
 
@@ -86,7 +86,7 @@ def extract(
     Args:
         on_bytes: called with the number of bytes (compressed, as read from `source`) since the last call.
         judge: asked before anything but the manifest and its signature is unpacked. What it took must be what the archive is.
-        sinks: makes what takes bulk members (`layout.is_bulk`); without it, or where it makes none, they become files like all others.
+        sinks: makes what takes a bulk member (`layout.is_bulk`); without one it becomes a file like all others.
 
     Returns:
         The manifest when the archive has one that belongs to it, else None (`foreign_manifest` makes one up).
@@ -110,10 +110,9 @@ def extract(
                 continue
             _check_size(member, limits)
             signed.before(member.name)
-            sink = sinks(member.name) if sinks is not None and is_bulk(member.name) else None
-            if sink is not None:
-                if member.name in digests:
-                    raise ArchiveInvalid(f"{stage / member.name} is there already")
+            if is_bulk(member.name) and member.name in digests:
+                raise ArchiveInvalid(f"{stage / member.name} is there already")
+            if sinks is not None and is_bulk(member.name) and (sink := sinks(member.name)) is not None:
                 for piece in tar.data():
                     sink.write(piece)
                     if on_bytes and stream.raw.count > told:
