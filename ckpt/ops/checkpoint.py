@@ -31,7 +31,7 @@ from ckpt.errors import (
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, faults, intake, recover, resolve
+from ckpt.ops import capture, faults, intake, recover, resolve, warm
 from ckpt.ops import check as checks
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
@@ -70,6 +70,7 @@ def checkpoint(
         CkptError: nothing could be begun at all.
         KeyboardInterrupt: after the target at hand was brought back to running.
     """
+    warm.imports(*warm.INTO_CHUNKS)
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     found, outcomes = _find(targets, all=all, latest=latest)
@@ -194,6 +195,7 @@ class _Attempt:
             engine_version=version,
             freeze_s=self.freeze_s,
             digests=dict(sorted({**layout.digest_members(self.draft.stage), **self.draft.digests}.items())),
+            look=True,
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
         faults.point("described")

@@ -72,7 +72,9 @@ def export(
             final = replace(manifest, id=draft.id, size_bytes=draft.size_bytes)
             durable.write_file(draft.stage / layout.MANIFEST, manifest_file.dumps(final))
             with draft.members() as members:
-                return None, {"size_bytes": final.size_bytes, **packing.write(members, final)}
+                figures = packing.write(members, final)
+            emit(Notice(ref, f"{to} {figures['digest']}"))
+            return None, {"size_bytes": final.size_bytes, **figures}
 
         sealed = bool(outgoing.recipients)
         chosen = replace(options, leave_running=leave_running or options.leave_running, sealed=sealed)

@@ -126,6 +126,8 @@ class Catalog:
                     raise DigestMismatch(f"{name} is not what the manifest says")
             digests = dict(sorted({**draft.digests, **digests}.items()))
         size_bytes = durable.tree_size_bytes(draft.stage, skip=PRIVATE) + draft.bulk_bytes
+        final = replace(manifest, id=draft.id, name=draft.name, size_bytes=size_bytes, digests=digests)
+        signed = _signed(draft.stage, final, sign)
         pack = draft.finish()
         # The many bytes go to the disk before the lock is taken: nobody waits for them.
         durable.sync_tree(draft.stage)

@@ -98,17 +98,17 @@ def mixed(seed: int) -> dict[str, bytes]:
     return content
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, KEY], ids=["open", "keyed"])
 def test_round_trip(tmp_path: Path, seed: int, plain: bool, key: bytes | None) -> None:
     catalog = Catalog(tmp_path / "store", key=key)
     content = mixed(seed)
     made = add(catalog, content, plain=plain, step=random.Random(seed).choice((1000, 1 << 16, 1 << 24)))
     assert made.manifest.size_bytes == sum(map(len, content.values()))
     assert not any(layout.is_bulk(name) for name in layout.stage_members(made.directory))
-    names = ("artifacts", "checkpoint", "config.dump", "entry.json", "recipe", "volumes")
-    assert set(made.directory.iterdir()) == {made.directory / n for n in names}
+    there = ("artifacts", "checkpoint", "config.dump", "entry.json", "recipe", "volumes")
+    assert set(made.directory.iterdir()) == {made.directory / name for name in there}
     whole(catalog, made, content, tmp_path / "out")
     again = add(catalog, content, plain=plain)
     assert len(list(catalog.packs.iterdir())) <= 1, "the same once more brings nothing new"
