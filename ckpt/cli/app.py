@@ -28,6 +28,7 @@ VERBS: Final = {
     "tag": "ckpt.cli.tag",
     "note": "ckpt.cli.note",
     "pin": "ckpt.cli.pin",
+    "serve": "ckpt.cli.serve",
     "jobs": "ckpt.cli.jobs",
     "rm": "ckpt.cli.rm",
     "peer": "ckpt.cli.peer",

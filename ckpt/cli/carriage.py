@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -15,20 +16,30 @@ from ckpt.errors import UsageError
 
 if TYPE_CHECKING:
     from ckpt.transports.base import CarrierOptions, Location
+    from ckpt.transports.https_peer import Access
 
 _FILE = click.Path(path_type=Path)
 
 
-def carrier_options(function: F) -> F:
-    """The options of every carrier. Their values are files and commands: a secret has no place on a command line."""
+def server_options(function: F) -> F:
+    """How a web server is known, and we to it. Their values are files and commands: a secret has no place on a command line."""
     for option in reversed((
         click.option("--token-file", type=_FILE, metavar="FILE", help="Bearer token for a web server (first line of FILE)."),
         click.option("--token-command", metavar="COMMAND", help="A command that prints the token."),
-        click.option("--header-file", type=_FILE, metavar="FILE", help="More headers for a web server, lines of Name: value."),
         click.option("--ca", "ca_file", type=_FILE, metavar="FILE", help="Trust these certificate authorities instead of the system's."),
-        click.option("--fingerprint", metavar="SHA256", help="Trust the server by its certificate's fingerprint, as ckpt serve prints it."),
+        click.option("--fingerprint", metavar="SHA256", help="Trust the server by its certificate, as ckpt serve prints it; remembered."),
         click.option("--client-cert", type=_FILE, metavar="FILE", help="Client certificate (PEM)."),
         click.option("--client-key", type=_FILE, metavar="FILE", help="Its key, if that is another file."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def carrier_options(function: F) -> F:
+    """The options of every carrier."""
+    for option in reversed((
+        server_options,
+        click.option("--header-file", type=_FILE, metavar="FILE", help="More headers for a web server, lines of Name: value."),
         click.option("--insecure", is_flag=True, help="Allow http://, and registries without TLS: anybody on the way can read it."),
         ssh_option,
     )):  # fmt: skip
@@ -42,6 +53,7 @@ def carrier(session: Session, location: Location, **given: Any) -> CarrierOption
     Raises:
         UsageError: two ways to a token.
     """
+    from ckpt.transports import https_pins
     from ckpt.transports.base import CarrierOptions
 
     chosen = {name: value for name, value in given.items() if value not in (None, (), False)}
@@ -57,12 +69,14 @@ def carrier(session: Session, location: Location, **given: Any) -> CarrierOption
         if not chosen["token_command"]:
             raise UsageError("an empty --token-command")
     if pin := chosen.get("fingerprint"):
-        chosen["fingerprint"] = fingerprint(pin)
+        chosen["fingerprint"] = https_pins.parse(pin)
     configured = session.settings.http_of(location.raw) if location.is_url else {}
     if {"fingerprint", "ca_file"} & chosen.keys():
         configured = {name: value for name, value in configured.items() if name not in ("fingerprint", "ca_file")}
     if {"token_file", "token_command"} & chosen.keys():
         configured = {name: value for name, value in configured.items() if not name.startswith("token_")}
+    if not {"fingerprint", "ca_file"} & (configured.keys() | chosen.keys()) and (server := _server(location)):
+        configured = {**configured, "fingerprint": https_pins.known(server)}
     return CarrierOptions(**{**configured, **chosen, "ssh_options": (*session.settings.ssh_options, *chosen.get("ssh_options", ()))})
 
 
@@ -88,12 +102,52 @@ def source(text: str) -> Location:
     return location
 
 
-def fingerprint(text: str) -> str:
-    """`sha256:HEX` of what was typed: any case, with colons or without. Raises UsageError."""
-    plain = re.sub(r"^sha-?256[:= ]", "", text.strip(), flags=re.IGNORECASE).replace(":", "").lower()
-    if re.fullmatch(r"[0-9a-f]{64}", plain) is None:
-        raise UsageError(f"not a fingerprint: {text!r}", hint="ckpt serve prints it when it starts: sha256: and 64 hexadecimal digits")
-    return "sha256:" + plain
+def remember(location: Location, options: CarrierOptions) -> None:
+    """After a transfer: the certificate of this server is the right one, and no other is, until another is given."""
+    from ckpt.transports import https_pins
+
+    if options.fingerprint is not None and (server := _server(location)):
+        https_pins.remember(server, options.fingerprint)
+
+
+def _server(location: Location) -> str | None:
+    """HOST:PORT of an https URL."""
+    from ckpt.transports.https_peer import Server
+
+    return str(Server(location.split.hostname or "", location.split.port or 443)) if location.scheme == "https" else None
+
+
+def access(session: Session, destination: str | None, given: dict[str, Any]) -> Access | None:
+    """Takes what `server_options` gives out of `given`, for a `ckpt serve` that is reached for a migration.
+
+    Raises:
+        UsageError: it does not go with the destination.
+    """
+    from ckpt.transports import https_peer
+    from ckpt.transports.base import Location
+
+    taken = {name: given.pop(name) for name in ("token_file", "token_command", "ca_file", "fingerprint", "client_cert", "client_key")}
+    used = [name for name, value in taken.items() if value is not None]
+    if destination is None or not https_peer.is_https(destination):
+        if used:
+            option = "ca" if used[0] == "ca_file" else used[0].replace("_", "-")
+            raise UsageError(f"--{option} goes with an https:// destination only")
+        return None
+    https_peer.Server.parse(destination)
+    if taken["fingerprint"] is not None and taken["ca_file"] is not None:
+        raise UsageError("--fingerprint and --ca exclude each other: one of them says whom to trust")
+    options = carrier(session, Location.parse(destination), **taken)
+    given_files = {name: getattr(options, name) for name in ("ca_file", "token_file", "client_cert", "client_key")}
+    files = {name: None if path is None else os.path.abspath(path) for name, path in given_files.items()}
+    return https_peer.Access(
+        # What is merely known is looked up when it connects: then a change is told as one.
+        fingerprint=options.fingerprint if taken["fingerprint"] is not None or "fingerprint" in session.settings.http_of(destination) else None,
+        ca=files["ca_file"],
+        certificate=files["client_cert"],
+        key=files["client_key"],
+        token_file=files["token_file"],
+        token_command=options.token_command,
+    )
 
 
 def digest(value: str | None) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ckpt.cli.carriage import access, server_options
 from ckpt.cli.common import Session, dump_options, one_way, ssh_option, state_options, targets_argument, verb
 from ckpt.cli.render.rows import CHECK_FIELDS, Row, check_row
 from ckpt.cli.render.tables import check_lines
@@ -22,8 +23,9 @@ from ckpt.model import Target
 )
 @targets_argument()
 @click.option("-a", "--all", "every", is_flag=True, help="Every running container.")
-@click.option("--to", metavar="[USER@]HOST[:PORT]", help="Also ask whether it can run there.")
+@click.option("--to", metavar="[USER@]HOST[:PORT]|https://HOST:PORT", help="Also ask whether it can run there.")
 @ssh_option
+@server_options
 @state_options()
 def command(session: Session, targets: tuple[str, ...], every: bool, to: str | None, ssh_options: tuple[str, ...], **state: Any) -> int:
     """Say whether containers can be saved, and why not. Touches nothing.
@@ -31,6 +33,7 @@ def command(session: Session, targets: tuple[str, ...], every: bool, to: str | N
     Exits with 1 when one of them cannot.
     """
     one_way(targets, every=every, what="target")
+    reached = access(session, to, state)
     session.need_root()
     from ckpt.ops import check as use_case
 
@@ -41,6 +44,7 @@ def command(session: Session, targets: tuple[str, ...], every: bool, to: str | N
         options=dump_options(session, **state),
         emit=session.emit,
         ssh_options=(*session.settings.ssh_options, *ssh_options),
+        access=reached,
     )
     rows = [check_row(report.target, report.ok, report.findings) for report in reports]
     code = 0 if all(report.ok for report in reports) else CkptError.exit_code

@@ -206,17 +206,17 @@ timeout_option = click.option(
 
 
 class Duration(_FloatType):
-    """A time: `300ms`, `1.5s`, `2m`; a bare number is seconds. Gives seconds."""
+    """A time: `300ms`, `1.5s`, `2m`, `1h`, `7d`; a bare number is seconds. Gives seconds."""
 
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|)", str(value).strip())
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", str(value).strip())
         if found is None:
             self.fail(f"{value!r} is no time: write 300ms, 1.5s or 2m", param, ctx)
-        return float(found[1]) * {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0}[found[2]]
+        return float(found[1]) * {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]]
 
 
 class Rate(_IntType):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckpt.cli import completion, protection
-from ckpt.cli.carriage import carrier, carrier_options, destination
+from ckpt.cli.carriage import carrier, carrier_options, destination, remember
 from ckpt.cli.common import F, Session, dump_options, state_options, verb
 from ckpt.errors import CkptError, UsageError
 
@@ -112,4 +112,5 @@ def command(
         store_root=session.store_root,
         emit=session.emit,
     )
+    remember(place, carriage)
     return session.finish([outcome], id_of="checkpoint")

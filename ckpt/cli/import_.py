@@ -47,6 +47,7 @@ def command(session: Session, source: str, name: str | None, digest: str | None,
     outcome = use_case.import_(
         place, name=name, digest=carriage.digest(digest), carrier=options, incoming=incoming, store_root=session.store_root, emit=session.emit
     )
+    carriage.remember(place, options)
     return session.finish([outcome], id_of="checkpoint", table=_refs)
 
 

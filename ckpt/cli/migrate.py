@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ckpt.cli import completion
+from ckpt.cli.carriage import access, server_options
 from ckpt.cli.common import CompressionChoice, Duration, Rate, Session, ssh_option, timeout_option, verb
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
@@ -29,12 +30,13 @@ AUTO_CONVERGE_ROUNDS = 16
         ("ckpt migrate web root@b", "move web to host b"),
         ("ckpt migrate --precopy web root@b", "the same with little downtime, for much memory"),
         ("ckpt migrate --precopy --bwlimit 50M web root@b", "leave the link to others, too"),
+        ("ckpt migrate --token-file token web https://b:7443", "to the ckpt serve of a host without ssh"),
         ("ckpt migrate --dry-run web root@b", "say what would be done"),
         ("ckpt migrate --continue 20261121T120311-1a2b3c4d", "finish one that was cut after its point of no return"),
     ),
 )
 @click.argument("target", required=False, metavar="TARGET", shell_complete=completion.containers)
-@click.argument("destination", required=False, metavar="[USER@]HOST[:PORT]")
+@click.argument("destination", required=False, metavar="[USER@]HOST[:PORT]|https://HOST:PORT")
 @click.option("--continue", "job_id", metavar="ID", help="Finish a migration that was cut; the error that it ended with names the ID.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, do nothing.")
 @click.option("-n", "--name", metavar="NAME", help="Name on the destination (default: the same).")
@@ -61,6 +63,7 @@ AUTO_CONVERGE_ROUNDS = 16
 @click.option("--streams", type=click.IntRange(1, 16), default=1, metavar="N", help="Carry content over so many connections (default 1).")
 @click.option("--direct", is_flag=True, help="Carry content by TLS straight to the other host (ports 49152 to 49215), not through ssh.")
 @ssh_option
+@server_options
 @timeout_option
 def command(
     session: Session,
@@ -81,7 +84,7 @@ def command(
     direct: bool,
     **given: Any,
 ) -> int:
-    """Move a running container to another host, over ssh.
+    """Move a running container to another host, over ssh or to its ckpt serve.
 
     The other host runs ckpt too. Both hosts are checked first. The container image, changed files, volumes and memory are copied, the
     copy is restored and held there, and only when it stands ready the switch is made: there is never more than one running copy, and
@@ -98,7 +101,12 @@ def command(
     agent is wanted: who logs in by password is asked once for each. With --direct it goes over N connections by TLS 1.3, with certificates
     made for this migration that both ends know by ssh; the other host listens for them on one port of 49152 to 49215, on the address at
     which ssh reached it, for 20 seconds at most.
+
+    https://HOST:PORT is a ckpt serve on the other host, for hosts without ssh between them. Give the fingerprint that it printed once
+    (--fingerprint; it is remembered), or the authority that signed its certificate (--ca), and a token (--token-file) or a certificate of
+    this host (--client-cert).
     """
+    reached = access(session, destination, given)
     if job_id is not None:
         if target or destination or dry_run:
             raise UsageError("--continue ID needs no target and no destination")
@@ -124,7 +132,8 @@ def command(
         limits["max_rounds"] = AUTO_CONVERGE_ROUNDS
     ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]
     carriage = Carriage(bwlimit_bytes_s or None, compress, streams, direct)
-    options = use_case.MigrateOptions(ssh_options=(*session.settings.ssh_options, *ssh_options), precopy=ahead, carriage=carriage, **given)
+    given |= {"ssh_options": (*session.settings.ssh_options, *ssh_options), "access": reached}
+    options = use_case.MigrateOptions(precopy=ahead, carriage=carriage, **given)
     if timeout_s is not None:
         from dataclasses import replace
 

@@ -9,7 +9,8 @@ from ckpt.cli.common import Session, verb
 
 @verb("peer")
 @click.option("--join", "path", metavar="SOCKET", help="Carry content for the peer that listens on this socket.")
-def command(session: Session, path: str | None) -> int:
+@click.option("--ask", is_flag=True, help="Answer questions only.")
+def command(session: Session, path: str | None, ask: bool) -> int:
     """Serve a ckpt on another host, on stdin and stdout."""
     session.need_root()
     session.reporter.results = False  # stdout belongs to the protocol
@@ -20,7 +21,10 @@ def command(session: Session, path: str | None) -> int:
     from ckpt.ops import migrate_dest
     from ckpt.peer import server
 
-    return server.main(migrate_dest.handlers(session.store_root), concurrent=migrate_dest.CONCURRENT)
+    handlers = migrate_dest.handlers(session.store_root)
+    if ask:
+        handlers = {name: handler for name, handler in handlers.items() if name in migrate_dest.QUESTIONS}
+    return server.main(handlers, concurrent=migrate_dest.CONCURRENT)
 
 
 command.hidden = True

@@ -36,6 +36,7 @@ from ckpt.ops.destination import destination_findings, destination_report, desti
 if TYPE_CHECKING:
     from ckpt.engines.base import Engine
     from ckpt.peer.client import Peer
+    from ckpt.transports.https_peer import Access
 
 __all__ = ["CheckReport", "check", "decide", "destination_findings", "destination_report", "local_findings", "raise_on_error", "destination_request"]
 
@@ -92,6 +93,7 @@ def check(
     options: DumpOptions | None = None,
     emit: Emit = ignore,
     ssh_options: Sequence[str] = (),
+    access: Access | None = None,
 ) -> list[CheckReport]:
     """Look at each target, and with `to` at that destination.
 
@@ -119,7 +121,7 @@ def check(
         return [_report(*one, None, to, options or DumpOptions(), emit) for one in chosen]
     from ckpt.peer import client
 
-    with client.connect(to, ssh_options=ssh_options) as peer:
+    with client.connect(to, ssh_options=ssh_options, access=access, purpose="check") as peer:
         return [_report(*one, peer, to, options or DumpOptions(), emit) for one in chosen]
 
 

@@ -41,8 +41,9 @@ Keep = Callable[[Draft, Manifest], tuple[Checkpoint | None, dict[str, float | in
 """What makes a finished draft safe (the store, an archive file): the step after which the source may end. Returns the checkpoint, if
 one came of it, and figures."""
 
+_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError)
 _CARRIED = (CannotConnect, TransferFailed, RemoteRefused, DigestMismatch, KeyProblem)
-_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError, *_CARRIED)
+"""Of an archive that could not be brought to where it shall be: whether to try again is told by the exit code."""
 
 
 def checkpoint(
@@ -131,6 +132,7 @@ def save(
     attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
     try:
         manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
+        attempt.dumped = True
         began = time.monotonic()
         emit(StepStarted(label, step))
         kept, figures = keep(attempt.needed_draft(), manifest)
@@ -156,6 +158,7 @@ class _Attempt:
     streams: bool
     """CRIU can send its pages to a page server; otherwise it writes them as files."""
     draft: Draft | None = None
+    dumped: bool = False
     held: HeldDump | None = None
     frozen_at_s: float = 0.0
     freeze_s: float = 0.0
@@ -211,12 +214,15 @@ class _Attempt:
             self.emit(BytesMoved(self.label, "dump", done))
 
         limit_s = self.options.timeout_s
-        with intake.PageIntake(
-            draft.stage / "checkpoint", criu_version, lambda name: draft.sink(f"checkpoint/{name}"), on_bytes, timeout_s=limit_s
-        ) as pages:
-            self.job.on_failure = pages.break_off
-            self.held = self.engine.dump(self.container, draft.stage, replace(self.options, page_server_port=pages.port), self.job)
-            pages.finish()
+        try:
+            with intake.PageIntake(
+                draft.stage / "checkpoint", criu_version, lambda name: draft.sink(f"checkpoint/{name}"), on_bytes, timeout_s=limit_s
+            ) as pages:
+                self.job.on_failure = pages.break_off
+                self.held = self.engine.dump(self.container, draft.stage, replace(self.options, page_server_port=pages.port), self.job)
+                pages.finish()
+        except TransferFailed as error:  # of CRIU's pages on this host, not of an archive to another
+            raise DumpFailed(error.message, hint=error.hint, log=error.log) from error
 
     def _bring_stats(self) -> None:
         """After a resume CRIU has written its statistics: they become a member of the checkpoint, as in podman's archives."""
@@ -245,7 +251,7 @@ class _Attempt:
                 self.discard()
                 self.job.release()  # the guard goes on trying
                 return _unsure(worse, error, self.label)
-            said = explained(error, self.label, self._whereabouts())
+            said = explained(error, self.label, self._whereabouts(), dumped=self.dumped)
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
                 said.log = recover.kept_log(said.log, log)
@@ -328,9 +334,13 @@ def settle(engine: NamedEngine, container: Container, label: str, options: DumpO
     return chosen
 
 
-def explained(error: BaseException, label: str, whereabouts: str) -> BaseException:
-    """The error as a person gets it, with where the workload is now. Bugs and interruptions stay what they are."""
-    if isinstance(error, _AS_THEY_ARE):
+def explained(error: BaseException, label: str, whereabouts: str, *, dumped: bool = False) -> BaseException:
+    """The error as a person gets it, with where the workload is now. Bugs and interruptions stay what they are.
+
+    Args:
+        dumped: it came after the dump, from where the archive goes to.
+    """
+    if isinstance(error, _AS_THEY_ARE) or (dumped and isinstance(error, _CARRIED)):
         error.where = error.where or whereabouts
         return error
     if isinstance(error, CkptError):

@@ -51,6 +51,8 @@ def export(
     """
     if compress not in ("zstd", "gzip", "none"):
         raise UsageError(f"no compression is called {compress!r}", hint="zstd, gzip or none")
+    if carrier is not None and carrier.registry_form == "image" and outgoing.recipients:
+        raise UsageError("an encrypted archive cannot be an image: engines could not read it", hint="--as artifact")
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     outgoing.try_key()

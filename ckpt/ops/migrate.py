@@ -8,7 +8,7 @@ on; after it only the destination's journal decides, and the source stays frozen
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -33,6 +33,7 @@ from ckpt.peer.client import Peer
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports import ssh
+from ckpt.transports.https_peer import Access
 
 if TYPE_CHECKING:
     from ckpt.ops.ahead import FilesAhead
@@ -60,6 +61,8 @@ class MigrateOptions:
     file_locks: bool | None = None
     ignore_volumes: bool = False
     ssh_options: tuple[str, ...] = ()
+    access: Access | None = None
+    """To a destination behind `https://`."""
     publish: tuple[str, ...] = ()
     precopy: PrecopyLimits | None = None
     """Copy memory while the workload runs, first."""
@@ -181,7 +184,7 @@ class _Migration:
         wanted = check.decide(self.engine, container, wanted)
         check.raise_on_error(container.name, check.local_findings(self.engine, container, wanted))
         try:
-            peer = stack.enter_context(client.connect(self.destination, ssh_options=self.options.ssh_options, carriage=self.options.carriage))
+            peer = stack.enter_context(self.connect())
             self.peer_name = peer.hostname
             asked = self.options
             request = check.destination_request(container, name=asked.name, publish=asked.publish, ignore_volumes=asked.ignore_volumes)
@@ -201,10 +204,16 @@ class _Migration:
         self.done("check", f"nothing stands in the way of {peer.hostname}")
         return wanted, peer, report
 
+    def connect(self) -> AbstractContextManager[Peer]:
+        """The way to the destination."""
+        asked = self.options
+        return client.connect(self.destination, ssh_options=asked.ssh_options, access=asked.access, carriage=asked.carriage)
+
     def begin(self, peer: Peer) -> None:
         container = self.container
         self.step("begin")
         facts = {"destination": self.destination, "ssh_options": list(self.options.ssh_options), "keep_source": self.options.keep_source}
+        facts["access"] = self.options.access.to_json() if self.options.access is not None else None
         facts["moved_volumes"] = [] if self.options.ignore_volumes else [volume.name for volume in container.volumes]
         self.job = Job.create(self.root, "migrate-source", engine=self.engine.name, container_id=container.id, name=container.name, **facts)
         self.emit(Figures(self.typed, {"job": self.job.id}))
@@ -399,7 +408,7 @@ def migrate(target: Target, destination: str, *, options: MigrateOptions, store_
     """Move a running workload to another host.
 
     Args:
-        destination: `[user@]host[:port]`, or `ssh://…`.
+        destination: `[user@]host[:port]`, `ssh://…`, or `https://host:port` of a `ckpt serve`.
 
     Returns:
         The outcome; its error is a MigrationRolledBack (the source runs), a NeedsContinue (frozen, --continue resolves), or what the
@@ -418,7 +427,7 @@ def _migrate(target: Target, destination: str, options: MigrateOptions, store_ro
     try:
         for said in recover.sweep(store_root):
             emit(Notice(typed, said))
-        ssh.Destination.parse(destination)
+        client.parse(destination)
         engine, container = resolve(target)
         container = engine.describe(container)
         emit.begin(container)

@@ -31,6 +31,8 @@ from ckpt.store.job import DEFAULT_ROOT, Job
 
 CONCURRENT: Final = ("memory",)
 """Verbs that run beside others."""
+QUESTIONS: Final = frozenset({"facts", "status", "settle"})
+"""Verbs that begin nothing: who may look at a destination, or asks how a migration ended, gets no more."""
 _IMAGE_MEMBER: Final = "container-image.tar"
 _AHEAD_CAP: Final = 1000
 _PAGES_MEMBER: Final = "pages"

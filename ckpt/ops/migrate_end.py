@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckpt.criu import netlock
 from ckpt.engines.base import Engine, HeldDump
@@ -18,6 +20,7 @@ from ckpt.peer import client
 from ckpt.peer.client import Peer
 from ckpt.store import history, place
 from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.transports.https_peer import Access
 
 
 def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, keep: bool, *, stage: Path | None = None, faults_at: str = "") -> None:
@@ -38,6 +41,11 @@ def end_source(engine: Engine, container: Container, held: HeldDump, job: Job, k
             remove_volumes(job.facts.get("moved_volumes", []))
 
 
+def reached(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How the destination of a journal was reached: arguments of `client.connect`."""
+    return {"ssh_options": tuple(facts.get("ssh_options", ())), "access": Access.from_json(facts.get("access"))}
+
+
 def tell_destination(job: Job, peer: Peer | None = None) -> bool:
     """Tell the destination that the source knows how it ended, so that its journal goes; False when it cannot be reached."""
     if peer is not None:
@@ -50,7 +58,7 @@ def tell_destination(job: Job, peer: Peer | None = None) -> bool:
     if "plain_name" in facts:
         return True
     try:
-        with client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as again:
+        with client.connect(str(facts["destination"]), purpose="check", **reached(facts)) as again:
             again.call("settle", {"job": facts["remote_job"]})
         return True
     except CkptError:
@@ -77,7 +85,7 @@ def ask_destination(job: Job) -> Answer:
         from ckpt.ops import migrate_plain
 
         return Answer(migrate_plain.ask(job))
-    with client.connect(str(facts["destination"]), ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
+    with client.connect(str(facts["destination"]), purpose="check", **reached(facts)) as peer:
         answer = peer.call("status", {"job": facts["remote_job"]})
     if answer.get("machine") != facts.get("remote_machine"):
         raise StateUnknown(f"{facts['destination']} is another machine than the one that the migration went to")
@@ -96,7 +104,7 @@ def follow_again(job: Job, container: Container, emit: Emit) -> None:
     name, destination = str(facts.get("name")), str(facts["destination"])
     emit(StepStarted(name, "follow"))
     try:
-        with client.connect(destination, ssh_options=tuple(facts.get("ssh_options", ()))) as peer:
+        with client.connect(destination, **reached(facts)) as peer:
             assert container.pid is not None
             follow = Follow(peer, container.pid, {"job": facts["remote_job"]}, lambda done: emit(BytesMoved(name, "follow", done)))
             follow.wait()

@@ -12,14 +12,15 @@ from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
 from ckpt import config
-from ckpt.errors import CannotConnect, CkptError, TransferFailed
+from ckpt.errors import CannotConnect, CkptError, TransferFailed, UsageError
 from ckpt.events import Emit, ignore
 from ckpt.model import Carriage
 from ckpt.peer import files, messages, ssh_below, streams
 from ckpt.peer.frames import Buffer, Frame, Kind
 from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
 from ckpt.peer.ssh_below import SshBelow
-from ckpt.transports import ssh, ssh_cipher
+from ckpt.peer.wires import Wire
+from ckpt.transports import https_peer, ssh, ssh_cipher
 
 CALL_TIMEOUT_S: Final = 60.0
 UPLOAD_TIMEOUT_S: Final = 300.0
@@ -43,7 +44,7 @@ class Peer:
     """A connected `ckpt peer`. Calls may come from several threads.
 
     Args:
-        inp, out: descriptors, taken over.
+        inp, out: descriptors or wires, taken over.
         name: what people call the other side, for messages.
         explain: makes the error for a broken link.
         on_event: gets the other side's events; called in the reader thread, so it must be quick.
@@ -52,8 +53,8 @@ class Peer:
 
     def __init__(
         self,
-        inp: int,
-        out: int,
+        inp: int | Wire,
+        out: int | Wire,
         *,
         name: str = "the other side",
         explain: Callable[[CkptError], CkptError] = lambda cause: cause,
@@ -346,11 +347,18 @@ class _Channel:
         self._upload._peer.link.send_data(self._upload._channel, offset, data, lease=lease, label=self._upload._kind)
 
 
+def parse(destination: str) -> ssh.Destination | https_peer.Server:
+    """What `connect` understands. Raises UsageError for anything else."""
+    return https_peer.Server.parse(destination) if https_peer.is_https(destination) else ssh.Destination.parse(destination)
+
+
 @contextmanager
 def connect(
     destination: str,
     *,
     ssh_options: Sequence[str] = (),
+    access: https_peer.Access | None = None,
+    purpose: str = "migrate",
     timeout_s: float = 20.0,
     link_timeout_s: float | None = None,
     carriage: Carriage | None = None,
@@ -361,6 +369,8 @@ def connect(
 
     Args:
         ssh_options: the user's `-o` options, as `Key=Value`.
+        access: how a server behind `https://` is known, and we to it.
+        purpose: "migrate", or "check": then the other side answers questions only.
         timeout_s: for the login and the hello; a person at a terminal gets two minutes for a password.
         link_timeout_s: how long nothing may be heard before the link counts as dead; None: as configured.
         carriage: how file content is carried, and over how many connections.
@@ -369,8 +379,13 @@ def connect(
     Raises:
         UsageError: the destination is not usable.
         CannotConnect: with its cause; ssh.PeerMissing when ckpt is not there.
+        RemoteRefused, KeyProblem: a server behind `https://` does not want us; our token or certificate is not usable.
         PeerVersion: ckpt there speaks another protocol.
     """
+    if https_peer.is_https(destination):
+        with _connect_https(destination, access or https_peer.Access(), purpose, timeout_s, link_timeout_s, carriage, on_event) as peer:
+            yield peer
+        return
     parsed = ssh.Destination.parse(destination)
     carriage = carriage or Carriage()
     ssh_options = (*ssh_options, *ssh_cipher.preference(parsed, ssh_options))
@@ -396,6 +411,38 @@ def connect(
         peer.close(goodbye=well)
         for one in (below, *further):
             one.end(_LEAVE_S if well else 1.0)
+
+
+@contextmanager
+def _connect_https(
+    destination: str,
+    access: https_peer.Access,
+    purpose: str,
+    timeout_s: float,
+    link_timeout_s: float | None,
+    carriage: Carriage | None,
+    on_event: Emit,
+) -> Iterator[Peer]:
+    """`connect` through the `ckpt serve` of the other host."""
+    if carriage is not None and (carriage.direct or carriage.streams > 1):
+        raise UsageError("--streams and --direct go with ssh only", hint=f"{destination} is one TLS connection already")
+    server = https_peer.Server.parse(destination)
+    wire = https_peer.connect(destination, access, timeout_s=timeout_s, purpose=purpose)
+    link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
+
+    def explain(cause: CkptError) -> CkptError:
+        return TransferFailed(f"lost the link to {server}: {cause.message}")
+
+    peer = Peer(wire, wire, name=str(server), explain=explain, on_event=on_event, carriage=carriage, link_timeout_s=link_timeout_s)
+    peer.link.carrier = "https"
+    well = False
+    try:
+        if not peer.link.handshake(timeout_s):
+            raise CannotConnect(f"cannot connect to {server}: its ckpt peer ended before it spoke", hint="the log of ckpt serve says why")
+        yield peer
+        well = True
+    finally:
+        peer.close(goodbye=well)
 
 
 def _shake(peer: Peer, below: SshBelow, destination: ssh.Destination, timeout_s: float, command: str) -> None:

@@ -34,7 +34,7 @@ class Link:
     """Frames over a pair of descriptors.
 
     Args:
-        inp, out: descriptors, taken over (and closed by `close`).
+        inp, out: descriptors or wires, taken over (and closed by `close`).
         on_frame: called in the reader thread for every frame but heartbeats; may block to slow the other side down.
         on_end: called once when the link ended: with None after the other side's goodbye, else with the cause.
         explain: makes the error for a cause; the client asks ssh what happened there.
@@ -43,8 +43,8 @@ class Link:
 
     def __init__(
         self,
-        inp: int,
-        out: int,
+        inp: int | Wire,
+        out: int | Wire,
         *,
         on_frame: Callable[[Frame], None],
         on_end: Callable[[CkptError | None], None],
@@ -53,9 +53,7 @@ class Link:
         beat_s: float = BEAT_S,
         carriage: Carriage | None = None,
     ) -> None:
-        for fd in {inp, out}:
-            prepare(fd)
-        self._wires: list[Wire] = [FdWire(fd) for fd in dict.fromkeys((inp, out))]
+        self._wires: list[Wire] = [_wire(way) for way in dict.fromkeys((inp, out))]
         self._on_frame = on_frame
         self._on_end = on_end
         self._explain = explain
@@ -78,6 +76,8 @@ class Link:
         """What was sent, by the label of `send_data`."""
         self._threads: list[threading.Thread] = []
         self.error: CkptError | None = None
+        self.carrier = "ssh"
+        """What the link itself goes over."""
         self.remote: dict[str, Any] = {}
         """The other side's hello."""
 
@@ -95,7 +95,7 @@ class Link:
         """`sent_bytes` in all; `KIND_raw_bytes` and `KIND_wire_bytes` of each kind of content; `compress` and what it leaves (`compress_ratio`)."""
         with self._counting:
             found: dict[str, float | int | str] = {"sent_bytes": self.sent_bytes, "compress": self._compression()}
-            found |= {"carrier": "tls" if self.carriage.direct else "ssh", "streams": len(self._streams) or 1}
+            found |= {"carrier": "tls" if self.carriage.direct else self.carrier, "streams": len(self._streams) or 1}
             for label, traffic in self.traffic.items():
                 found[f"{label.replace('-', '_')}_raw_bytes"] = traffic.raw_bytes
                 found[f"{label.replace('-', '_')}_wire_bytes"] = traffic.wire_bytes
@@ -313,3 +313,10 @@ class Link:
             for wire in self._wires:
                 wire.close()
         self._wires = []
+
+
+def _wire(way: int | Wire) -> Wire:
+    if not isinstance(way, int):
+        return way
+    prepare(way)
+    return FdWire(way)

@@ -103,7 +103,7 @@ def test_it_is_refused(attack: Attack, world: Path) -> None:
     file.write_bytes(data)
     store, before, running = world / "store", snapshot(world), children()
     error: CkptError | None = None
-    (outcome,) = restore([], import_file=file, options=RestoreOptions(), store_root=store, emit=lambda event: None)
+    (outcome,) = restore([], import_from=file, options=RestoreOptions(), store_root=store, emit=lambda event: None)
     refused(outcome.error, attack)
     assert NoEngine.asked == 0
     assert snapshot(world) == before
