@@ -74,13 +74,16 @@ class Listing:
 class Catalog:
     """The checkpoints below `root`. Cheap to make: no directory is touched before it is needed."""
 
-    def __init__(self, root: Path = DEFAULT_ROOT, *, key: bytes | None = None) -> None:
+    def __init__(self, root: Path = DEFAULT_ROOT, *, key: bytes | None = None, spill: Path | None = None) -> None:
         """
         Args:
             key: 32 bytes; the chunks of new checkpoints are encrypted with it, and those of old ones decrypted.
+            spill: the directory that the chunks of drafts go to, in files without a name: they are gone with their owner, and what is in
+                such a draft can be read, but not be committed.
         """
         self.root = root
         self.key = key
+        self.spill = spill
         self.entries = root / "checkpoints"
         self.drafts = root / "tmp"
         self.packs = root / "packs"
