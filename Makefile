@@ -2,6 +2,7 @@
 # make demo    a migration between two hosts, to watch
 # make lab     a shell on host a, with host b beside it (ssh b)
 # make bench   times and sizes, ckpt against podman alone (make bench BENCH_ARGS=--help)
+# make fuzz    every parser of what comes from outside, FUZZ_SECONDS (15) each, coverage-guided
 # make lint
 
 SHELL := /bin/bash
@@ -9,12 +10,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .SILENT:
 .DEFAULT_GOAL := test
-.PHONY: test lint demo lab bench
+.PHONY: test lint demo lab bench fuzz
 
 # The Python with all dependencies, made on first use outside the checkout.
 PYTHON = python=$$(python3 .ci/venv)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_TARGETS ?=
 
 lint:
 	$(PYTHON)
@@ -47,3 +49,8 @@ bench:
 	python=$$(python3 .ci/venv bench)
 	"$$python" -m tests.lab.harness prepare
 	"$$python" -m tests.bench $(BENCH_ARGS)
+
+fuzz:
+	python=$$(python3 .ci/venv fuzz)
+	"$$python" -m tests.lab.harness prepare
+	"$$python" -m tests.fuzz $(FUZZ_TARGETS)

@@ -6,6 +6,7 @@ Flags are the business of `cli/`; this module reads the rest, says exactly which
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ class Settings:
 
     store: Path = Path("/var/lib/ckpt")
     """The store's directory."""
+    stores: tuple[tuple[str, Path], ...] = ()
+    """Further stores, (name, directory): `--store NAME`."""
     log_dir: Path = Path("/var/log/ckpt")
     """Where CRIU's logs and tracebacks are kept."""
     log_level: LogLevel = "warning"
@@ -35,6 +38,18 @@ class Settings:
     """How long nothing may be heard of the other host before the link counts as dead, on the host that waits."""
     ssh_options: tuple[str, ...] = ()
     """Added to every ssh call as `-o OPTION`."""
+    allow: tuple[str, ...] = ()
+    """What checkpoints from elsewhere may have beyond this host's defaults, as `--allow` takes it."""
+    encrypt: tuple[str, ...] = ()
+    """Whom archives are encrypted to, unless `--encrypt` says otherwise."""
+    identity: tuple[Path, ...] = ()
+    """Files with the keys that open encrypted archives."""
+    sign_key: Path | None = None
+    """What checkpoints and archives are signed with."""
+    allowed_signers: Path | None = None
+    """Whose signatures count, for what comes in (ssh-keygen(1), ALLOWED SIGNERS)."""
+    require_signature: bool = False
+    """Refuse what comes in without a signature."""
     http: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What belongs to web servers and registries, by the beginning of the URL: token_file, token_command, header_file, ca_file,
     fingerprint, client_cert, client_key."""
@@ -55,6 +70,15 @@ def _is_below(url: str, prefix: str) -> bool:
     return origins[0] == origins[1] and (given.path == path or given.path.startswith(path + "/") or not path)
 
 
+def store_named(settings: Settings, text: str) -> Path:
+    """The directory of a store as people name it: the name of a configured one, or a directory (with a "/" it always is one)."""
+    if "/" not in text:
+        for name, path in settings.stores:
+            if name == text:
+                return path
+    return Path(os.path.abspath(text))
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("must be a text")
@@ -66,6 +90,27 @@ def _path(value: Any) -> Path:
     if not path.is_absolute():
         raise ValueError("must be an absolute path")
     return path
+
+
+def _paths(value: Any) -> tuple[Path, ...]:
+    items = value.split(os.pathsep) if isinstance(value, str) else value
+    if not isinstance(items, list):
+        raise ValueError("must be a list of absolute paths")
+    return tuple(_path(item) for item in items)
+
+
+def _yes_or_no(value: Any) -> bool:
+    word = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(str(value).lower())
+    if word is None or not isinstance(value, (bool, str)):
+        raise ValueError("must be true or false")
+    return word
+
+
+def _recipients(value: Any) -> tuple[str, ...]:
+    found = _texts(value)
+    if not all(item.startswith("age:") for item in found):
+        raise ValueError("must be a list of age:RECIPIENT")
+    return found
 
 
 def _one_of(*allowed: str) -> Callable[[Any], str]:
@@ -93,6 +138,15 @@ def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("must be a list of texts")
     return tuple(value)
+
+
+def _stores(value: Any) -> tuple[tuple[str, Path], ...]:
+    if not isinstance(value, dict):
+        raise ValueError("must be a table: NAME = DIRECTORY")
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,31}", name):
+            raise ValueError("has a name that is not letters, digits, _ and -")
+    return tuple((name, _path(path)) for name, path in value.items())
 
 
 def _command(value: Any) -> tuple[str, ...]:
@@ -148,12 +202,19 @@ def _http(value: Any) -> Mapping[str, Mapping[str, Any]]:
 
 _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "store": _path,
+    "stores": _stores,
     "log_dir": _path,
     "log_level": _one_of("debug", "info", "warning", "error"),
     "compress": _one_of("zstd", "gzip", "none"),
     "timeout_s": _seconds,
     "link_timeout_s": _seconds,
     "ssh_options": _texts,
+    "allow": _texts,
+    "encrypt": _recipients,
+    "identity": _paths,
+    "sign_key": _path,
+    "allowed_signers": _path,
+    "require_signature": _yes_or_no,
     "http": _http,
 }
 
@@ -170,7 +231,7 @@ def load(environ: Mapping[str, str] | None = None, *, system_file: Path = SYSTEM
     for path in (system_file, *drop_ins, user_file(env)):
         if path is not None:
             settings = _merge(settings, _read(path), str(path))
-    overrides = {key: env[variable(key)] for key in _KEYS if env.get(variable(key))}
+    overrides = {key: env[variable(key)] for key in _KEYS if key != "stores" and env.get(variable(key))}
     for key, value in overrides.items():
         settings = _merge(settings, {key: value}, "the environment", shown=variable(key))
     return settings

@@ -102,7 +102,19 @@ class IncompatibleHost(CkptError):
 
 
 class PolicyRefused(CkptError):
+    """Args: wants: rows of `what` (kind:value), `asks`, `default`, `allow` (the option that allows it)."""
+
     slug, exit_code, summary = "policy", 34, "the checkpoint asks for more than this host allows"
+
+    def __init__(
+        self, message: str, *, where: str | None = None, hint: str | None = None, log: str | None = None, wants: tuple[dict[str, str], ...] = ()
+    ) -> None:
+        super().__init__(message, where=where, hint=hint, log=log)
+        self.wants = wants
+
+    def to_json(self) -> dict[str, object]:
+        """As every error, with `wants`."""
+        return {**super().to_json(), "wants": [dict(row) for row in self.wants]}
 
 
 class CannotConnect(CkptError):

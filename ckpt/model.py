@@ -142,6 +142,8 @@ class DumpOptions:
     """What the engine has to say of the container is in the stage already (engines.base.StartsEarly): the dump need not wait for it."""
     memory_stays: bool = False
     """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
+    sealed: bool = False
+    """The stage is in memory and will be encrypted: nothing that is not on a disk already may get there in clear."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,8 @@ class RestoreOptions:
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
     checked: bool = False
     """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
+    allow: tuple[str, ...] = ()
+    """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
     timeout_s: float = 200.0

@@ -12,6 +12,7 @@ import encodings.utf_8  # noqa: F401
 import errno
 import json
 import os
+import resource
 import stat
 import sys
 import tarfile
@@ -19,7 +20,9 @@ from decimal import Decimal
 from typing import Any
 
 MAX_WARNINGS = 20
+MEMORY = 2 << 30
 MAX_DEPTH = 4096
+MAX_SIZE = 1 << 62
 PIECE = 1 << 30
 XATTR = "SCHILY.xattr."
 XATTR_ALLOWED = ("user.", "security.capability", "system.posix_acl_access", "system.posix_acl_default")
@@ -50,6 +53,7 @@ class Extraction:
         except (tarfile.TarError, ValueError, OverflowError, KeyError, IndexError, EOFError) as error:
             raise Invalid(f"this is not a tar: {error}") from None
         with tar:
+            last = -1
             while True:
                 try:
                     member = tar.next()
@@ -59,6 +63,10 @@ class Extraction:
                     break
                 # tarfile keeps every member it saw; a tree may have millions.
                 tar.members.clear()  # type: ignore[attr-defined]
+                if member.size < 0 or tar.offset <= last:
+                    # Older versions of tarfile go back then, and round for ever (CVE-2025-8194).
+                    raise Invalid("the tar is damaged: a member with a negative size")
+                last = tar.offset
                 self.put(fd, member)
             end = os.pread(fd, 512, tar.offset)
         if len(end) != 512 or any(end):
@@ -201,7 +209,7 @@ def write_file(fd: int, path: str, member: tarfile.TarInfo) -> None:
         position = member.offset_data
         size = member.size
         for offset, length in extents:
-            if offset < 0 or length < 0 or offset + length > size:
+            if offset < 0 or length < 0 or offset + length > size or size > MAX_SIZE:
                 raise Invalid(f"{member.name} has a damaged map of holes")
             os.lseek(out, offset, os.SEEK_SET)
             while length > 0:
@@ -230,6 +238,8 @@ def main() -> tuple[str, str, list[str]]:
             deleted = []
         if not isinstance(deleted, list) or not all(isinstance(path, str) for path in deleted):
             raise Invalid("the list of deleted files is not a list of paths")
+        # A header may claim to be as long as it likes, and tarfile reads it whole.
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         # Modules that are loaded lazily are loaded now: in the container's root they would be the container's.
         Decimal("1.5")
         b"\xff".decode("utf-8", "surrogateescape")
@@ -245,6 +255,8 @@ def main() -> tuple[str, str, list[str]]:
             extraction.run(0)
     except Invalid as error:
         return "invalid", str(error), extraction.warnings
+    except MemoryError:
+        return "invalid", "it needs too much memory", extraction.warnings
     except OSError as error:
         kind = "space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "failed"
         return kind, f"{error.strerror}: {error.filename}" if error.filename else str(error), extraction.warnings

@@ -23,7 +23,7 @@ from ckpt.host import run
 _XATTRS: Final = ("user.*", "security.capability", "system.posix_acl_*")
 _NO_SPACE_TEXT: Final = ("No space left on device", "Disk quota exceeded")
 _MAX_MESSAGES: Final = 64 << 10
-_MAX_DELETED: Final = 256 << 20
+_MAX_DELETED: Final = 64 << 20
 
 
 @functools.cache

@@ -7,13 +7,17 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO, Final, Protocol
 
+from ckpt.archive import index
 from ckpt.archive.layout import CHUNK_BYTES
+from ckpt.archive.zstd_watch import ZstdWatch
 from ckpt.errors import ArchiveInvalid
 
 _MAGIC: Final = ((b"BZh", "bzip2"), (b"\x1f\x8b\x08", "gzip"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+_GZIP_HEAD: Final = b"\x1f\x8b\x08\0\0\0\0\0\x04\x03"
+"""Of zlib and of pigz -n at level 1 (RFC 1952): no flags, no time, fastest, Unix."""
 _XZ_MEMORY: Final = 256 << 20
 _ZSTD_WINDOW: Final = 1 << 27
 _SEAL_BYTES: Final = 16
@@ -87,6 +91,7 @@ class Counted:
         self._source = source
         self._head = head
         self.count = 0
+        self.watch: ZstdWatch | None = None
 
     def read(self, size: int = CHUNK_BYTES) -> bytes:
         if self._head:
@@ -94,6 +99,8 @@ class Counted:
         else:
             data = self._source.read(size) or b""
         self.count += len(data)
+        if self.watch is not None:
+            self.watch.feed(data)
         return data
 
 
@@ -121,7 +128,10 @@ class Stream:
         if not head:
             raise ArchiveInvalid("the archive is empty")
         self.compression = next((name for magic, name in _MAGIC if head.startswith(magic)), "none")
+        self.head = head
         self.raw = Counted(source, head)
+        if self.compression == "zstd":
+            self.raw.watch = ZstdWatch()
         self.count = 0
         self._read = self._reader()
 
@@ -137,6 +147,28 @@ class Stream:
             data = b"".join(parts)
         self.count += len(data)
         return data
+
+    def require_as_written(self, entries: Sequence[index.Entry]) -> None:
+        """For an archive that ckpt wrote, after its end: what no check sum of the compression covers is as ckpt writes it.
+
+        One that was decompressed and compressed again by another program has no index, and nothing is asked of it.
+
+        Args:
+            entries: the members as they were found.
+
+        Raises:
+            ArchiveInvalid: a bit was changed in a header of the compression, or in the index.
+        """
+        if self.compression == "gzip":
+            changed = int.from_bytes(self.head, "big") ^ int.from_bytes(_GZIP_HEAD, "big")
+            good = changed.bit_count() != 1
+        elif self.raw.watch is not None and self.raw.watch.tail:
+            good = self.raw.watch.as_written(entries, self.raw.count, self.count)
+        else:
+            return
+        if not good:
+            message = f"the archive's {self.compression} headers are not those that ckpt writes: it is damaged, or was compressed again"
+            raise ArchiveInvalid(message, hint="if it was compressed again, decompress it and take the plain tar")
 
     def _reader(self) -> Callable[[int], bytes]:
         if self.compression == "none":

@@ -19,14 +19,18 @@ _NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}\Z")
 _TIME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|([+-])(\d\d):(\d\d))\Z")
 
 
-def foreign_manifest(stage: Path) -> Manifest:
+def foreign_manifest(stage: Path, *, bulk: dict[str, int] | None = None) -> Manifest:
     """Make up the manifest of an unpacked archive without one of ours. What podman does not tell stays at its default.
+
+    Args:
+        bulk: sizes of members that are elsewhere.
 
     Raises:
         ArchiveInvalid: config.dump or spec.dump is missing, not JSON, or names no container.
     """
     members = [name for name in stage_members(stage) if not name.endswith("/")]
-    size_bytes = sum((stage / name).stat().st_size for name in members)
+    size_bytes = sum((stage / name).stat().st_size for name in members) + sum((bulk or {}).values())
+    members += bulk or {}
     inventory = stage / INVENTORY
     when_s = inventory.stat().st_mtime if inventory.exists() else 0.0
     config, network, spec = (_read(stage / name) for name in (CONFIG, NETWORK_STATUS, SPEC))

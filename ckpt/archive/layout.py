@@ -21,6 +21,7 @@ from ckpt.model import Manifest
 MANIFEST: Final = "artifacts/ckpt.json"
 SIGNATURE: Final = "artifacts/ckpt.json.sig"
 """An OpenSSH signature (PROTOCOL.sshsig) over the bytes of the manifest; no digest of it is in the manifest."""
+UNDIGESTED: Final = frozenset({MANIFEST, SIGNATURE})
 CONFIG: Final = "config.dump"
 SPEC: Final = "spec.dump"
 NETWORK_STATUS: Final = "network.status"
@@ -101,8 +102,8 @@ def is_bulk(name: str) -> bool:
 
 
 def digest_members(stage: Path, on_bytes: Callable[[int], None] | None = None, *, only: Callable[[str], bool] | None = None) -> dict[str, str]:
-    """Digests of every member in `stage` but the manifest itself, computed on all cores (hashing releases Python's lock)."""
-    names = [name for name in stage_members(stage) if not name.endswith("/") and name != MANIFEST and (only is None or only(name))]
+    """Digests of every member in `stage` but the manifest itself and its signature, computed on all cores (hashing releases Python's lock)."""
+    names = [name for name in stage_members(stage) if not name.endswith("/") and name not in UNDIGESTED and (only is None or only(name))]
     # The largest first, so that no core is left alone with it at the end.
     names.sort(key=lambda name: -(stage / name).stat().st_size)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

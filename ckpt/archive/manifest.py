@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -10,17 +11,22 @@ import types
 import typing
 from typing import Any, Final, TypeVar
 
-from ckpt.archive.layout import DIGEST_PREFIX, MANIFEST, is_allowed
-from ckpt.errors import ArchiveInvalid
+from ckpt.archive import strict_json
+from ckpt.archive.layout import DIGEST_PREFIX, MANIFEST, UNDIGESTED, is_allowed
+from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.model import Manifest
 
 SCHEMA: Final = 1
+CHECK: Final = "check"
+"""The field with the manifest's own digest (see `digest_of`)."""
 MAX_BYTES: Final = 16 << 20
 MAX_NAME: Final = 255
 MAX_TEXT: Final = 4096
 MAX_ITEMS: Final = 200_000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NO_CHECK: Final = DIGEST_PREFIX + "0" * 64
+_OWN_CHECK: Final = re.compile(rb'("check": ?"sha256:)[0-9a-f]{64}')
 _VOLUME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*\Z")
 _DIGEST = re.compile(re.escape(DIGEST_PREFIX) + r"[0-9a-f]{64}\Z")
 # Names become parts of paths and of commands; paths of a container may hold any byte but NUL.
@@ -39,7 +45,8 @@ def dumps(manifest: Manifest) -> bytes:
     # A process names itself (prctl), with any byte it likes.
     clean = tuple(dataclasses.replace(p, comm=_CONTROL.sub("?", p.comm)) for p in manifest.processes)
     plain = dataclasses.asdict(dataclasses.replace(manifest, processes=clean))
-    data = json.dumps({"schema": SCHEMA, **plain}, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    data = json.dumps({"schema": SCHEMA, CHECK: _NO_CHECK, **plain}, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    data = data.replace(_NO_CHECK.encode(), digest_of(data).encode(), 1)
     loads(data)
     return data
 
@@ -61,11 +68,28 @@ def loads(data: bytes) -> Manifest:
         if not is_volume_name(volume):
             raise ArchiveInvalid(f"{MANIFEST} has {volume[:64]!r} as the name of a volume")
     for member, digest in manifest.digests.items():
-        if not is_allowed(member) or member.endswith("/") or member == MANIFEST:
+        if not is_allowed(member) or member.endswith("/") or member in UNDIGESTED:
             raise ArchiveInvalid(f"{MANIFEST} has a digest for {member[:64]!r}, which is no member of a checkpoint")
         if not _DIGEST.match(digest):
             raise ArchiveInvalid(f"{MANIFEST} has a digest for {member!r} that is not sha256")
+    _compare_check(data, plain)
     return manifest
+
+
+def digest_of(data: bytes) -> str:
+    """"sha256:HEX" of a manifest's bytes, with the one that is in its field `check` taken as zeros."""
+    return DIGEST_PREFIX + hashlib.sha256(_OWN_CHECK.sub(b"\\g<1>" + b"0" * 64, data, count=1)).hexdigest()
+
+
+def _compare_check(data: bytes, plain: dict[str, Any]) -> None:
+    """The manifest has the digests of all other members, and its own: nothing else covers it in an archive that is not compressed."""
+    check = plain.get(CHECK)
+    if check is None:
+        if any(isinstance(value, str) and value.startswith(DIGEST_PREFIX) for value in plain.values()):
+            raise ArchiveInvalid(f"{MANIFEST} is damaged: it has a digest in an unknown field")
+        return
+    if not isinstance(check, str) or check != digest_of(data):
+        raise DigestMismatch(f"{MANIFEST} was changed or damaged: its digest is not the one that it names")
 
 
 def is_volume_name(name: str) -> bool:
@@ -81,17 +105,10 @@ def json_object(data: bytes, member: str) -> dict[str, Any]:
     """
     if len(data) > MAX_BYTES:
         raise ArchiveInvalid(f"{member} is larger than {MAX_BYTES >> 20} MiB")
-    try:
-        plain = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ArchiveInvalid(f"{member} is not valid JSON: {error}") from None
+    plain = strict_json.parse(data, member)
     if not isinstance(plain, dict):
         raise ArchiveInvalid(f"{member} is not a JSON object")
     return plain
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
 
 
 def _convert(cls: type[T], plain: Any, where: str) -> T:

@@ -5,26 +5,55 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 from ckpt.archive import manifest as manifests
+from ckpt.archive import schema
 from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
-from ckpt.archive.layout import CONFIG, DIGEST_PREFIX, INVENTORY, MANIFEST, NETWORK_STATUS, SPEC, STATS, compare_digests, require_members
+from ckpt.archive.layout import (
+    CONFIG,
+    DIGEST_PREFIX,
+    INVENTORY,
+    MANIFEST,
+    NETWORK_STATUS,
+    SIGNATURE,
+    SPEC,
+    STATS,
+    UNDIGESTED,
+    compare_digests,
+    is_bulk,
+    require_members,
+)
+from ckpt.archive.opened import ArchiveMembers
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
-from ckpt.errors import ArchiveInvalid, NoSpace
+from ckpt.errors import ArchiveInvalid, DigestMismatch, NoSpace
+from ckpt.host.beneath import open_beneath
 from ckpt.model import Manifest
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "Peek", "extract", "foreign_manifest", "peek"]
 
 OnBytes = Callable[[int], None]
-_SMALL: Final = frozenset({MANIFEST, CONFIG, SPEC, NETWORK_STATUS, STATS})
+Judge = Callable[[bytes, bytes | None], object]
+"""Told the manifest and its signature (None: there is none) as soon as they came; raises DigestMismatch for what is not to be taken."""
+
+
+class Sink(Protocol):
+    """Where the content of a member goes that becomes no file: pieces, then `close`. It makes the digest ("sha256:HEX") itself."""
+
+    digest: str
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def close(self) -> None: ...
+
+
+_SMALL: Final = frozenset({MANIFEST, SIGNATURE, CONFIG, SPEC, NETWORK_STATUS, STATS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +70,21 @@ class Peek:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, on_bytes: OnBytes | None = None) -> Manifest | None:
+def extract(
+    source: BinaryIO,
+    stage: Path,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    on_bytes: OnBytes | None = None,
+    judge: Judge | None = None,
+    sinks: Callable[[str], Sink] | None = None,
+) -> Manifest | None:
     """Unpack an archive from a file or a pipe into `stage` (made with 0700 if it is not there), verifying it on the way.
 
     Args:
         on_bytes: called with the number of bytes (compressed, as read from `source`) since the last call.
+        judge: asked before anything but the manifest and its signature is unpacked. What it took must be what the archive is.
+        sinks: makes what takes bulk members (`layout.is_bulk`); without it they become files like all others.
 
     Returns:
         The manifest when the archive has one that belongs to it, else None (`foreign_manifest` makes one up).
@@ -62,11 +101,25 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
         tar = TarStream(stream, limits)
         digests: dict[str, str] = {}
         told = 0
+        signed = _Signed(stage, judge)
         for member in tar:
             if member.name.endswith("/"):
                 directories.get(member.name)
                 continue
             _check_size(member, limits)
+            signed.before(member.name)
+            if sinks is not None and is_bulk(member.name):
+                if member.name in digests:
+                    raise ArchiveInvalid(f"{stage / member.name} is there already")
+                sink = sinks(member.name)
+                for piece in tar.data():
+                    sink.write(piece)
+                    if on_bytes and stream.raw.count > told:
+                        on_bytes(stream.raw.count - told)
+                        told = stream.raw.count
+                sink.close()
+                digests[member.name] = sink.digest
+                continue
             fd = directories.create(member.name)
             try:
                 digest = hashlib.sha256()
@@ -84,32 +137,66 @@ def extract(source: BinaryIO, stage: Path, *, limits: Limits = DEFAULT_LIMITS, o
                     pending.result()
             finally:
                 os.close(fd)
-            if member.name != MANIFEST:
+            if member.name not in UNDIGESTED:
                 digests[member.name] = DIGEST_PREFIX + digest.hexdigest()
         if on_bytes and stream.raw.count > told:
             on_bytes(stream.raw.count - told)
     require_members(stage)
     config = manifests.json_object(_read_small(stage / CONFIG), CONFIG)
-    manifests.json_object(_read_small(stage / SPEC), SPEC)
+    schema.check(stage)
     if not (stage / MANIFEST).exists():
+        signed.reject_stale()
         return None
     found = manifests.loads(_read_small(stage / MANIFEST))
-    if config.get("id") != found.container_id or _is_stale(found, digests):
+    if _is_stale(found, digests, other=config.get("id") != found.container_id):
+        signed.reject_stale()
         os.unlink(stage / MANIFEST)
         return None
     compare_digests(digests, found)
+    stream.require_as_written(tar.entries)
     return found
 
 
-def _is_stale(manifest: Manifest, digests: dict[str, str]) -> bool:
-    """Whether the manifest is of an earlier checkpoint of the same container.
+class _Signed:
+    """When the judge is asked, and that nothing is unpacked which it has not seen."""
+
+    def __init__(self, stage: Path, judge: Judge | None) -> None:
+        self._stage = stage
+        self._judge = judge
+        self._asked = False
+        self._vouched = False
+
+    def before(self, name: str) -> None:
+        """A member is about to be unpacked."""
+        if self._judge is None:
+            return
+        if name in UNDIGESTED:
+            if self._asked:
+                raise DigestMismatch(f"{name} is not at the beginning of the archive: its signature cannot be relied on")
+            return
+        if not self._asked:
+            self._asked = True
+            data, signature = (_read_small(self._stage / part) if (self._stage / part).exists() else None for part in (MANIFEST, SIGNATURE))
+            self._judge(data or b"", signature)
+            self._vouched = signature is not None
+
+    def reject_stale(self) -> None:
+        """The manifest is not of this checkpoint, so nor is its signature."""
+        if self._vouched:
+            raise DigestMismatch("the archive is not what was signed: its manifest belongs to another checkpoint")
+        (self._stage / SIGNATURE).unlink(missing_ok=True)
+
+
+def _is_stale(manifest: Manifest, digests: dict[str, str], *, other: bool) -> bool:
+    """Whether the manifest is of an earlier checkpoint, of the same container or of the one that it is a copy of (`other`).
 
     Podman keeps `artifacts/` of a container that it restored and exports it again with its next checkpoint. Every dump has its own
-    inventory and its own core files; damage hits one member.
+    inventory and its own core files; damage hits one member, and config.dump with the container's id may be that one.
     """
-    cores = [name for name in manifest.digests if name.startswith("checkpoint/core-")]
+    cores = any(manifest.digests[name] != digests.get(name) for name in manifest.digests if name.startswith("checkpoint/core-"))
     known = manifest.digests.get(INVENTORY)
-    return known is not None and known != digests.get(INVENTORY) and any(manifest.digests[n] != digests.get(n) for n in cores)
+    inventory = known is not None and known != digests.get(INVENTORY)
+    return (inventory or cores) if other else (inventory and cores)
 
 
 def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
@@ -119,20 +206,14 @@ def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
         ArchiveInvalid: as `extract`.
     """
     small: dict[str, bytes] = {}
-    sizes: dict[str, int] = {}
-    with path.open("rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ArchiveInvalid(f"{path} is not a regular file")
-        stream = open_stream(file)
-        tar = TarStream(stream, limits)
-        for member in tar:
-            if member.name.endswith("/"):
-                continue
-            _check_size(member, limits)
-            sizes[member.name] = member.size_bytes
-            if member.name in _SMALL:
-                small[member.name] = b"".join(tar.data())
-        size = os.fstat(file.fileno()).st_size
+    with ArchiveMembers(path, limits=limits) as members:
+        sizes = {name: members.size_bytes(name) for name in members.names() if not name.endswith("/")}
+        for name, size_bytes in sizes.items():
+            _check_size(Member(name, size_bytes), limits)
+            if name in _SMALL:
+                with members.open(name) as file:
+                    small[name] = file.read()
+        compression, size = members.compression, members.archive_bytes
     for name in (CONFIG, SPEC, INVENTORY):
         if name not in sizes:
             raise ArchiveInvalid(f"the archive has no {name}, it is not a complete checkpoint")
@@ -141,7 +222,7 @@ def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
     manifest = manifests.loads(small[MANIFEST]) if MANIFEST in small else None
     if manifest is None or manifest.container_id != config.get("id"):
         manifest = made_up(small[CONFIG], small.get(NETWORK_STATUS, b""), small[SPEC], size_bytes=sum(sizes.values()), members=tuple(sizes))
-    return Peek(stream.compression, size, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
+    return Peek(compression, size, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
 
 
 def _check_size(member: Member, limits: Limits) -> None:
@@ -193,9 +274,8 @@ class _Directories:
             leaf = name.rstrip("/")
             with suppress(FileExistsError):
                 os.mkdir(leaf, 0o700, dir_fd=self._fds[""])
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             try:
-                self._fds[name] = os.open(leaf, flags, dir_fd=self._fds[""])
+                self._fds[name] = open_beneath(self._fds[""], leaf, os.O_RDONLY | os.O_DIRECTORY)
             except OSError as error:
                 raise ArchiveInvalid(f"{self._stage / leaf} is in the way: {error.strerror}") from error
         return self._fds[name]
@@ -203,8 +283,7 @@ class _Directories:
     def create(self, name: str) -> int:
         """A new file, 0600."""
         head, slash, leaf = name.rpartition("/")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return os.open(leaf, flags, 0o600, dir_fd=self.get(head + slash))
+            return open_beneath(self.get(head + slash), leaf, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             raise ArchiveInvalid(f"{self._stage / name} is there already") from None

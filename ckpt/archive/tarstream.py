@@ -5,17 +5,21 @@ Python's own reader ends silently at a damaged header and reads unlimited extend
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from ckpt.archive import index
 from ckpt.archive.codec import Stream
 from ckpt.archive.layout import CHUNK_BYTES, is_allowed
 from ckpt.errors import ArchiveInvalid
 
 _BLOCK: Final = 512
 _MAX_EXTENDED: Final = 1 << 20
+_SUM: Final = re.compile(rb"[0-7]{6}\0 |[0-7]{7}\0| [0-7]{6}\0|[0-7]{6} \0", re.DOTALL)
+"""As the tars that there are write it; the field itself is what no sum covers."""
 _KINDS: Final = {
     tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link", tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a FIFO", tarfile.GNUTYPE_SPARSE: "a sparse member",
@@ -52,6 +56,8 @@ class TarStream:
         self._limits = limits
         self._left = 0
         self._padding = 0
+        self.entries: list[index.Entry] = []
+        """The members so far, where they are."""
 
     def check_caps(self) -> None:
         """Raise ArchiveInvalid when more came out of the stream than the limits allow."""
@@ -72,8 +78,11 @@ class TarStream:
             yield piece
         if self._padding:
             padding, self._padding = self._padding, 0
-            if len(self._stream.read(padding)) != padding:
+            filler = self._stream.read(padding)
+            if len(filler) != padding:
                 raise ArchiveInvalid("the archive is truncated after a member")
+            if any(filler):
+                raise ArchiveInvalid("the archive is damaged: there is something between two members")
 
     def __iter__(self) -> Iterator[Member]:
         seen: set[str] = set()
@@ -93,6 +102,7 @@ class TarStream:
         pax: dict[str, str] = {}
         long_name: str | None = None
         extended = 0
+        begin = self._stream.count
         while True:
             block = self._stream.read(_BLOCK)
             self.check_caps()
@@ -102,11 +112,13 @@ class TarStream:
                 if first:
                     raise ArchiveInvalid("the archive is empty")
                 return None
+            if not _SUM.match(block[148:156]):
+                raise ArchiveInvalid("this is no archive: not a tar" if first else "the archive is damaged: a header without a valid sum")
             try:
                 info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except (tarfile.HeaderError, ValueError) as error:
                 raise ArchiveInvalid("this is no archive: not a tar" if first else f"the archive is damaged: {error}") from None
-            if info.type not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+            if info.type not in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
                 break
             extended += 1
             self._set(info.size)
@@ -114,12 +126,16 @@ class TarStream:
                 raise ArchiveInvalid("the archive has an extended header that is too large")
             data = b"".join(self.data())
             if info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif info.type != tarfile.XGLTYPE:
+                long_name = _name(data.removesuffix(b"\0"))
+            else:
                 pax |= _pax(data)
-        return self._member(info, pax, long_name)
+        member = self._member(info, pax, long_name)
+        self.entries.append(index.Entry(member.name, begin, self._stream.count, member.size_bytes, int(info.mtime)))
+        return member
 
     def _member(self, info: tarfile.TarInfo, pax: dict[str, str], long_name: str | None) -> Member:
+        if long_name is not None and "path" in pax:
+            raise ArchiveInvalid("the archive has a member with two long names")
         name = pax.get("path", long_name if long_name is not None else info.name)
         size = info.size
         if "size" in pax:
@@ -142,7 +158,8 @@ class TarStream:
             clean = clean.rstrip("/") + "/"
             if clean in ("/", "./") and name in (".", "./"):
                 clean = "./"
-            size = 0
+            if size:
+                raise ArchiveInvalid(f"the archive holds {shown}, a directory, with data")
         if size < 0:
             raise ArchiveInvalid(f"the archive holds {shown} with a negative size")
         if clean.startswith("pre-checkpoint"):
@@ -176,6 +193,18 @@ def _pax(data: bytes) -> dict[str, str]:
         key, equals, value = record.partition(b"=")
         if length < 5 or position + length > len(data) or data[position + length - 1] != 0x0A or not equals:
             raise ArchiveInvalid("the archive has a damaged extended header")
-        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        named = key.decode("utf-8", "surrogateescape")
+        if named in found:
+            raise ArchiveInvalid("the archive has an extended header with the same key twice")
+        found[named] = _name(value) if named == "path" else value.decode("utf-8", "surrogateescape")
         position += length
+    if any(data[position:]):
+        raise ArchiveInvalid("the archive has a damaged extended header")
     return found
+
+
+def _name(data: bytes) -> str:
+    """The name of a member. A NUL would end it for a reader in C, and for no other."""
+    if b"\0" in data:
+        raise ArchiveInvalid("the archive has a member with a NUL in its name")
+    return data.decode("utf-8", "surrogateescape")

@@ -1,4 +1,7 @@
-"""An archive from a stage: one pass, nothing whole in memory, in podman's order and podman's compressions."""
+"""An archive from members: one pass, nothing whole in memory, in podman's order and podman's compressions.
+
+The same members give the same bytes (with the same zstd library and level), on any number of threads.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, Protocol
+from typing import BinaryIO, Final, Literal, Protocol, cast
 
+from ckpt.archive import index
+from ckpt.archive.frames import FrameSink
 from ckpt.archive.layout import CHUNK_BYTES
 from ckpt.archive.members import Members
 from ckpt.errors import CkptError, NoSpace
@@ -124,11 +129,7 @@ def _open_sink(out: _Counter, compress: Compression, level: int, threads: int) -
     if compress == "gzip":
         program = run.which("pigz")
         return _Pigz(out, program, level, threads) if program else _Zlib(out, level)
-    import zstandard
-
-    # One normal frame from the first byte: podman knows nothing else. No level has a window above the 2^27 bytes that `zstd -d` takes.
-    engine = zstandard.ZstdCompressor(level=level, threads=threads, write_checksum=True)
-    return engine.stream_writer(out, write_size=CHUNK_BYTES, closefd=False)  # type: ignore[arg-type]
+    return FrameSink(out.write, level, threads)
 
 
 def _header(name: str, size: int, mtime: float) -> bytes:
@@ -153,7 +154,7 @@ def write(
 
     Args:
         level: of the compressor; None: the fast one (memory pages gain little from more).
-        threads: of the compressor; -1: one a core.
+        threads: of the compressor; -1: one a core (16 at most).
         on_bytes: called with the number of bytes (uncompressed) handled since the last call.
 
     Returns:
@@ -168,10 +169,16 @@ def write(
     try:
         sink = _open_sink(counter, compress, _LEVELS[compress] if level is None else level, threads)
         buffer = memoryview(bytearray(CHUNK_BYTES))
+        entries: list[index.Entry] = []
+        at = 0
         for name in members.names():
-            _write_member(members, name, sink, buffer, on_bytes)
+            entry = _write_member(members, name, at, sink, buffer, on_bytes)
+            at = entry.data_offset + entry.size_bytes + -entry.size_bytes % _BLOCK
+            entries.append(entry)
         sink.write(bytes(2 * _BLOCK))
         sink.close()
+        if isinstance(sink, FrameSink):
+            counter.write(index.tail(entries, sink.frames))
         sink = None
         counter.flush()
     except OSError as error:
@@ -179,18 +186,23 @@ def write(
             raise NoSpace("no space left for the archive", hint="free some space or choose another place") from error
         raise
     finally:
-        if isinstance(sink, _Pigz):
+        if isinstance(sink, _Pigz | FrameSink):
             sink.abort()
     return counter.count
 
 
-def _write_member(members: Members, name: str, sink: _Sink, buffer: memoryview, on_bytes: OnBytes | None) -> None:
-    size_bytes = members.size_bytes(name)
+def _write_member(members: Members, name: str, at: int, sink: _Sink, buffer: memoryview, on_bytes: OnBytes | None) -> index.Entry:
+    """Write one member whose header begins at byte `at` of the tar."""
+    size_bytes, mtime_s = members.size_bytes(name), max(0, int(members.mtime_s(name)))
+    header = _header(name, size_bytes, mtime_s)
+    entry = index.Entry(name, at, at + len(header), size_bytes, mtime_s)
+    large = size_bytes >= index.LARGE_BYTES and isinstance(sink, FrameSink)
+    if large:
+        cast(FrameSink, sink).cut()
+    sink.write(header)
     if name.endswith("/"):
-        sink.write(_header(name, 0, members.mtime_s(name)))
-        return
+        return entry
     with members.open(name) as file:
-        sink.write(_header(name, size_bytes, members.mtime_s(name)))
         left = size_bytes
         while left:
             count = file.readinto(buffer[: min(left, CHUNK_BYTES)])  # type: ignore[attr-defined]
@@ -202,6 +214,9 @@ def _write_member(members: Members, name: str, sink: _Sink, buffer: memoryview, 
                 on_bytes(count)
     if rest := -size_bytes % _BLOCK:
         sink.write(bytes(rest))
+    if large:
+        cast(FrameSink, sink).cut()
+    return entry
 
 
 def write_file(

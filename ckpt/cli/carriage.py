@@ -40,7 +40,7 @@ def carrier_options(function: F) -> F:
     for option in reversed((
         server_options,
         click.option("--header-file", type=_FILE, metavar="FILE", help="More headers for a web server, lines of Name: value."),
-        click.option("--insecure", is_flag=True, help="Allow http:// to other hosts: anybody on the way can read it."),
+        click.option("--insecure", is_flag=True, help="Allow http://, and registries without TLS: anybody on the way can read it."),
         ssh_option,
     )):  # fmt: skip
         function = option(function)

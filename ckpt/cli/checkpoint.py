@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt.cli import protection
 from ckpt.cli.carriage import carrier, destination
 from ckpt.cli.common import Session, all_and_latest, dump_options, one_way, state_options, targets_argument, verb
 from ckpt.cli.export import compress_options
@@ -16,6 +17,7 @@ from ckpt.errors import CkptError, UsageError
 from ckpt.model import DumpOptions, Target
 
 if TYPE_CHECKING:
+    from ckpt.archive.trust import Outgoing
     from ckpt.ops.result import Outcome
 
 _SUFFIXES = {"zstd": ".tar.zst", "gzip": ".tar.gz", "none": ".tar"}
@@ -39,8 +41,11 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
     "-e", "--export", "export_to", metavar="DEST", type=click.Path(), help="Write an archive (a directory, or as for ckpt export), not to the store."
 )
 @compress_options
+@protection.outgoing_options
 @state_options()
 @click.option("-k", "--keep", is_flag=True, help="Accepted for podman's sake: the store always keeps CRIU's logs.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag for the checkpoint: NAME@TAG. Repeatable.")
+@click.option("--note", default="", metavar="TEXT", help="A note for the checkpoint.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first container that fails.")
 @click.option("--print-stats", is_flag=True, help="Print podman's JSON of times (microseconds) and pages instead of names.")
 def command(
@@ -53,6 +58,8 @@ def command(
     compress: str | None,
     level: int | None,
     keep: bool,
+    tags: tuple[str, ...],
+    note: str,
     fail_fast: bool,
     print_stats: bool,
     **state: Any,
@@ -65,21 +72,34 @@ def command(
     one_way(targets, every=every, latest=latest, what="target")
     if export_to is None and (compress or level is not None):
         raise UsageError("--compress and --level go with --export")
+    if export_to is not None and (tags or note):
+        raise UsageError("--tag and --note are for the store, not for --export")
+    if tags or note:
+        from ckpt.ops import mark
+
+        mark.check(tags, note)  # before anything is frozen
+    given = protection.take(state, protection.OUTGOING)
+    if export_to is None and any(given[name] for name in protection.OUTGOING if name != "sign"):
+        raise UsageError("--encrypt and the passphrase's options go with --export")
     options = dump_options(session, leave_running=leave_running, **state)
+    outgoing = protection.outgoing(session, given, archive=export_to is not None)
     session_targets = [Target.parse(target) for target in targets]
     if export_to is not None:
         output = _place(export_to, several=every or len(targets) > 1)
         session.need_root()
         if every or latest:
             targets = _chosen(every)
-        outcomes = _export(session, targets, output, compress or session.settings.compress, level, options, fail_fast)
+        outcomes = _export(session, targets, output, compress or session.settings.compress, level, options, outgoing, fail_fast)
     else:
         session.need_root()
         from ckpt.ops import checkpoint as use_case
 
         outcomes = use_case.checkpoint(
-            session_targets, all=every, latest=latest, options=options, store_root=session.store_root, emit=session.emit, keep_going=not fail_fast
-        )
+            session_targets, all=every, latest=latest, options=options, store_root=session.store_root, emit=session.emit, keep_going=not fail_fast,
+            outgoing=outgoing,
+        )  # fmt: skip
+        if tags or note:
+            outcomes = mark.made(outcomes, tags, note, store_root=session.store_root)
     return session.finish(outcomes, id_of="checkpoint", stats=_stats if print_stats else None)
 
 
@@ -99,22 +119,29 @@ def _chosen(every: bool) -> tuple[str, ...]:
 
 
 def _export(
-    session: Session, targets: Sequence[str], output: str, compress: str, level: int | None, options: DumpOptions, fail_fast: bool
+    session: Session,
+    targets: Sequence[str],
+    output: str,
+    compress: str,
+    level: int | None,
+    options: DumpOptions,
+    outgoing: Outgoing,
+    fail_fast: bool,
 ) -> list[Outcome]:
     from ckpt.ops import export as use_case
     from ckpt.ops.result import failure
 
     outcomes: list[Outcome] = []
     for target in targets:
-        name = Target.parse(target).name.replace("/", "_")
-        file = os.path.join(output, name + _SUFFIXES[compress]) if output != "-" and os.path.isdir(output) else output
+        name = Target.parse(target).name.replace("/", "_") + _SUFFIXES[compress] + (".age" if outgoing.recipients else "")
+        file = os.path.join(output, name) if output != "-" and os.path.isdir(output) else output
         # Qualified: this is about what runs, not about a checkpoint of that name in the store.
         ref = target if Target.parse(target).engine else _qualified(target)
         try:
             place = destination(session, file)
             outcome = use_case.export(
                 ref, place, compress=compress, level=level, leave_running=options.leave_running, options=options,
-                carrier=carrier(session, place), store_root=session.store_root, emit=session.emit,
+                carrier=carrier(session, place), outgoing=outgoing, store_root=session.store_root, emit=session.emit,
             )  # fmt: skip
         except CkptError as error:
             outcome = failure(target, error)

@@ -121,7 +121,7 @@ def global_options(function: F) -> F:
         click.option("--format", "fmt", metavar="FORMAT", help="table, json, jsonl, or a template like '{{.Name}} {{.ID}}'."),
         click.option("-q", "--quiet", is_flag=True, default=None, help="Only ids on stdout, no progress."),
         click.option(
-            "--store", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store (default /var/lib/ckpt, or CKPT_STORE).",
+            "--store", type=click.Path(file_okay=False), metavar="DIR|NAME", help="The store (default /var/lib/ckpt, or CKPT_STORE).",
         ),
         click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much of the log to show on stderr."),
     )):  # fmt: skip
@@ -135,7 +135,7 @@ def verb(
     """Make a click command of a function that takes a `Session` and the options, and returns the exit code."""
 
     def wrap(function: Callable[..., int]) -> click.Command:
-        def callback(fmt: str | None, quiet: bool | None, store: Path | None, log_level: str | None, **options: Any) -> int:
+        def callback(fmt: str | None, quiet: bool | None, store: str | None, log_level: str | None, **options: Any) -> int:
             outer = _outer()
             session = _session(
                 Reporter(name, fmt or outer.get("fmt") or "table", fields, quiet=bool(quiet or outer.get("quiet"))),
@@ -165,10 +165,10 @@ def _outer() -> dict[str, Any]:
     return parent.params if parent else {}
 
 
-def _session(reporter: Reporter, store: Path | None, log_level: str | None) -> Session:
+def _session(reporter: Reporter, store: str | None, log_level: str | None) -> Session:
     settings = config.load()
     if store is not None:
-        settings = replace(settings, store=Path(os.path.abspath(store)))
+        settings = replace(settings, store=config.store_named(settings, store))
     logging.getLogger("ckpt").setLevel((log_level or settings.log_level).upper())
     return Session(settings, reporter)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt.cli import completion
+from ckpt.cli import completion, protection
 from ckpt.cli.carriage import carrier, carrier_options, destination, remember
 from ckpt.cli.common import F, Session, dump_options, state_options, verb
 from ckpt.errors import CkptError, UsageError
@@ -39,14 +39,19 @@ def _need_root_for_container(session: Session, ref: str) -> None:
         ("ckpt export -R podman:web web.tar.zst", "save a running container straight to an archive"),
         ("ckpt export web - | ssh b ckpt import -", "to the store of another host"),
         ("ckpt export web root@b:/srv/web.tar.zst", "to a file on another host, over ssh"),
+        ("ckpt export web web.age --encrypt age:age1...", "encrypted: age -d opens it, and so does ckpt"),
         ("ckpt export web https://b:7443/web.tar.zst", "to a web server, goes on after a break where the server can"),
+        ("ckpt export web oci://reg:5000/ns/web:1 --as image", "to a registry, as an image that podman restores too"),
     ),
 )
 @click.argument("ref", metavar="CHECKPOINT|TARGET", shell_complete=completion.both)
 @click.argument("dest", metavar="[DEST]", required=False, type=click.Path())
 @click.option("-o", "--output", metavar="DEST", type=click.Path(), help="The same as DEST.")
 @compress_options
+@protection.outgoing_options
 @click.option("-R", "--leave-running", is_flag=True, help="Let a running container run on.")
+@click.option("--as", "form", type=click.Choice(["artifact", "image"]), help="In a registry: an OCI artifact (default), or an image.")
+@click.option("--subject", metavar="REF", help="In a registry: the container image that the artifact belongs to.")
 @carrier_options
 @state_options()
 def command(
@@ -57,6 +62,8 @@ def command(
     compress: str | None,
     level: int | None,
     leave_running: bool,
+    form: str | None,
+    subject: str | None,
     token_file: Path | None,
     token_command: str | None,
     header_file: Path | None,
@@ -70,19 +77,24 @@ def command(
 ) -> int:
     """Write a checkpoint as one archive that podman restores too.
 
-    DEST is a file, - (stdout), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, or an http(s) URL: ckpt serve, a web server that takes
-    PUT, or a presigned URL of object storage. It is there whole, or not at all. A link that breaks is tried again for a minute; over ssh, and
-    to servers that can, the upload goes on where it was. Paths of ssh URLs are absolute, /~/PATH is below the home directory.
+    DEST is a file, - (stdout), [USER@]HOST:PATH or ssh://[USER@]HOST[:PORT]/PATH, an http(s) URL (ckpt serve, a web server that takes
+    PUT, or a presigned URL of object storage), or oci://REGISTRY/NAME:TAG, with the credentials of podman login. It is there whole, or not
+    at all. A link that breaks is tried again for a minute; over ssh, and to servers that can, the upload goes on where it was. Paths of ssh
+    URLs are absolute, /~/PATH is below the home directory.
 
     A checkpoint in the store is written as it is. The name of a running container saves it on the way: it ends (unless -R) when the
     other end has the whole archive safely.
     """
     if (dest is None) == (output is None):
         raise UsageError("say where to, once", hint="ckpt export CHECKPOINT FILE; - is stdout")
+    outgoing = protection.outgoing(session, protection.take(state, protection.OUTGOING))
     place = destination(session, dest or output or "")
+    if (form or subject) and place.scheme != "oci":
+        raise UsageError("--as and --subject are for registries", hint="ckpt export CHECKPOINT oci://REGISTRY/NAME:TAG")
     carriage = carrier(
         session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file, fingerprint=fingerprint,
         client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
+        registry_form=form, registry_subject=subject,
     )  # fmt: skip
     if "@" not in ref:
         _need_root_for_container(session, ref)
@@ -96,6 +108,7 @@ def command(
         leave_running=leave_running,
         options=dump_options(session, leave_running=leave_running, **state),
         carrier=carriage,
+        outgoing=outgoing,
         store_root=session.store_root,
         emit=session.emit,
     )

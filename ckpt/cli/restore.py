@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt.cli import carriage, completion
+from ckpt.cli import carriage, completion, protection
 from ckpt.cli.carriage import carrier_options, digest_option
 from ckpt.cli.checkpoint import microseconds
 from ckpt.cli.common import Session, all_and_latest, one_way, state_options, verb
@@ -34,10 +34,12 @@ from ckpt.model import RestoreOptions
     "-i", "--import", "import_from", type=click.Path(), metavar="SOURCE", help="Restore from an archive, past the store: as for ckpt import."
 )
 @digest_option
+@protection.incoming_options
 @click.option("-n", "--name", metavar="NAME", help="Give the container this name (and a new id).")
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports than the checkpoint's ([IP:]HOST:CONTAINER[/PROTOCOL]).")
 @click.option("--pod", metavar="POD", help="Restore into this pod.")
 @click.option("-k", "--keep", is_flag=True, help="Keep CRIU's logs of a restore that went well.")
+@click.option("--allow", multiple=True, metavar="KIND:VALUE", help="What a checkpoint from elsewhere may have: cap:SYS_ADMIN. Can be repeated.")
 @click.option("--lazy", is_flag=True, help="Resume at once, memory follows.")
 @state_options(restoring=True)
 @click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
@@ -64,11 +66,16 @@ def command(
     client_key: Path | None,
     insecure: bool,
     ssh_options: tuple[str, ...],
+    allow: tuple[str, ...],
     **given: Any,
 ) -> int:
     """Bring checkpoints back to life.
 
     The checkpoint stays in the store. -a restores the newest checkpoint of every name that does not run.
+
+    A checkpoint that was made elsewhere (imported, or restored with -i) gets what this host gives to any container. What it asks for
+    beyond that (capabilities, devices, files of the host, ...) is listed and refused; --allow lets it have one such thing, as the list
+    says, mount:DIR also what is below DIR.
 
     With --lazy the workload runs before its memory is there: page faults are served from the checkpoint, the rest is brought in the
     background by CRIU's lazy-pages daemon, which outlives ckpt. Until all of it is there the checkpoint cannot be removed and the
@@ -85,17 +92,22 @@ def command(
     if digest is not None and import_from is None:
         raise UsageError("--digest goes with --import")
     session.need_root()
+    incoming = protection.incoming(session, protection.take(given, protection.INCOMING))
     place = carriage.source(import_from) if import_from is not None else None
     reach = None if place is None else carriage.carrier(
         session, place, token_file=token_file, token_command=token_command, header_file=header_file, ca_file=ca_file, fingerprint=fingerprint,
         client_cert=client_cert, client_key=client_key, insecure=insecure, ssh_options=ssh_options,
     )  # fmt: skip
-    options = RestoreOptions(publish=publish, timeout_s=timeout_s if timeout_s is not None else session.settings.timeout_s, **given)
+    from ckpt.ops import policy
+
+    policy.Allowed.parse(allow)  # a wrong one is no configuration's fault
+    limit_s = timeout_s if timeout_s is not None else session.settings.timeout_s
+    options = RestoreOptions(publish=publish, timeout_s=limit_s, allow=(*session.settings.allow, *allow), **given)
     from ckpt.ops import restore as use_case
 
     outcomes = use_case.restore(
         refs, all=every, latest=latest, import_from=place, digest=carriage.digest(digest), carrier=reach, options=options,
-        store_root=session.store_root, emit=session.emit, keep=keep,
+        store_root=session.store_root, emit=session.emit, keep=keep, incoming=incoming,
     )  # fmt: skip
     return session.finish(outcomes, id_of="container", stats=_stats if print_stats else None)
 

@@ -10,7 +10,7 @@ from ckpt.cli.common import Session, one_way, verb
 
 @verb("rm", examples=(("ckpt rm web@2", "one checkpoint"), ("ckpt rm web", "the newest of web"), ("ckpt rm -a", "all of them")))
 @click.argument("refs", nargs=-1, metavar="[CHECKPOINT]...", shell_complete=completion.checkpoints)
-@click.option("-a", "--all", "every", is_flag=True, help="Every checkpoint in the store.")
+@click.option("-a", "--all", "every", is_flag=True, help="Every checkpoint in the store that is not pinned.")
 def command(session: Session, refs: tuple[str, ...], every: bool) -> int:
     """Remove checkpoints from the store."""
     one_way(refs, every=every, what="checkpoint")

@@ -70,7 +70,10 @@ class Feed:
     def connect(self) -> bool:
         """Wait for the daemon; False when this was closed before it came."""
         poller = select.poll()
-        poller.register(self._listener, select.POLLIN)
+        with self._lock:
+            if self._closed:
+                return False
+            poller.register(self._listener, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
         while True:
             poller.poll()
@@ -160,12 +163,15 @@ class Piece(NamedTuple):
 class Source(Protocol):
     """Where pages are."""
 
-    def pieces(self, pid: int, vaddr: int, nr_pages: int) -> list[Piece]:
-        """The pages from `vaddr` on, as many as there are without a gap, at most `nr_pages`."""
+    def pieces(self, pid: int, vaddr: int, nr_pages: int) -> Sequence[Piece | memoryview]:
+        """The pages from `vaddr` on, as many as there are without a gap, at most `nr_pages`. Raises OSError: they are lost."""
 
 
 class _Layer:
-    """The runs of one image in one set of images: their addresses, counts of pages, and offsets in its pages file (-1: in the parent)."""
+    """The runs of one image in one set of images: their addresses, counts of pages, and offsets in its pages file (-1: in the parent).
+
+    `fd` is the pages file, as `PageFiles._open` made it.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -202,14 +208,17 @@ class PageFiles:
         while self._fds:
             os.close(self._fds.pop())
 
+    def _open(self, pages: Path) -> int:
+        fd = os.open(pages, os.O_RDONLY | os.O_CLOEXEC)
+        self._fds.append(fd)
+        return fd
+
     def _read(self, pagemap: Path) -> _Layer:
         layer: _Layer | None = None
         offset = 0
-        for entry in _entries(pagemap):
+        for entry in entries_of(pagemap):
             if layer is None:
-                fd = os.open(pagemap.with_name(f"pages-{entry.pages_id}.img"), os.O_RDONLY | os.O_CLOEXEC)
-                self._fds.append(fd)
-                layer = _Layer(fd)
+                layer = _Layer(self._open(pagemap.with_name(f"pages-{entry.pages_id}.img")))
                 continue
             count = pages_of(entry)
             layer.starts.append(entry.vaddr)
@@ -267,7 +276,7 @@ def lazy_runs(images_dir: Path) -> Iterator[tuple[int, int, int]]:
     for pagemap in images_dir.glob("pagemap-[0-9]*.img"):
         pid = _pid_of(pagemap)
         try:
-            for number, entry in enumerate(_entries(pagemap)):
+            for number, entry in enumerate(entries_of(pagemap)):
                 if number and entry.flags & PE_LAZY:
                     yield pid, entry.vaddr, pages_of(entry)
         except (OSError, ValueError, struct.error) as error:
@@ -275,15 +284,19 @@ def lazy_runs(images_dir: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def serve(feed: Feed, source: Source) -> None:
-    """Answer a daemon from files until it is through or gone, or asks for what is not there: then it fails."""
+    """Answer a daemon until it is through or gone, or asks for what is not there: then it fails."""
     try:
         for asked in feed.asked():
             pieces = source.pieces(asked.pid, asked.vaddr, min(asked.nr_pages, ANSWER_PAGES))
             if not pieces:
                 return
-            feed.send(feed.answer(asked, sum(piece.length for piece in pieces) // PAGE_BYTES))
+            lengths = (piece.length if isinstance(piece, Piece) else len(piece) for piece in pieces)
+            feed.send(feed.answer(asked, sum(lengths) // PAGE_BYTES))
             for piece in pieces:
-                feed.send_file(*piece)
+                if isinstance(piece, Piece):
+                    feed.send_file(*piece)
+                else:
+                    feed.send(piece)
     except OSError:
         pass  # the daemon is gone; its exit status tells
     finally:
@@ -315,7 +328,7 @@ def _pid_of(pagemap: Path) -> int:
     return int(pagemap.name.removeprefix("pagemap-").removesuffix(".img"))
 
 
-def _entries(pagemap: Path) -> Iterator[Any]:
+def entries_of(pagemap: Path) -> Iterator[Any]:
     """The head of a pagemap image, then its entries (see pagestream.py). Raises OSError, ValueError, struct.error."""
     pb: Any = load("images.pagemap_pb2")
     data = pagemap.read_bytes()

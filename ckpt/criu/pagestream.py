@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from ckpt.criu.bindings import load
 from ckpt.errors import FeatureMissing, TransferFailed
@@ -77,6 +78,16 @@ def check_page_size() -> None:
         raise FeatureMissing(f"this kernel has pages of {size} bytes: memory can be streamed with pages of {PAGE_BYTES} bytes only")
 
 
+class PageSink(Protocol):
+    """Where the pages of one image go, in the order of its pages file."""
+
+    def write(self, data: Buffer, /) -> object:
+        """Take all of it; the buffer is good only until this returns."""
+
+    def close(self) -> object:
+        """That was all."""
+
+
 class PageWriter:
     """A file-like sink that makes pagemap and pages images of a stream, beneath one directory. The stream is untrusted.
 
@@ -84,6 +95,8 @@ class PageWriter:
 
     Args:
         directory: where the images go; it exists.
+        sink: makes the place for a pages file ("pages-65537.img"), instead of a file in `directory`. It belongs to the caller: what was begun
+            is closed only when its image is whole.
         parent: directory of the parent images; the images get CRIU's symlink `parent` (relative) to it. Without it PARENT records are
             refused, as are those of an image that the parent does not have.
         max_bytes: how many bytes of files may be written in all.
@@ -94,8 +107,12 @@ class PageWriter:
         OSError: from writing (a full disk), here and in every method.
     """
 
-    def __init__(self, directory: Path, *, parent: Path | None = None, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, parent: Path | None = None, max_bytes: int | None = None, sink: Callable[[str], PageSink] | None = None
+    ) -> None:
         check_page_size()
+        self._sink_for = sink
+        self._sink: PageSink | None = None
         self._pb: Any = load("images.pagemap_pb2")
         magics = load("images.magic").by_name
         self._magic = struct.pack("<II", magics["IMG_COMMON"], magics["PAGEMAP"])
@@ -170,7 +187,12 @@ class PageWriter:
         try:
             while at < size:
                 if self._left:
-                    count = os.write(self._pages_fd, view[at : at + self._left])
+                    part = view[at : at + self._left]
+                    if self._sink is not None:
+                        self._sink.write(part)
+                        count = len(part)
+                    else:
+                        count = os.write(self._pages_fd, part)
                     self._left -= count
                     at += count
                 elif self._have or size - at < HEADER.size:
@@ -262,7 +284,10 @@ class PageWriter:
         pages_id = FIRST_PAGES_ID + len(self._seen)
         self._seen.add(image_id)
         self._pagemap_fd = self._create(name)
-        self._pages_fd = self._create(f"pages-{pages_id}.img")
+        if self._sink_for is None:
+            self._pages_fd = self._create(f"pages-{pages_id}.img")
+        else:
+            self._sink = self._sink_for(f"pages-{pages_id}.img")
         self._entries += self._magic + _framed(self._pb.pagemap_head(pages_id=pages_id))
         self._image = image_id
         self._image_in_parent = self._parent >= 0 and _is_file(name, self._parent)
@@ -336,7 +361,11 @@ class PageWriter:
         self._pagemap_fd = self._pages_fd = -1
         self._image = 0
         os.close(pagemap)
-        os.close(pages)
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.close()
+        else:
+            os.close(pages)
 
     def _spend(self, count: int) -> None:
         self._used_bytes += count

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
+from ckpt.archive.wants import Profile
 from ckpt.host.run import Process
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -128,6 +129,14 @@ class StartsEarly(Protocol):
         self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, volume_ready: Callable[[str, Path], None]
     ) -> EarlyRestore:
         """`Engine.restore` as far as a sketch goes. Raises RestoreFailed, with everything it made removed again."""
+
+
+@runtime_checkable
+class HasProfile(Protocol):
+    """What an engine offers besides whose defaults for containers are known."""
+
+    def profile(self) -> Profile:
+        """What this host gives to a container that asks for nothing."""
 
 
 class CarriesContainerImages(Protocol):

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from ckpt.archive.wants import PODMAN_CAPABILITIES, Profile
 from ckpt.criu import action
 from ckpt.engines import _hold, _shim
 from ckpt.engines import _oci_bundle as bundles
@@ -186,6 +187,10 @@ class OciRuntime:
             _hold.end_process(process)
             raise
         return OciHeldDump(self, container, job)
+
+    def profile(self) -> Profile:
+        # runc(8) and crun(1) have no defaults but what `spec` writes: AUDIT_WRITE, and no seccomp filter.
+        return Profile(capabilities=PODMAN_CAPABILITIES | {"AUDIT_WRITE"}, seccomp=None, sysctls=frozenset())
 
     def adopt(self, container: Container, job: Job) -> HeldDump:
         return OciHeldDump(self, container, job)

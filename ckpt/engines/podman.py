@@ -18,6 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Final, cast
 
+from ckpt.archive.layout import CONFIG
+from ckpt.archive.manifest import json_object
+from ckpt.archive.wants import Profile
 from ckpt.criu import action
 from ckpt.engines import _hold
 from ckpt.engines._podman_held import (
@@ -129,6 +132,9 @@ class Podman:
         if container.rootfs.upper_dir is None and not options.ignore_rootfs:
             hint = "use podman's overlay storage driver, or leave the root file system behind with --ignore-rootfs"
             found.append(Finding("root file system", "error", "it is no overlay, so its changes cannot be told from its container image", hint))
+        if options.sealed and shm_in_use(container):
+            detail = "there are files in /dev/shm, which podman would write to its own disk in clear on the way"
+            found.append(Finding("/dev/shm", "error", detail, "remove them, or save it to the store (in clear) and export that"))
         if container.auto_remove:
             hint = "keep a checkpoint elsewhere (ckpt export), or start it without --rm"
             found.append(Finding("--rm", "warning", f"{container.name} was started with --rm: podman forgets it as soon as it ends", hint))
@@ -175,16 +181,36 @@ class Podman:
             _hold.disarm(job)
         return True
 
-    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest) -> None:
+    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest, options: RestoreOptions) -> None:
+        import io
         import tarfile
 
+        config = b"" if options.checked else self._by_id(stage, manifest)
         with tarfile.open(stub, "w", format=tarfile.PAX_FORMAT) as tar:
             for name in STUB_MEMBERS:
-                if (stage / name).exists():
+                if name == CONFIG and config:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(config)
+                    tar.addfile(member, io.BytesIO(config))
+                elif (stage / name).exists():
                     tar.add(stage / name, name, recursive=False)
             # podman looks whether this one is there, no more; the runtime is shown the stage's.
             tar.addfile(tarfile.TarInfo("checkpoint/inventory.img"))
         stub.chmod(0o600)
+
+    def _by_id(self, stage: Path, manifest: Manifest) -> bytes:
+        """config.dump with the id of its container image for a name, where the name means something else here, or nothing; else b"".
+
+        Podman pulls what a name means when it knows none; the id it has.
+        """
+        if manifest.container_image is None or not manifest.container_image.name:
+            return b""
+        found = podman("image", "inspect", "--format", "{{.Id}}", "--", manifest.container_image.name, check=False)
+        config = json_object((stage / CONFIG).read_bytes(), CONFIG)
+        own = str(config.get("rootfsImageID", ""))
+        if not own or (found.ok and found.text.strip() == own and config.get("rootfsImageName") == manifest.container_image.name):
+            return b""
+        return json.dumps(config | {"rootfsImageName": own}).encode()
 
     def restore(
         self,
@@ -211,7 +237,7 @@ class Podman:
         try:
             if not options.ignore_volumes:
                 attempt.make_volumes(volume_ready)
-            self._pack_stub(job.directory / STUB, stage, manifest)
+            self._pack_stub(job.directory / STUB, stage, manifest, options)
             _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy)
             attempt.start(job.directory / STUB)
             attempt.mounted()
@@ -234,6 +260,11 @@ class Podman:
                 f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
                 hint=f"podman pull {name}, or bring it along: ckpt migrate",
             )
+
+    def profile(self) -> Profile:
+        from ckpt.engines import _podman_profile
+
+        return _podman_profile.profile()
 
     def adopt(self, container: Container, job: Job) -> HeldDump:
         return PodmanHeldDump(container, job, job.directory / "criu", frozen_at_s=time.monotonic())

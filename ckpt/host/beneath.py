@@ -23,6 +23,21 @@ _TELLING: Final = frozenset({0xEF53, 0x58465342, 0x9123683E})
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
+def open_beneath(directory_fd: int, path: str, flags: int, mode: int = 0) -> int:
+    """openat2 with RESOLVE_BENEATH, NO_SYMLINKS and NO_MAGICLINKS: nothing but what is really below the directory is opened, or made.
+
+    Raises:
+        OSError: ELOOP for a link on the way, EXDEV for a way out, and all that open(2) says.
+    """
+    how = _HOW.pack(flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, _RESOLVE)
+    name = ctypes.c_char_p(os.fsencode(path))
+    fd = int(_libc.syscall(ctypes.c_long(_OPENAT2), ctypes.c_int(directory_fd), name, how, ctypes.c_size_t(len(how))))
+    if fd < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return fd
+
+
 class Gone(Exception):
     """It is not there any more, or something else is in its place."""
 

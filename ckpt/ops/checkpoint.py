@@ -7,10 +7,10 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
 from ckpt.engines.base import HeldDump
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import (
@@ -28,10 +28,10 @@ from ckpt.errors import (
     TransferFailed,
     UsageError,
 )
-from ckpt.events import Emit, Frozen, Notice, StepDone, StepStarted, Thawed
+from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, faults, recover, resolve
+from ckpt.ops import capture, faults, intake, recover, resolve
 from ckpt.ops import check as checks
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
@@ -54,6 +54,7 @@ def checkpoint(
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep_going: bool = False,
+    outgoing: trust.Outgoing = trust.OPEN,
 ) -> list[Outcome]:
     """Save each target to the store and end it (or not: `options.leave_running`).
 
@@ -63,6 +64,7 @@ def checkpoint(
     Args:
         all: every running container, instead of `targets`.
         latest: the container created last, instead of `targets`.
+        outgoing: its key signs the checkpoint.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -76,7 +78,7 @@ def checkpoint(
     catalog = Catalog(store_root)
 
     def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
-        return draft.commit(manifest), {}
+        return draft.commit(manifest, sign=outgoing.signer()), {}
 
     for label, engine, container in found:
         try:
@@ -98,8 +100,12 @@ def save(
     keep: Keep,
     *,
     step: str = "store",
+    drafts: Catalog | None = None,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
+
+    Args:
+        drafts: where the draft is made, when not in the store.
 
     Raises:
         BusyError: it does not run.
@@ -110,7 +116,8 @@ def save(
     chosen = settle(engine, container, label, options, emit)
     checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
     # These ask CRIU and the engine, so not while the container is frozen.
-    host, version = capture.host_facts(), engine.probe().version
+    host, can = capture.host_facts(), engine.probe()
+    streams = can.pages and intake.possible(host.criu_version)
     job = Job.create(
         catalog.root,
         "checkpoint",
@@ -120,9 +127,9 @@ def save(
         leave_running=chosen.leave_running,
     )
     guard = recover.start_guard(job)
-    attempt = _Attempt(engine, container, label, chosen, catalog, emit, job, guard)
+    attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
     try:
-        manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), version)
+        manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
         began = time.monotonic()
         emit(StepStarted(label, step))
         kept, figures = keep(attempt.needed_draft(), manifest)
@@ -145,6 +152,8 @@ class _Attempt:
     emit: Emit
     job: Job
     guard: Process | None
+    streams: bool
+    """CRIU can send its pages to a page server; otherwise it writes them as files."""
     draft: Draft | None = None
     held: HeldDump | None = None
     frozen_at_s: float = 0.0
@@ -160,8 +169,10 @@ class _Attempt:
         self.job.write("dumping", draft=self.draft.id)
         faults.point("dumping")
         self.emit(StepStarted(self.label, "dump"))
+        if self.streams:
+            self.draft.prepare()
         self.frozen_at_s = time.monotonic()
-        self.held = self.engine.dump(self.container, self.draft.stage, self.options, self.job)
+        self._dump(self.draft, host.criu_version)
         self.emit(Frozen(self.label, self.frozen_at_s))
         self.job.write("held")
         faults.point("held")
@@ -181,10 +192,28 @@ class _Attempt:
             host=host,
             engine_version=version,
             freeze_s=self.freeze_s,
+            digests=dict(sorted({**layout.digest_members(self.draft.stage), **self.draft.digests}.items())),
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
         faults.point("described")
         return manifest
+
+    def _dump(self, draft: Draft, criu_version: str) -> None:
+        """Freeze and dump, held; the memory goes into the store's chunks as CRIU reads it, where that can be."""
+        if not self.streams:
+            self.held = self.engine.dump(self.container, draft.stage, self.options, self.job)
+            return
+
+        def on_bytes(done: int) -> None:
+            self.emit(BytesMoved(self.label, "dump", done))
+
+        limit_s = self.options.timeout_s
+        with intake.PageIntake(
+            draft.stage / "checkpoint", criu_version, lambda name: draft.sink(f"checkpoint/{name}"), on_bytes, timeout_s=limit_s
+        ) as pages:
+            self.job.on_failure = pages.break_off
+            self.held = self.engine.dump(self.container, draft.stage, replace(self.options, page_server_port=pages.port), self.job)
+            pages.finish()
 
     def _bring_stats(self) -> None:
         """After a resume CRIU has written its statistics: they become a member of the checkpoint, as in podman's archives."""

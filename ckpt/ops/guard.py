@@ -29,11 +29,13 @@ def guard_main(directory: str) -> int:
 
         from ckpt.errors import CkptError
         from ckpt.ops import recover
+        from ckpt.store import volatile
         from ckpt.store.catalog import Catalog
 
         try:
             recover.settle(job)
             Catalog(recover.store_root(job)).sweep()
+            volatile.sweep()
         except CkptError as error:
             sys.stderr.write(f"{error.message}\n")  # into guard.log; the directory stays for the next sweep
             return 1

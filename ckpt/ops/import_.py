@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from ckpt.archive import layout, reader
+from ckpt.archive import layout, reader, seal, trust
 from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Manifest
@@ -29,6 +29,7 @@ def import_(
     name: str | None = None,
     digest: str | None = None,
     carrier: CarrierOptions | None = None,
+    incoming: trust.Incoming = trust.ANYBODY,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
 ) -> Outcome:
@@ -37,9 +38,10 @@ def import_(
     Args:
         name: what to call it in the store; its own name when None.
         digest: what the archive's SHA-256 must be, in hex.
+        incoming: what opens it when it is encrypted, and whose signature it must have.
 
     Raises:
-        TargetNotFound, ArchiveInvalid, DigestMismatch, NoSpace and what its carrier raises: the store is as before.
+        TargetNotFound, ArchiveInvalid, DigestMismatch, KeyProblem, NoSpace and what its carrier raises: the store is as before.
     """
     label = str(source)
     with arriving(source, carrier, digest, emit) as archive:
@@ -48,7 +50,7 @@ def import_(
         began = time.monotonic()
         draft = catalog.begin(name or "import", origin="import")
         try:
-            manifest = unpack(archive, draft, label, emit)
+            manifest = unpack(archive, draft, label, emit, incoming)
             draft.name = name or manifest.name
             faults.point("unpacked")
             checkpoint = draft.commit(replace(manifest, name=draft.name))
@@ -68,15 +70,20 @@ class Archive:
     """An archive that comes in: read to its end, counted, its digest made on the way."""
 
     def __init__(self, download: Download, expected: str | None, label: str) -> None:
-        self._download = download
+        self._source = seal.Prefixed(download)
         self._expected = expected
         self._label = label
         self.size_bytes = download.size_bytes
         self.count = 0
         self.sha256 = hashlib.sha256()
 
+    @property
+    def sealed(self) -> bool:
+        """Whether it is encrypted, told by its first bytes."""
+        return seal.is_sealed(self._source.peek(seal.HEAD_BYTES))
+
     def read(self, size: int = -1, /) -> bytes:
-        data = self._download.read(size)
+        data = self._source.read(size)
         self.count += len(data)
         self.sha256.update(data)
         return data
@@ -104,8 +111,14 @@ def arriving(source: Location, options: CarrierOptions | None, digest: str | Non
         yield Archive(download, digest, str(source))
 
 
-def unpack(archive: Archive, draft: Draft, label: str, emit: Emit) -> Manifest:
-    """An archive into a draft, verified; one that is not ours gets a made-up manifest with digests from now on, and a notice."""
+def unpack(
+    archive: Archive, draft: Draft, label: str, emit: Emit, incoming: trust.Incoming = trust.ANYBODY, *, pack: bool = True
+) -> Manifest:
+    """An archive, encrypted or not, into a draft, verified; one that is not ours gets a made-up manifest with digests from now on, and a notice.
+
+    Args:
+        pack: bulk members go straight into the store's chunks; else every member becomes a plain file in the stage.
+    """
     began, done = time.monotonic(), 0
     emit(StepStarted(label, "unpack"))
 
@@ -114,12 +127,22 @@ def unpack(archive: Archive, draft: Draft, label: str, emit: Emit) -> Manifest:
         done += count
         emit(BytesMoved(label, "unpack", done, archive.size_bytes))
 
-    manifest = reader.extract(cast(BinaryIO, archive), draft.stage, on_bytes=on_bytes)
+    signers: list[str | None] = []
+    stream = seal.decrypting(archive, incoming.identities) if archive.sealed else cast(BinaryIO, archive)
+    manifest = reader.extract(
+        stream,
+        draft.stage,
+        on_bytes=on_bytes,
+        judge=lambda data, given: signers.append(incoming.judge(data, given)),
+        sinks=draft.sink if pack else None,
+    )
+    seal.finish(stream)
     archive.finish()
     if manifest is None:
-        manifest = reader.foreign_manifest(draft.stage)
-        manifest = replace(manifest, digests=layout.digest_members(draft.stage))
+        manifest = reader.foreign_manifest(draft.stage, bulk={name: draft.bulk_size_bytes(name) for name in draft.digests})
+        manifest = replace(manifest, digests={**layout.digest_members(draft.stage), **draft.digests})
         # No warning: podman's archives have no digests to begin with, and an import of one is no half success.
         emit(Notice(label, f"written by {manifest.foreign}, without digests: it cannot be verified that it is whole"))
-    emit(StepDone(label, "unpack", "digests equal" if not manifest.foreign else "", time.monotonic() - began))
+    said = [*([] if manifest.foreign else ["digests equal"]), *(f"signed by {signer}" for signer in signers if signer)]
+    emit(StepDone(label, "unpack", ", ".join(said), time.monotonic() - began))
     return manifest

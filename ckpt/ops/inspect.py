@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.archive import layout, reader
+from ckpt.archive import reader
 from ckpt.errors import TargetNotFound
 from ckpt.model import Manifest
 from ckpt.store.catalog import Catalog
@@ -37,8 +37,8 @@ def inspect(ref_or_file: str, *, store_root: Path = DEFAULT_ROOT) -> Inspection:
             if not path.is_file():
                 raise
         else:
-            with catalog.lease(checkpoint) as stage:
-                sizes = {name: (stage / name).stat().st_size for name in layout.stage_members(stage) if not name.endswith("/")}
+            with catalog.lease(checkpoint), catalog.members(checkpoint) as members:
+                sizes = {name: members.size_bytes(name) for name in members.names() if not name.endswith("/")}
             return Inspection(checkpoint.manifest, sizes, bool(checkpoint.manifest.foreign))
     if not path.is_file():
         raise TargetNotFound(f"there is no archive {ref_or_file!r}")

@@ -13,6 +13,7 @@ from ckpt.errors import TargetNotFound, UsageError
 from ckpt.model import JobRecord
 from ckpt.ops import recover
 from ckpt.store import history
+from ckpt.store import place as places
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -29,7 +30,7 @@ def jobs(*, store_root: Path = DEFAULT_ROOT) -> list[JobRecord]:
         PermissionDenied: the store cannot be opened.
     """
     with Catalog(store_root).storage("read the jobs"):
-        place = store_root / "jobs"
+        place = places.jobs(store_root)
         found = {}
         for directory in place.iterdir() if place.is_dir() else []:
             if history.JOB_ID.fullmatch(directory.name) and (record := _living(Job(directory))) is not None:

@@ -3,12 +3,12 @@
 It starts CRIU's lazy-pages daemon for a restore and waits for ckpt's word on its standard input: "0", the tree runs, serve it; "1",
 the restore was undone. Without a word (ckpt died) the journal decides, as it does for CRIU's action-script: committed, go on.
 
-Serving, it holds the lease on the checkpoint (the daemon holds it too, so it outlives a killed keeper), compares the digests of the
-memory pages, which the restore did not wait for, and owns the job, whose journal says `serving`. When all memory is there it
-removes the job, and the draft when the checkpoint was unpacked for this one restore.
+Serving, it holds the lease on the checkpoint (the daemon holds it too, so it outlives a killed keeper) and owns the job, whose journal
+says `serving`. Memory in the store's chunks the daemon gets from a feeder (feeder.py). When all memory is there the keeper removes the
+job, and the draft that was made for this one restore.
 
-When the daemon fails, or a page file is damaged, the tree is *ended* before it can compute with memory that it never had. The
-checkpoint stays in the store, the journal says `lost`, and the next command tells it.
+When the daemon fails, or a chunk is damaged, the tree is *ended* before it can compute with memory that it never had. The checkpoint
+stays in the store, the journal says `lost`, and the next command tells it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import select
 import shutil
 import signal
 import sys
-import threading
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ import ckpt
 from ckpt.criu import action, bindings, lazy, pagefeed, tree
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
+from ckpt.ops.feeder import Feeder, damage
+from ckpt.store import place
 from ckpt.store.job import Job
 
 FOLLOW_S: Final = 0.05
@@ -43,7 +45,7 @@ _BODY: Final = (
 _SWITCH_S: Final = 0.0002
 """Between the thread that takes in and the one that answers page faults: with Python's 5 ms each fault may wait so long."""
 _GO: Final = b"g"
-Memory = Literal["images", "chain", "source"]
+Memory = Literal["images", "chunks", "chain", "source"]
 
 
 class Keeper:
@@ -54,23 +56,22 @@ class Keeper:
         job: Job,
         stage: Path,
         *,
-        lease_fd: int,
+        lease_fds: Sequence[int],
         draft: bool,
-        verify: bool,
         memory: Memory = "images",
         criu_version: str = "",
+        checkpoint_id: str = "",
         newest: Path | None = None,
         waits: bool = False,
     ) -> None:
         """Start it; the daemon is on its way (`criu.lazy.wait_listening`).
 
         Args:
-            lease_fd: the lock on the checkpoint; the keeper and the daemon keep it until they end.
+            lease_fds: the locks on the checkpoint and the stage; the keeper and the daemon keep them until they end.
             draft: the stage is a draft, to be removed in the end.
-            verify: compare the digests of the memory pages with the manifest.
-            memory: where it is: in the stage's CRIU images; "chain", in the images `newest` and their parents; "source", still on the
-                source of a migration (see postcopy.py).
-            criu_version: of this host, for the last two.
+            memory: where it is: in the stage's CRIU images; "chunks", in the store, of the checkpoint `checkpoint_id`; "chain", in the images
+                `newest` and their parents; "source", still on the source of a migration (see postcopy.py).
+            criu_version: of this host, for all but the first.
             waits: for `go`, because the stage is not complete.
 
         Raises:
@@ -78,12 +79,15 @@ class Keeper:
         """
         self._job = job
         lazy.work_dir(job.directory).mkdir(mode=0o700, exist_ok=True)
-        self._plan = {"stage": str(stage), "fd": lease_fd, "draft": draft, "verify": verify, "memory": memory, "criu_version": criu_version}
+        self._plan = {
+            "stage": str(stage), "fds": list(lease_fds), "draft": draft, "memory": memory, "criu_version": criu_version,
+            "checkpoint_id": checkpoint_id,
+        }  # fmt: skip
         job.write("lazy", lazy={**self._plan, "newest": str(newest or ""), "waits": waits})
         parent = str(Path(ckpt.__file__).resolve().parent.parent)
         argv = [sys.executable or "/usr/bin/python3", "-I", "-c", _BODY, parent, str(job.directory)]
         with open(job.directory / "keeper.log", "ab") as log:
-            self._process = run.spawn(argv, stdin=run.PIPE, stderr=log, cwd="/", pass_fds=(lease_fd,), new_session=True)
+            self._process = run.spawn(argv, stdin=run.PIPE, stderr=log, cwd="/", pass_fds=lease_fds, new_session=True)
         job.write("lazy", keeper_pid=self._process.pid)
 
     def go(self, newest: Path | None) -> None:
@@ -151,7 +155,7 @@ def keeper_main(directory: str) -> int:
                 if os.read(0, 1) != _GO:
                     return 0
                 plan = _facts(journal)["lazy"]
-            return _keep(_Served(job, journal, stage, bool(plan["verify"])), plan)
+            return _keep(_Served(job, journal, stage), plan)
         finally:
             if plan["draft"]:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -164,9 +168,6 @@ class _Served:
     job: Job
     journal: IO[str]
     stage: Path
-    verify: bool
-    damage: str = ""
-    """What the comparison of the digests found."""
     lost: str = ""
     """Why the tree was ended."""
 
@@ -197,24 +198,17 @@ class _Served:
         while tree.same(pid, ticks):
             select.select([], [], [], lazy.POLL_S)
 
-    def compare(self) -> None:
-        """Compare the pages with the manifest's digests."""
-        from ckpt.archive import layout, manifest
-        from ckpt.errors import DigestMismatch
-
-        try:
-            found = manifest.loads((self.stage / layout.MANIFEST).read_bytes())
-            layout.check_digests(self.stage, found, only=layout.is_pages)
-        except DigestMismatch as error:
-            self.damage = error.message
-        except (CkptError, OSError) as error:
-            self.damage = f"its memory in the checkpoint cannot be read: {error}"
-
 
 def _feed(served: _Served, plan: dict[str, Any], stack: ExitStack) -> int | None:
     """Make the page server that the daemon asks, where CRIU's images alone will not do; its port."""
     if plan["memory"] == "images":
         return None
+    if plan["memory"] == "chunks":
+        found = {"root": place.store_of(served.job.directory), "job": served.job.directory, "images": served.stage / "checkpoint"}
+        wanted = {name: plan[name] for name in ("criu_version", "checkpoint_id")}
+        feeder = Feeder({**{name: str(path) for name, path in found.items()}, **wanted}, plan["fds"])
+        stack.callback(feeder.close)
+        return feeder.port()
     feed = pagefeed.Feed(str(plan["criu_version"]))
     stack.callback(feed.close)
     if plan["memory"] == "source":
@@ -250,7 +244,7 @@ def _bring(served: _Served, plan: dict[str, Any], stack: ExitStack) -> str | Non
     directory = served.job.directory
     try:
         port = _feed(served, plan, stack)
-        daemon = lazy.Daemon(served.stage / "checkpoint", lazy.work_dir(directory), (int(plan["fd"]),), page_server_port=port)
+        daemon = lazy.Daemon(served.stage / "checkpoint", lazy.work_dir(directory), plan["fds"], page_server_port=port)
     except (CkptError, run.CommandFailed, OSError) as error:
         lazy.mark_failed(directory, str(error))
         return None
@@ -289,31 +283,25 @@ def _wanted(served: _Served, daemon: lazy.Daemon) -> bool:
         if daemon.pidfd in ready:
             poller.unregister(daemon.pidfd)
             if daemon.status:
-                lazy.mark_failed(served.job.directory, _ended(daemon))
+                lazy.mark_failed(served.job.directory, _ended(served, daemon))
                 if served.committed:
-                    served.end(_ended(daemon))
+                    served.end(_ended(served, daemon))
                 daemon.let_go()  # a restore that still waits for a page comes to its end, and is refused by `Keeper.check`
         else:
             daemon.follow()
 
 
 def _serve(served: _Served, daemon: lazy.Daemon) -> str:
-    """Wait until all memory is there and the same as in the manifest. "" or what went wrong; then the tree has been ended."""
-    comparison = threading.Thread(target=served.compare, daemon=True)
-    if served.verify:
-        comparison.start()
+    """Wait until all memory is there. "" or what went wrong; then the tree has been ended."""
     poller = select.poll()
     poller.register(daemon.pidfd, select.POLLIN)
-    while daemon.status is None and not served.damage:
+    while daemon.status is None:
         if not poller.poll(1000 * FOLLOW_S):
             daemon.follow()
     if daemon.status == 0:
         daemon.let_go()
-        while comparison.is_alive() and served.alive():
-            comparison.join(FOLLOW_S)
-    reason = served.damage or (_ended(daemon) if daemon.status else "")
-    if reason:
-        served.end(reason)
+    else:
+        served.end(_ended(served, daemon))
     return served.lost
 
 
@@ -341,7 +329,9 @@ def _close(served: _Served, lost: str) -> None:
         job.release()
 
 
-def _ended(daemon: lazy.Daemon) -> str:
+def _ended(served: _Served, daemon: lazy.Daemon) -> str:
+    if said := damage(served.job.directory):
+        return said
     status = daemon.status or 0
     if status < 0:
         return f"CRIU's lazy-pages daemon was ended by signal {-status}"

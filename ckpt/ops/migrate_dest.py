@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -20,10 +21,11 @@ from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, Usa
 from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import ContainerImage, Manifest, RestoreOptions
-from ckpt.ops import ahead_dest, faults, lazy, proof, recover
+from ckpt.ops import ahead_dest, faults, lazy, policy, proof, recover
 from ckpt.ops.moments import Moment
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
+from ckpt.store import place
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -53,6 +55,9 @@ class Arrival:
         self.trees = ahead_dest.Trees(engine, self.job)
         self.over = False
         self.pid: int | None = None
+        self.allow: tuple[str, ...] = ()
+        self.trusted = True
+        """False: the other end is not one who may log in here as root, so what it sends is judged as an import is."""
 
     def undo(self) -> None:
         """Remove everything that arrived. Never called after `commit`. Idempotent."""
@@ -96,8 +101,13 @@ class Arrival:
         self.job.release()
 
 
-def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
-    """The verbs of `ckpt peer` that migrations use."""
+def handlers(root: Path = DEFAULT_ROOT, *, trusted: bool = True, allow: tuple[str, ...] = ()) -> dict[str, Handler]:
+    """The verbs of `ckpt peer` that migrations use.
+
+    Args:
+        trusted: the other end could log in here as root. False: what it sends is judged (see policy).
+        allow: what it may have nevertheless, as KIND:VALUE.
+    """
 
     def facts(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         from ckpt.ops.destination import destination_report
@@ -108,6 +118,7 @@ def handlers(root: Path = DEFAULT_ROOT) -> dict[str, Handler]:
         recover.sweep(root)
         engine = registry.by_name(str(args["engine"]))
         arrival = Arrival(root, engine, {"name": str(args["name"]), "container_id": str(args["container_id"]), "source": session.source})
+        arrival.trusted, arrival.allow = trusted, allow
         session.state["arrival"] = arrival
         session.on_lost(arrival.leave)
         arrival.draft = Catalog(root).begin(str(args["name"]), origin="migrate")
@@ -251,6 +262,7 @@ def begin_restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     for name, digest in arrival.digests.items():
         if manifest.digests.get(name) != digest:
             raise DigestMismatch(f"{name} did not arrive as it was sent")
+    judge(arrival, manifest, _options(manifest, args))
     if args.get("memory"):
         start_keeper(arrival, str(args["memory"]), waits=True)
     arrival.early = engine.begin_restore(
@@ -283,6 +295,7 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         wrong = sorted(name for name in {*arrival.digests, *manifest.digests} if arrival.digests.get(name) != manifest.digests.get(name))
         raise DigestMismatch(f"{wrong[0]} did not arrive as it was sent")
     options = _options(manifest, args)
+    judge(arrival, manifest, options)
     try:
         if options.lazy:
             keep_memory(arrival, str(args["memory"]), _number(args, "images"))
@@ -296,6 +309,14 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def judge(arrival: Arrival, manifest: Manifest, options: RestoreOptions) -> None:
+    """Refuse what goes beyond this host's defaults when it comes from somebody who is not root here anyway. Raises PolicyRefused."""
+    if arrival.trusted or arrival.draft is None:
+        return
+    allowed = replace(options, allow=arrival.allow)
+    policy.require(arrival.draft.stage, manifest, registry.by_name(manifest.engine), allowed, manifest.name, where="nothing was made here")
+
+
 def start_keeper(arrival: Arrival, memory: str, *, newest: Path | None = None, waits: bool = False) -> None:
     """Start the keeper of the memory, which the restore leaves to CRIU's lazy-pages daemon."""
     from ckpt.criu import features
@@ -306,9 +327,8 @@ def start_keeper(arrival: Arrival, memory: str, *, newest: Path | None = None, w
     arrival.keeper = lazy.Keeper(
         arrival.job,
         arrival.draft.stage,
-        lease_fd=arrival.draft.fileno(),
+        lease_fds=(arrival.draft.fileno(),),
         draft=True,
-        verify=False,  # every frame had its check sum
         memory=cast(lazy.Memory, memory),
         criu_version=features.facts().version,
         newest=newest,
@@ -405,7 +425,7 @@ def _job(root: Path, args: dict[str, Any]) -> Job | None:
     text = str(args.get("job", ""))
     if not _JOB_ID.fullmatch(text):
         raise UsageError(f"{text!r} is no job")
-    job = Job(root / "jobs" / text)
+    job = Job(place.jobs(root) / text)
     return job if job.directory.is_dir() else None
 
 

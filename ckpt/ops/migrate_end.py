@@ -18,7 +18,7 @@ from ckpt.ops import faults, recover
 from ckpt.ops.result import Outcome, failure
 from ckpt.peer import client
 from ckpt.peer.client import Peer
-from ckpt.store import history
+from ckpt.store import history, place
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports.https_peer import Access
 
@@ -121,7 +121,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
     """Finish a migration that was cut after its point of no return: end the source or let it go on, as the destination says."""
     from ckpt.engines import registry
 
-    job = Job(store_root / "jobs" / job_id)
+    job = Job(place.jobs(store_root) / job_id)
     try:
         if "/" in job_id or not job.directory.is_dir() or job.facts.get("kind") != "migrate-source":
             raise TargetNotFound(f"no migration {job_id} waits here", hint="look into the message of the migration that was cut")

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import knobs
-from ckpt.store import history
+from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
 
@@ -67,7 +68,7 @@ def start_guard(job: Job) -> Process | None:
 
 def store_root(job: Job) -> Path:
     """The root of the store that a job belongs to (ROOT/jobs/JOB)."""
-    return job.directory.parent.parent
+    return place.store_of(job.directory)
 
 
 def committed(job: Job) -> bool:
@@ -145,7 +146,7 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
         One sentence for each job that was settled, for people.
     """
     said: list[str] = []
-    jobs = root / "jobs"
+    jobs = place.jobs(root)
     for directory in sorted(jobs.iterdir()) if jobs.is_dir() else []:
         job = Job(directory)
         try:
@@ -170,6 +171,7 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
         finally:
             job.release()
     Catalog(root).sweep()
+    volatile.sweep()
     return said
 
 
@@ -197,7 +199,7 @@ def _dismiss(guard: Process | None) -> None:
 
 def served(root: Path) -> list[dict[str, Any]]:
     """The facts of the jobs whose restored workload still gets memory from its checkpoint."""
-    jobs = root / "jobs"
+    jobs = place.jobs(root)
     found = [Job(directory) for directory in (sorted(jobs.iterdir()) if jobs.is_dir() else [])]
     return [job.facts for job in found if job.state == "serving" and lazy.running(job.directory)]
 
@@ -274,13 +276,24 @@ def kept_log(named: str | None, kept: Path | None) -> str | None:
 def uninterrupted() -> Iterator[None]:
     """Hold signals that ask us to stop until the block is over: a half-given verdict helps nobody.
 
-    Only meaningful in the main thread; elsewhere signals do not arrive anyway.
+    Only meaningful in the main thread; elsewhere signals do not arrive anyway. The mask is not enough: the kernel gives a signal to any
+    thread that does not block it (a library's own, for example), and Python then runs the handler in the main thread.
     """
     asked: set[int] = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    held: set[int] = set()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: found for number in asked if callable(found := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: held.add(number))
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)  # waits for the mask, as the others do
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

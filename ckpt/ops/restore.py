@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
+from ckpt.criu import features
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
 from ckpt.engines.base import HeldRestore
@@ -22,12 +23,17 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, proof, recover
-from ckpt.ops.import_ import Archive, arriving, unpack
+from ckpt.ops import faults, lazy, policy, proof, recover
+from ckpt.ops.import_ import Archive, arriving
+from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
-from ckpt.store.catalog import Catalog
+from ckpt.ops.unpack import unpack
+from ckpt.store import volatile
+from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports.base import CarrierOptions, Location
+
+Figures = dict[str, float | int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +41,14 @@ class Source:
     """A checkpoint to restore from: in the store, or unpacked from a file for this one time."""
 
     label: str
-    stage: Path
     manifest: Manifest
+    draft: Draft
+    """Where it is unpacked, with `checkpoint` not yet. Whoever needs it last removes it: a lazy restore hands it on."""
     checkpoint: Checkpoint | None = None
-    verified: bool = False
     lease_fd: int = -1
-    """The lock that keeps the stage; a lazy restore hands it on."""
-    draft: bool = False
-    """The stage is a draft: whoever needs it last removes it."""
+    """The lock that keeps `checkpoint` in the store."""
+    made_here: bool = False
+    """The checkpoint was made on this host: it asks for nothing that the workload did not have here."""
 
     @property
     def remains(self) -> str:
@@ -62,6 +68,7 @@ def restore(
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
     keep: bool = True,
+    incoming: trust.Incoming = trust.ANYBODY,
 ) -> list[Outcome]:
     """Restore each reference from the store, or `import_from`.
 
@@ -72,6 +79,7 @@ def restore(
         import_from: an archive; it is restored without ever being in the store.
         digest: what that archive's SHA-256 must be, in hex.
         keep: also keep CRIU's logs and statistics of a restore that went well.
+        incoming: what opens an encrypted archive, and whose signature the checkpoint must have.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -85,15 +93,15 @@ def restore(
         raise UsageError("--name is for one checkpoint only")
     if import_from is not None:
         archive = partial(arriving, import_from, carrier, digest, emit)
-        return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep))]
+        return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep, incoming))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
-        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep)))
+        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
     return outcomes
 
 
-def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, *, keep: bool = True) -> Outcome:
-    """Restore from a stage: verify it, make room for it, restore it held, compare it with what was dumped, let it run.
+def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: Emit, *, keep: bool = True) -> Outcome:
+    """Restore: unpack and verify it, make room for it, restore it held, compare it with what was dumped, let it run.
 
     Raises:
         BusyError: the container runs, or its name is taken.
@@ -112,18 +120,15 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
-    if not source.verified:
-        began = time.monotonic()
-        emit(StepStarted(source.label, "verify"))
-        if manifest.digests:
-            # Of a lazy restore the keeper reads the memory pages, while the daemon does.
-            layout.check_digests(source.stage, manifest, only=_not_pages if options.lazy else None)
-        else:
-            layout.require_members(source.stage)
-        emit(StepDone(source.label, "verify", _verified(manifest, options), time.monotonic() - began))
+    stats: Figures = {}
+    if source.checkpoint is not None:
+        took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, emit=emit, label=source.label)
+        stats["materialize_s"] = round(took_s, 6)
+    if not source.made_here:
+        policy.require(source.draft.stage, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     faults.point("verified")
     job = Job.create(
-        root,
+        catalog.root,
         "restore",
         engine=engine.name,
         container_id=manifest.container_id if options.name is None else "",
@@ -131,7 +136,7 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
         copy=options.name is not None,
     )
     guard = recover.start_guard(job)
-    attempt = _Attempt(engine, source, options, job, guard, emit)
+    attempt = _Attempt(engine, source, options, job, guard, emit, stats)
     try:
         if old is not None:
             # The checkpoint is whole, so what is removed can come back from it.
@@ -155,7 +160,9 @@ def bring_back(source: Source, options: RestoreOptions, root: Path, emit: Emit, 
 class _Attempt:
     """One restore on its way, and how to undo it."""
 
-    def __init__(self, engine: NamedEngine, source: Source, options: RestoreOptions, job: Job, guard: Process | None, emit: Emit) -> None:
+    def __init__(
+        self, engine: NamedEngine, source: Source, options: RestoreOptions, job: Job, guard: Process | None, emit: Emit, stats: Figures
+    ) -> None:
         self.engine = engine
         self.source = source
         self.options = options
@@ -165,14 +172,14 @@ class _Attempt:
         self.held: HeldRestore | None = None
         self.keeper: lazy.Keeper | None = None
         self.warnings: list[str] = []
-        self.stats: dict[str, float | int | str] = {}
+        self.stats = stats
         self.committed = False
 
     def hold(self) -> None:
         """Restore, held, and compare what is there with what was dumped."""
         from ckpt.archive import rootfs
 
-        stage, manifest, options = self.source.stage, self.source.manifest, self.options
+        stage, manifest, options = self.source.draft.stage, self.source.manifest, self.options
         began = time.monotonic()
         self.emit(StepStarted(self.source.label, "restore"))
         self.job.write("restoring")
@@ -188,10 +195,9 @@ class _Attempt:
             if not options.ignore_volumes and tar.exists():
                 self.warn(rootfs.apply_tree(tar, directory, empty=True))
 
-        chosen = _as_dumped(options, manifest)
+        chosen = _as_dumped(options, self.source)
         if options.lazy:
-            verify = bool(manifest.digests) and not self.source.verified
-            self.keeper = lazy.Keeper(self.job, stage, lease_fd=self.source.lease_fd, draft=self.source.draft, verify=verify)
+            self.keeper = self._keeper()
             self.stats["lazy"] = True
             faults.point("lazy-started")
         self.held = self.engine.restore(stage, manifest, chosen, self.job, rootfs_ready=rootfs_ready, volume_ready=volume_ready)
@@ -202,6 +208,20 @@ class _Attempt:
             self.keeper.check()
         self.stats["restore_s"] = round(time.monotonic() - began, 6)
         self.emit(StepDone(self.source.label, "restore", _count(manifest, options), time.monotonic() - began))
+
+    def _keeper(self) -> lazy.Keeper:
+        source = self.source
+        if source.checkpoint is None:
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True)
+        return lazy.Keeper(
+            self.job,
+            source.draft.stage,
+            lease_fds=(source.draft.fileno(), source.lease_fd),
+            draft=True,
+            memory="chunks",
+            criu_version=features.version_text(),
+            checkpoint_id=source.checkpoint.manifest.id,
+        )
 
     def release(self) -> Container:
         """Let it run: from here on nothing is undone."""
@@ -256,26 +276,51 @@ class _Attempt:
         return error
 
 
-def _from_store(label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool) -> Outcome:
+def _from_store(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+) -> Outcome:
     with catalog.lease_fd(checkpoint) as fd:
-        source = Source(label, checkpoint.directory, checkpoint.manifest, checkpoint, lease_fd=fd)
-        return bring_back(source, options, catalog.root, emit, keep=keep)
+        draft = catalog.begin(checkpoint.manifest.name)
+        with _until_restored(draft, options):
+            if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
+                emit(Notice(label, f"signed by {signer}"))
+            source = Source(label, checkpoint.manifest, draft, checkpoint, fd, made_here=not checkpoint.entry.foreign)
+            return bring_back(source, options, catalog, emit, keep=keep)
 
 
 def _from_archive(
-    label: str, archive: Callable[[], AbstractContextManager[Archive]], options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool
+    label: str,
+    archive: Callable[[], AbstractContextManager[Archive]],
+    options: RestoreOptions,
+    catalog: Catalog,
+    emit: Emit,
+    keep: bool,
+    incoming: trust.Incoming,
 ) -> Outcome:
-    with ExitStack() as stack:
-        with archive() as file:
-            draft = catalog.begin("import")
-            stack.callback(draft.discard)
-            manifest = unpack(file, draft, label, emit)
-        source = Source(label, draft.stage, manifest, verified=True, lease_fd=draft.fileno(), draft=True)
-        outcome = bring_back(source, options, catalog.root, emit, keep=keep)
-        if options.lazy:
-            stack.pop_all()  # the keeper removes it
-            draft.close()
-        return outcome
+    with archive() as file:
+        # What came encrypted is not on a disk in clear.
+        draft = (volatile.catalog() if file.sealed else catalog).begin("import", origin="import")
+        try:
+            manifest = unpack_archive(file, draft, label, emit, incoming, pack=False)
+        except BaseException:
+            draft.discard()
+            raise
+    with _until_restored(draft, options):
+        return bring_back(Source(label, manifest, draft), options, catalog, emit, keep=keep)
+
+
+@contextmanager
+def _until_restored(draft: Draft, options: RestoreOptions) -> Iterator[None]:
+    """Remove the draft at the end, unless memory still comes from it: then that is its keeper's."""
+    try:
+        yield
+    except BaseException:
+        draft.discard()
+        raise
+    if options.lazy:
+        draft.close()
+    else:
+        draft.discard()
 
 
 def _choose(catalog: Catalog, refs: Sequence[str], *, all: bool, latest: bool) -> tuple[list[tuple[str, Checkpoint]], list[Outcome]]:
@@ -332,13 +377,14 @@ def _with_id(containers: Sequence[Container], identity: str) -> Container | None
     return next((container for container in containers if container.id == identity), None)
 
 
-def _as_dumped(options: RestoreOptions, manifest: Manifest) -> RestoreOptions:
+def _as_dumped(options: RestoreOptions, source: Source) -> RestoreOptions:
     """The options with what the user left open as the manifest says."""
+    manifest = source.manifest
     if options.name is not None:
         volumes: Literal["refuse", "keep", "replace"] = "keep"
     else:
         # A volume of the same name on the host that was dumped is the container's own: memory and volume go together.
-        volumes = "replace" if manifest.host.hostname == os.uname().nodename else "refuse"
+        volumes = "replace" if source.made_here and manifest.host.hostname == os.uname().nodename else "refuse"
     return replace(
         options,
         existing_volumes=volumes,
@@ -353,16 +399,6 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return work()
     except CkptError as error:
         return failure(label, error)
-
-
-def _not_pages(name: str) -> bool:
-    return not layout.is_pages(name)
-
-
-def _verified(manifest: Manifest, options: RestoreOptions) -> str:
-    if not manifest.digests:
-        return "no digests in it"
-    return "digests equal, memory is compared while it arrives" if options.lazy else "digests equal"
 
 
 def _count(manifest: Manifest, options: RestoreOptions) -> str:

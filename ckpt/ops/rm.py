@@ -15,7 +15,7 @@ from ckpt.store.job import DEFAULT_ROOT
 
 
 def rm(refs: Sequence[str], *, all: bool = False, store_root: Path = DEFAULT_ROOT, emit: Emit) -> list[Outcome]:
-    """Remove what `refs` name (a bare NAME: its newest checkpoint), or everything. All are found before the first one goes.
+    """Remove what `refs` name (a bare NAME: its newest checkpoint), or everything that is not pinned. All are found before the first one goes.
 
     Raises:
         UsageError: neither or both of `refs` and `all`.
@@ -26,10 +26,12 @@ def rm(refs: Sequence[str], *, all: bool = False, store_root: Path = DEFAULT_ROO
     chosen: dict[str, tuple[str, Checkpoint]] = {}
     outcomes: list[Outcome] = []
     if all:
-        chosen = {c.manifest.id: (c.ref, c) for c in catalog.all()}
+        chosen = {c.manifest.id: (c.ref, c) for c in catalog.all() if not c.entry.pinned}
     for ref in refs:
         try:
             found = catalog.find(ref)
+            if found.entry.pinned:
+                raise BusyError(f"{found.ref} is pinned", where="it is still in the store", hint=f"ckpt pin --remove {found.ref}")
             chosen.setdefault(found.manifest.id, (ref, found))
         except CkptError as error:
             outcomes.append(failure(ref, error))
@@ -49,7 +51,7 @@ def _remove(catalog: Catalog, checkpoint: Checkpoint) -> None:
         catalog.remove(checkpoint)
     except BusyError as error:
         for facts in recover.served(catalog.root):
-            if facts.get("lazy", {}).get("stage") == str(checkpoint.directory):
+            if facts.get("lazy", {}).get("checkpoint_id") == checkpoint.manifest.id:
                 error.message = f"{checkpoint.ref} is in use: the memory of {facts.get('name')} is still arriving from it"
                 error.hint = "wait until all of it is there: seconds, as a rule (ckpt restore --lazy)"
         raise

@@ -14,7 +14,7 @@ from ckpt.events import BytesMoved, Emit, Event, Figures, Frozen, RoundDone, Ste
 from ckpt.model import Container, JobRecord
 from ckpt.ops import capture
 from ckpt.ops.result import Outcome
-from ckpt.store import history
+from ckpt.store import history, place
 from ckpt.store.job import Job, new_id
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Migration:
     def _keep(self, error: CkptError | None, stats: Mapping[str, Any]) -> JobRecord | None:
         if self._container is None:
             return None
-        job = Job(self._root / "jobs" / (self._job_id or new_id()))
+        job = Job(place.jobs(self._root) / (self._job_id or new_id()))
         waits = isinstance(error, NeedsContinue | StateUnknown)
         record = JobRecord(
             id=job.id,

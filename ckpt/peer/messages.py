@@ -8,7 +8,7 @@ import socket
 from typing import Any, Final, get_args
 
 from ckpt import __version__
-from ckpt.errors import Bug, CkptError, NoSpace, PeerVersion, PermissionDenied
+from ckpt.errors import Bug, CkptError, NoSpace, PeerVersion, PermissionDenied, PolicyRefused
 from ckpt.events import Event
 from ckpt.peer.frames import have_zstd
 
@@ -66,6 +66,10 @@ def error_from_json(value: dict[str, Any]) -> CkptError:
     error = _by_slug(str(value.get("code")))(
         text("message") or "failed on the other host", where=text("where"), hint=text("hint"), log=f"{host}:{log}" if log and host else text("log")
     )
+    rows = value.get("wants")
+    if isinstance(error, PolicyRefused) and isinstance(rows, list):
+        keys = ("what", "asks", "default", "allow")
+        error.wants = tuple({key: str(row.get(key, "")) for key in keys} for row in rows[:1000] if isinstance(row, dict))
     if host:
         error.add_note(f"reported by {host}")
     return error
@@ -74,6 +78,8 @@ def error_from_json(value: dict[str, Any]) -> CkptError:
 def again(error: CkptError) -> CkptError:
     """A fresh copy, so that one failure can be raised in several threads."""
     copy = type(error)(error.message, where=error.where, hint=error.hint, log=error.log)
+    if isinstance(copy, PolicyRefused) and isinstance(error, PolicyRefused):
+        copy.wants = error.wants
     copy.__cause__ = error
     return copy
 

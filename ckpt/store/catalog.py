@@ -1,15 +1,19 @@
-"""The store: checkpoints kept on this host, one directory each, whole or not there.
+"""The store: checkpoints kept on this host, whole or not there, sharing the pages that they have in common.
 
-Layout below the root (0700):
+Layout below the root (0700), described in docs/store.md:
 
-    checkpoints/ID/     a checkpoint in podman's archive layout, unpacked, with `artifacts/ckpt.json`
-    tmp/ID/             a draft: the same while it is written, flocked by its owner; or a checkpoint on its way out
+    checkpoints/ID/     a checkpoint: the small members of podman's archive layout, `artifacts/ckpt.json`, and `recipe` (see recipe)
+    packs/ID.pack       the pages that checkpoint ID brought (see pack); ID.dead: those of its chunks that are gone
+    tmp/ID/             a draft while it is written; or a checkpoint on its way out
+    locks/ID            a file that the owner of a draft or a reader of a checkpoint holds a flock on
     history/ID.json     what became of a job (see history)
     generations.json    last generation given to each name, so that no number is given twice
-    lock                flock around everything that gives numbers, makes or sweeps drafts
+    tags.key            the secret of the pages' tags (see pages)
+    store.json          the version of this layout
+    lock                flock around everything that gives numbers, makes or sweeps drafts, and takes packs away
 
 A name is data: directories are named by the id only. A checkpoint comes into being by one rename of a draft whose every file is
-on the disk, and goes by one rename into `tmp/`.
+on the disk, after the rename of its pack, and goes by one rename into `tmp/`.
 """
 
 from __future__ import annotations
@@ -23,21 +27,34 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
-from ckpt.errors import ArchiveInvalid, BusyError, CkptError, NoSpace, PermissionDenied, TargetNotFound
+from ckpt.errors import ArchiveInvalid, BusyError, CkptError, ConfigError, DigestMismatch, NoSpace, PermissionDenied, TargetNotFound
 from ckpt.model import Checkpoint, Entry, Manifest
-from ckpt.store import durable
+from ckpt.store import durable, locks
 from ckpt.store import entry as entries
+from ckpt.store.draft import PRIVATE, Draft
 from ckpt.store.job import DEFAULT_ROOT
 
+if TYPE_CHECKING:
+    from ckpt.store.collect import Collected
+    from ckpt.store.reading import PageReader, StoreMembers
+    from ckpt.store.recipe import Recipe
+
+__all__ = ["Broken", "Catalog", "Draft", "Listing", "new_name"]
+
 MANIFEST: Final = Path("artifacts", "ckpt.json")
+SCHEMA: Final = 2
+SCHEMA_FILE: Final = "store.json"
+SIGNATURE: Final = Path(layout.SIGNATURE)
 MIN_PREFIX: Final = 4
 """An id may be shortened to this many characters where that is unique."""
 
@@ -58,59 +75,20 @@ class Listing:
     broken: tuple[Broken, ...]
 
 
-class Draft:
-    """A checkpoint being written. Exactly one of `commit` and `discard` is called; a dead owner's draft is swept."""
-
-    def __init__(self, catalog: Catalog, name: str, identity: str, fd: int, origin: str) -> None:
-        self._catalog = catalog
-        self._fd = fd
-        self.name = name
-        self.id = identity
-        self.origin = origin
-
-    @property
-    def stage(self) -> Path:
-        """The directory to fill (0700, same file system as the store)."""
-        return self._catalog.drafts / self.id
-
-    def commit(self, manifest: Manifest) -> Checkpoint:
-        """Make the draft a checkpoint: number it, bring every byte to the disk, rename it into place.
-
-        The id, the name and the generation of `manifest` are set here, and so is `size_bytes`.
-
-        Raises:
-            NoSpace: the disk is full; the draft is still there, to be discarded.
-        """
-        with self._catalog.storage("store the checkpoint"):
-            return self._catalog.adopt(self, manifest)
-
-    def discard(self) -> None:
-        """Remove the draft. Never raises for what is gone already."""
-        shutil.rmtree(self.stage, ignore_errors=True)
-        self.close()
-
-    def share(self) -> None:
-        """Let readers in, still no remover (the step before a checkpoint appears)."""
-        fcntl.flock(self._fd, fcntl.LOCK_SH)
-
-    def fileno(self) -> int:
-        """The lock's descriptor: a process that inherits it keeps the draft alive after us."""
-        return self._fd
-
-    def close(self) -> None:
-        """Give the lock back (also done by the kernel when the owner dies)."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 class Catalog:
     """The checkpoints below `root`. Cheap to make: no directory is touched before it is needed."""
 
-    def __init__(self, root: Path = DEFAULT_ROOT) -> None:
+    def __init__(self, root: Path = DEFAULT_ROOT, *, key: bytes | None = None) -> None:
+        """
+        Args:
+            key: 32 bytes; the chunks of new checkpoints are encrypted with it, and those of old ones decrypted.
+        """
         self.root = root
+        self.key = key
         self.entries = root / "checkpoints"
         self.drafts = root / "tmp"
+        self.packs = root / "packs"
+        self.locks = root / "locks"
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -123,29 +101,50 @@ class Catalog:
         Raises:
             NoSpace, PermissionDenied: the store cannot be written.
         """
-        with self.storage("begin a checkpoint"), self._locked():
+        with self.storage("begin a checkpoint"), self.locked():
             # Under the store's lock: a sweeper never sees the directory without its lock.
             identity = secrets.token_hex(8)
-            stage = self.drafts / identity
-            stage.mkdir(mode=0o700)
-            fd = _lock_directory(stage, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fd = locks.take(self.locks / identity, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                locks.sign(fd)
+                (self.drafts / identity).mkdir(mode=0o700)
+            except BaseException:
+                os.close(fd)
+                raise
         return Draft(self, name, identity, fd, origin)
 
-    def adopt(self, draft: Draft, manifest: Manifest) -> Checkpoint:
+    def adopt(self, draft: Draft, manifest: Manifest, sign: Callable[[bytes], bytes] | None = None) -> Checkpoint:
         """The body of `Draft.commit`."""
+        draft.pack(manifest.digests)
+        digests = manifest.digests
+        if digests:
+            for name, digest in draft.digests.items():
+                if digests.get(name, digest) != digest:
+                    raise DigestMismatch(f"{name} is not what the manifest says")
+            digests = dict(sorted({**draft.digests, **digests}.items()))
+        size_bytes = durable.tree_size_bytes(draft.stage, skip=PRIVATE) + draft.bulk_bytes
+        pack = draft.finish()
         # The many bytes go to the disk before the lock is taken: nobody waits for them.
         durable.sync_tree(draft.stage)
-        with self._locked():
+        final = replace(manifest, id=draft.id, name=draft.name, size_bytes=size_bytes, digests=digests)
+        signed = _signed(draft.stage, final, sign)
+        with self.locked():
             generation = self._next_generation(draft.name)
-            size_bytes = durable.tree_size_bytes(draft.stage)
-            final = replace(manifest, id=draft.id, name=draft.name, generation=generation, size_bytes=size_bytes)
-            data = manifest_file.dumps(final)
-            durable.write_file(draft.stage / MANIFEST, data)
+            final = replace(final, generation=generation)
+            data = signed
+            if data is None:
+                data = manifest_file.dumps(final)
+                durable.write_file(draft.stage / MANIFEST, data)
             entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data))
             entries.write(draft.stage, entry)
-            durable.sync_directory(draft.stage)
             place = self.entries / draft.id
             draft.share()  # from its first moment in the store it can be leased
+            if pack is not None:
+                os.rename(pack, self.packs / f"{draft.id}.pack")
+                durable.sync_directory(self.packs)
+            # From here to the entry's rename only the store's lock keeps what the draft had claimed.
+            shutil.rmtree(draft.stage / PRIVATE, ignore_errors=True)
+            durable.sync_directory(draft.stage)
             os.rename(draft.stage, place)
             durable.sync_directory(self.entries)
             durable.sync_directory(self.drafts)
@@ -153,46 +152,182 @@ class Catalog:
         return Checkpoint(final, place, entry)
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Take a checkpoint out of the store: at once for everybody else, then its bytes.
+        """Take a checkpoint out of the store: at once for everybody else, then its bytes, and the chunks that only it needed.
 
         Raises:
             BusyError: it is being restored.
             TargetNotFound: it is gone already.
         """
-        with self.storage("remove the checkpoint"), self._locked():
-            gone = self.drafts / f"{checkpoint.directory.name}.{secrets.token_hex(4)}"
+        identity = checkpoint.directory.name
+        names: list[str] = []
+        with self.storage("remove the checkpoint"), self.locked():
+            gone = self.drafts / f"{identity}.{secrets.token_hex(4)}"
+            if not checkpoint.directory.is_dir():
+                raise TargetNotFound(f"{checkpoint.ref} is gone already")
             try:
-                fd = _lock_directory(checkpoint.directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fd = locks.take(self.locks / identity, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BusyError(f"{checkpoint.ref} is in use", hint="wait until its restore or export has ended") from None
+            try:
+                with suppress(CkptError, OSError):
+                    names = self._recipe_packs(checkpoint.directory)
+                try:
+                    os.rename(checkpoint.directory, gone)
+                except FileNotFoundError:
+                    raise TargetNotFound(f"{checkpoint.ref} is gone already") from None
+                durable.sync_directory(self.entries)
+                (self.locks / identity).unlink(missing_ok=True)
+            finally:
+                os.close(fd)
+        shutil.rmtree(gone, ignore_errors=True)
+        if names:
+            with suppress(CkptError, OSError):  # it is gone; what it leaves behind goes with the next collection
+                self.collect(packs=names)
+
+    def amend(self, checkpoint: Checkpoint, change: Callable[[Entry], Entry]) -> Checkpoint:
+        """Change what the store knows about a checkpoint (tags, note, pin).
+
+        Raises:
+            TargetNotFound: it is gone.
+        """
+        with self.storage("change the store"), self.locked():
+            try:
+                now = _read(checkpoint.directory)
             except FileNotFoundError:
-                raise TargetNotFound(f"{checkpoint.ref} is gone already") from None
-            os.rename(checkpoint.directory, gone)
-            durable.sync_directory(self.entries)
-        try:
-            shutil.rmtree(gone, ignore_errors=True)
-        finally:
-            os.close(fd)
+                raise TargetNotFound(f"{checkpoint.ref} is no longer in the store") from None
+            entry = change(now.entry)
+            entries.write(checkpoint.directory, entry)
+        return replace(now, entry=entry)
 
     def sweep(self) -> list[str]:
-        """Remove what dead owners left in `tmp/`; returns the names of the removed directories. Never touches a living draft."""
+        """Remove what dead owners left in `tmp/` and `locks/`; returns the names of the removed directories. Never touches a living draft."""
         if not self.drafts.is_dir():
             return []
         doomed: list[tuple[Path, int]] = []
-        with self.storage("sweep the store"), self._locked():
-            for path in sorted(self.drafts.iterdir()):
+        with self.storage("sweep the store"), self.locked():
+            for name in locks.listing(self.drafts):
+                path = self.drafts / name
                 try:
-                    doomed.append((path, _lock_directory(path, fcntl.LOCK_EX | fcntl.LOCK_NB)))
-                except (BlockingIOError, FileNotFoundError):
+                    if not path.is_dir() or path.is_symlink():
+                        path.unlink(missing_ok=True)
+                    elif "." in name:  # a removed checkpoint: nobody's
+                        doomed.append((path, -1))
+                    elif not locks.is_elsewhere(self.locks / name):
+                        doomed.append((path, locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB)))
+                except BlockingIOError:
                     continue
-                except NotADirectoryError:
-                    path.unlink(missing_ok=True)
+            busy = {path.name for path, _ in doomed}
+            for name in locks.listing(self.locks):
+                if name in busy or locks.is_elsewhere(self.locks / name):
+                    continue
+                if not (self.drafts / name).exists() and not (self.entries / name).exists():
+                    with suppress(BlockingIOError):
+                        os.close(locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                        (self.locks / name).unlink(missing_ok=True)
         for path, fd in doomed:
             shutil.rmtree(path, ignore_errors=True)
-            os.close(fd)
+            if fd >= 0:
+                (self.locks / path.name).unlink(missing_ok=True)
+                os.close(fd)
         return [path.name for path, _ in doomed]
 
+    def collect(self, *, dry_run: bool = False, packs: Iterable[str] | None = None) -> Collected:
+        """Give back the space of packs and chunks that no checkpoint and no living draft needs. Safe at any time, beside anything.
+
+        Args:
+            dry_run: say what would be given back, touch nothing.
+            packs: look at these only.
+
+        Raises:
+            NoSpace, PermissionDenied: the store cannot be written.
+        """
+        from ckpt.store import collect
+
+        if not self.root.is_dir():
+            return collect.Collected()
+        with self.storage("collect garbage"):
+            return collect.collect(self, dry_run=dry_run, packs=packs)
+
     # -- reading -------------------------------------------------------------------------------------------------
+
+    def members(self, checkpoint: Checkpoint) -> StoreMembers:
+        """The members of a checkpoint (`archive.members.Members`); to be closed. Keep a lease while you use it.
+
+        Raises:
+            DigestMismatch: its recipe is damaged.
+        """
+        from ckpt.store.reading import StoreMembers
+
+        return StoreMembers(checkpoint.directory, self.recipe(checkpoint), self.page_reader(checkpoint))
+
+    def page_reader(self, checkpoint: Checkpoint) -> PageReader:
+        """Random access to the bulk members of a checkpoint; to be closed. Keep a lease while you use it.
+
+        Raises:
+            DigestMismatch: its recipe is damaged.
+        """
+        from ckpt.store.reading import PageReader
+
+        return PageReader(checkpoint.directory, self.recipe(checkpoint), self.packs, self.key)
+
+    def materialize(
+        self, checkpoint: Checkpoint, into: Path, *, only: Callable[[str], bool] | None = None, on_bytes: Callable[[int], None] | None = None
+    ) -> dict[str, str]:
+        """Write the members of a checkpoint as plain files (0600) into a directory; zero pages become holes.
+
+        Args:
+            into: made (0700) when it is not there; must not hold files of the members' names.
+            only: which members.
+            on_bytes: called, by one thread at a time, with the number of bytes written since the last call.
+
+        Returns:
+            Member -> "sha256:HEX" of what was written (none of the manifest and its signature).
+
+        Raises:
+            DigestMismatch: something is damaged; the message names the member.
+            NoSpace: `into` is full. After any error the caller removes what is there.
+        """
+        from ckpt.store import materialize
+
+        telling = threading.Lock()
+
+        def tell(count: int) -> None:
+            with telling:
+                if on_bytes is not None:
+                    on_bytes(count)
+
+        into.mkdir(mode=0o700, exist_ok=True)
+        with self.members(checkpoint) as members:
+            threads = max(2, min(8, os.cpu_count() or 2))
+            found = self.recipe(checkpoint)
+            return materialize.materialize(members, found, into, only=only, on_bytes=tell if on_bytes else None, threads=threads)
+
+    def recipe(self, checkpoint: Checkpoint) -> Recipe:
+        """Of which pages a checkpoint is made. Raises DigestMismatch, ArchiveInvalid."""
+        from ckpt.store import recipe
+
+        return recipe.load(checkpoint.directory / recipe.NAME)
+
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """For each checkpoint: bytes of its members; bytes on the disk that only it needs; bytes that others need as well."""
+        from ckpt.store import collect
+
+        with self.storage("read the store"):
+            return collect.sizes(self)
+
+    def footprint(self) -> Callable[[Iterable[Checkpoint]], int]:
+        """Ask what of the disk some checkpoints need together (what they share counts once), as the store is now. Bytes."""
+        from ckpt.store import collect
+
+        with self.storage("read the store"):
+            return collect.footprint(self)
+
+    def check(self, checkpoint: Checkpoint) -> list[str]:
+        """Read everything of a checkpoint; returns what is wrong with it, nothing when it is whole."""
+        from ckpt.store import check
+
+        with self.storage("read the store"):
+            return check.check(self, checkpoint)
 
     def listing(self) -> Listing:
         """Everything in the store; what cannot be read is named in `broken` and left alone.
@@ -203,10 +338,8 @@ class Catalog:
         found: list[Checkpoint] = []
         broken: list[Broken] = []
         with self.storage("read the store"):
-            try:
-                names = sorted(os.listdir(self.entries))
-            except FileNotFoundError:
-                names = []
+            self._check_schema()
+            names = locks.listing(self.entries)
         for name in names:
             directory = self.entries / name
             try:
@@ -224,7 +357,7 @@ class Catalog:
         return list(self.listing().checkpoints)
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, an id or the unique beginning of one.
+        """The checkpoint that `ref` names: NAME or NAME@latest (newest), NAME@N, NAME@TAG, an id or the unique beginning of one.
 
         Raises:
             TargetNotFound: none, or several, with what is close.
@@ -238,6 +371,9 @@ class Catalog:
             versions = [c for c in known if c.manifest.name == name]
             if versions and generation == "latest":
                 return versions[-1]
+            tagged = [c for c in versions if generation in c.entry.tags]
+            if tagged:
+                return tagged[-1]
             if versions and generation.isascii() and generation.isdigit():
                 for candidate in versions:
                     if candidate.manifest.generation == int(generation):
@@ -272,11 +408,18 @@ class Catalog:
         Raises:
             TargetNotFound: it is gone.
         """
+        gone = f"{checkpoint.ref} is no longer in the store"
+        if not checkpoint.directory.is_dir():
+            raise TargetNotFound(gone)
+        with self.storage("read the store"):
+            self.locks.mkdir(mode=0o700, exist_ok=True)
+            try:
+                fd = locks.take(self.locks / checkpoint.directory.name, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TargetNotFound(gone) from None
         try:
-            fd = _lock_directory(checkpoint.directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (FileNotFoundError, BlockingIOError):
-            raise TargetNotFound(f"{checkpoint.ref} is no longer in the store") from None
-        try:
+            if not checkpoint.directory.is_dir():
+                raise TargetNotFound(gone)
             yield fd
         finally:
             os.close(fd)
@@ -297,15 +440,35 @@ class Catalog:
             raise
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        for directory in (self.root, self.entries, self.drafts):
+    def locked(self) -> Iterator[None]:
+        """The store's lock: short, never while something waits for data."""
+        for directory in (self.root, self.entries, self.drafts, self.packs, self.locks):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+            if not self._check_schema():
+                durable.write_file(self.root / SCHEMA_FILE, json.dumps({"schema": SCHEMA}).encode())
             yield
         finally:
             os.close(fd)
+
+    def _check_schema(self) -> bool:
+        """Whether the store says which layout it has. Raises ConfigError for one of the future."""
+        try:
+            found = json.loads((self.root / SCHEMA_FILE).read_bytes())["schema"]
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.root / SCHEMA_FILE} cannot be read: {error}", hint="is this a store of ckpt?") from None
+        if not isinstance(found, int) or found > SCHEMA:
+            raise ConfigError(f"the store {self.root} was made by a newer ckpt (schema {found!r}, this one knows {SCHEMA})", hint="use a newer ckpt")
+        return True
+
+    def _recipe_packs(self, directory: Path) -> list[str]:
+        from ckpt.store import recipe
+
+        return recipe.load_packs(directory / recipe.NAME)
 
     def _next_generation(self, name: str) -> int:
         path = self.root / "generations.json"
@@ -320,14 +483,17 @@ class Catalog:
         return last + 1
 
 
-def _lock_directory(path: Path, how: int) -> int:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, how)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def _signed(stage: Path, manifest: Manifest, sign: Callable[[bytes], bytes] | None) -> bytes | None:
+    """The bytes of a manifest that stays as it is: signed now (no number is given yet), or as it came with its signature."""
+    if sign is not None:
+        data = manifest_file.dumps(replace(manifest, generation=0))
+        found = sign(data)  # may ask ssh-agent, or wait for somebody to touch a token: not under the store's lock
+        durable.write_file(stage / MANIFEST, data)
+        durable.write_file(stage / SIGNATURE, found)
+        return data
+    if (stage / SIGNATURE).is_file() and (stage / MANIFEST).is_file():
+        return (stage / MANIFEST).read_bytes()
+    return None
 
 
 def _digest(data: bytes) -> str:

@@ -63,9 +63,9 @@ def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     sync_directory(path.parent)
 
 
-def tree_size_bytes(root: Path) -> int:
-    """Bytes that the regular files below `root` hold (their length, not the blocks they take)."""
-    return sum(path.lstat().st_size for path in _regular_files(root))
+def tree_size_bytes(root: Path, *, skip: str = "") -> int:
+    """Bytes that the regular files below `root`, but for what is in `root/skip`, hold (their length, not the blocks they take)."""
+    return sum(path.lstat().st_size for path in _regular_files(root) if not skip or path.relative_to(root).parts[0] != skip)
 
 
 def _regular_files(root: Path) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckpt.model import JobRecord
-from ckpt.store import durable
+from ckpt.store import durable, place
 from ckpt.store.job import Job
 
 SCHEMA: Final = 1
@@ -39,7 +39,7 @@ _LATEST_S: Final = 253402300799.0
 
 def directory(root: Path) -> Path:
     """The history of the store at `root`."""
-    return root / "history"
+    return place.history(root)
 
 
 def of_journal(job: Job) -> JobRecord | None:

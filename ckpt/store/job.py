@@ -17,8 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from ckpt.store import place
+from ckpt.store.place import DEFAULT_ROOT
+
+__all__ = ["DEFAULT_ROOT", "Job", "Verdict", "new_id"]
+
 Verdict = Literal["0", "1"]
-DEFAULT_ROOT: Final = Path("/var/lib/ckpt")
 RESERVE_BYTES: Final = 16384
 """Given up when the disk is full, so that the journal can still say how the job ended."""
 
@@ -40,8 +44,8 @@ class Job:
 
     @classmethod
     def create(cls, root: Path, kind: str, **facts: Any) -> Job:
-        """Make a job directory (0700) below `root`/jobs, take its lock, and journal its start."""
-        job = cls(root / "jobs" / new_id())
+        """Make a job directory (0700) for the store at `root` (see place), take its lock, and journal its start."""
+        job = cls(place.jobs(root) / new_id())
         job.directory.mkdir(mode=0o700, parents=True)
         try:
             os.mkfifo(job.verdict_path, 0o600)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 from urllib.parse import SplitResult, quote, urlsplit
 
 import ckpt.transports
@@ -142,6 +142,10 @@ class CarrierOptions:
     insecure: bool = False
     """Clear text is allowed to other hosts than this one. Certificates are checked all the same."""
     ssh_options: tuple[str, ...] = ()
+    registry_form: Literal["artifact", "image"] = "artifact"
+    """What a checkpoint in a registry is: an OCI artifact, or an image that podman restores too."""
+    registry_subject: str | None = None
+    """The container image in the same registry that an artifact belongs to; None: the one it was made from, if it is there."""
     spool_dir: Path | None = None
     """Where an archive of unknown length waits that must be sent with its length (plain PUT); None: the system's place."""
     notice: Callable[[str], None] = field(default=lambda text: None, repr=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from tests.bench.cases import MIGRATE_FLAGS, Case
+from tests.bench.cases import DIRTIED, GENERATIONS, MIGRATE_FLAGS, Case
 from tests.bench.rss import PeakWatcher
 from tests.bench.workload import Hog, WorkloadError, first_after, lab_for, stalls_s
 from tests.lab.harness import Host, Lab
@@ -37,7 +38,7 @@ def measure(case: Case, way: str, wheel: Path) -> tuple[Figures, dict[str, int]]
         Skipped: there is no such way.
     """
     with lab_for(case, wheel=wheel) as lab, PeakWatcher(lab) as peaks:
-        figures = {"migrate": _migrate, "store": _store, "own": _own}[case.kind](lab, case, way)
+        figures = {"migrate": _migrate, "store": _store, "dedup": _dedup, "own": _own}[case.kind](lab, case, way)
     return {key: round(value, 4) for key, value in figures.items()}, dict(sorted(peaks.peak_bytes.items()))
 
 
@@ -122,6 +123,33 @@ def _store(lab: Lab, case: Case, way: str) -> Figures:
         if not last_ns:
             last_ns = max(when for when in ticks.times_ns if when < saved_ns)
             figures["stopped_s"] = (saved_ns - last_ns) / 1e9
+    return figures
+
+
+def _dedup(lab: Lab, case: Case, way: str) -> Figures:
+    """`podman_archive_s`, `archive_s`: an archive with zstd of the running container, by podman and by ckpt. `first_s`, `later_s`: a checkpoint
+    of it to the empty store, and the median of those that follow. `growth`: size of the store after all of them to that after the first."""
+    host, limit = lab.a, limit_s(case)
+    hog = Hog(host, case)
+    hog.start()
+    hog.wait(50)
+    podman = ["podman", "container", "checkpoint", "-R", "-c", "zstd", "-e", "/root/podman.tar.zst", "hog"]
+    figures = {"podman_archive_s": _timed(lambda: host.run(podman, timeout_s=limit))}
+    host.run(["rm", "/root/podman.tar.zst"])
+    figures["archive_s"] = _timed(lambda: host.run(["ckpt", "export", "-R", "podman:hog", "-o", "/root/ckpt.tar.zst"], timeout_s=limit))
+    host.run(["rm", "/root/ckpt.tar.zst"])
+    # memhog takes its pages by chance, some of them twice.
+    ticks = math.ceil(-math.log(1 - DIRTIED) * case.memory_mib * (1 << 20) / (case.dirty_mb_s * 1e6 / 100))
+    took: list[float] = []
+    sizes: list[int] = []
+    for _ in range(GENERATIONS):
+        began = hog.wait(1).last
+        took.append(_timed(lambda: host.run(["ckpt", "checkpoint", "-R", "hog"], timeout_s=limit)))
+        sizes.append(int(host.run(["du", "-s", "--block-size=1", "/var/lib/ckpt"]).stdout.split()[0]))
+        while (found := hog.ticks()) is None or found.last < began + ticks:
+            hog.wait(1)
+    hog.whole()
+    figures |= {"first_s": took[0], "later_s": median(took[1:]), "first_bytes": sizes[0], "last_bytes": sizes[-1], "growth": sizes[-1] / sizes[0]}
     return figures
 
 

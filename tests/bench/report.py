@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.bench.cases import Case, Sizes
+from tests.bench.cases import DIRTIED, GENERATIONS, Case, Sizes
 from tests.bench.results import MIB, Medians, bars, size
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -16,7 +16,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(medians: Medians, sizes: Sizes) -> list[Table]:
-    made = [_migrations(medians), _stores(medians), _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
+    made = [_migrations(medians), _stores(medians), _dedups(medians), _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
     return [table for table in made if table[2]]
 
 
@@ -92,6 +92,18 @@ def _stores(medians: Medians) -> Table:
             if not medians.runs(case, way):
                 rows.append([f"{case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), "", ""])
     return "To the store and back, on one host (podman: checkpoint -e, restore -i)", ["what", "way", "runs", "time", "to podman's"], rows
+
+
+def _dedups(medians: Medians) -> Table:
+    rows = []
+    for case, way in medians.keys():
+        if case.kind == "dedup":
+            found = medians.figures(case, way)
+            times = [_seconds(found.get(key)) for key in ("podman_archive_s", "archive_s", "first_s", "later_s")]
+            sizes = ["" if found.get(key) is None else f"{found[key] / MIB:.0f} MiB" for key in ("first_bytes", "last_bytes")]
+            rows.append([_case(case), way, _runs(medians, case, way), *times, *sizes, _ratio(found.get("growth"))])
+    head = ["container", "way", "runs", "podman's archive", "archive", "first checkpoint", "later ones", "store after one", "after all", "ratio"]
+    return f"{GENERATIONS} checkpoints of a running container, {DIRTIED:.0%} of its memory dirtied between them", head, rows
 
 
 def _own(medians: Medians) -> Table:

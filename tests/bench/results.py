@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from tests.bench.cases import OWN, SLOW_MBIT, Case, Sizes
+from tests.bench.cases import DIRTIED, GENERATIONS, OWN, SLOW_MBIT, Case, Sizes
 
 MIB = 1 << 20
 SCHEMA = 1
@@ -144,7 +144,8 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
     for runtime in ("crun", "runc"):
         main, small = Case("migrate", runtime, sizes.main), Case("migrate", runtime, sizes.small)
         slow, store = Case("migrate", runtime, sizes.main, link_mbit=SLOW_MBIT), Case("store", runtime, sizes.store, 0)
-        if not {main, slow, store} & {case for case, _ in medians.keys()}:
+        dedup = Case("dedup", runtime, sizes.store)
+        if not {main, slow, store, dedup} & {case for case, _ in medians.keys()}:
             continue
 
         def ratio(text: str, limit: float, case: Case, way: str, figure: str, base: str | None = None, runtime: str = runtime) -> Bar:
@@ -163,6 +164,14 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
             sent = medians.get(main, "precopy", "sent_bytes")
             return sent / (main.memory_mib * MIB) if sent is not None else None
 
+        def to_archive(dedup: Case = dedup) -> float | None:
+            mine, others = medians.get(dedup, "ckpt", "first_s"), [medians.get(dedup, "ckpt", name) for name in ("archive_s", "podman_archive_s")]
+            known = [other for other in others if other is not None]
+            return mine / min(known) if mine is not None and known else None
+
+        def growth(dedup: Case = dedup) -> float | None:
+            return medians.get(dedup, "ckpt", "growth")
+
         found += [
             ratio("stop-and-copy, downtime", 1 / 4, main, "ckpt", "downtime_s"),
             ratio("post-copy, downtime", 1 / 50, main, "postcopy", "downtime_s"),
@@ -176,6 +185,8 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
             ratio("restore, first tick", 1 / 2, store, "ckpt", "back_s"),
             ratio("restore --lazy, command", 1 / 8, store, "ckpt", "lazy_s", "restore_s"),
             ratio("restore --lazy, first tick", 1 / 8, store, "ckpt", "lazy_back_s", "back_s"),
+            times(f"{GENERATIONS} checkpoints, {DIRTIED:.0%} dirtied between them", "of the size after the first", 1.7, dedup, "ckpt", growth),
+            times("checkpoint to the empty store, command", "of an archive's (podman's or ckpt's)", 1.3, dedup, "ckpt", to_archive),
         ]
     mine, theirs = medians.get(OWN, "ckpt", "checkpoint_s"), medians.get(OWN, "criu", "checkpoint_s")
     more_ms = (mine - theirs) * 1000 if mine is not None and theirs is not None else None

@@ -10,12 +10,15 @@ import json
 import os
 import secrets
 import signal
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ckpt.archive.wants import Profile
 from ckpt.engines import registry
 from ckpt.engines.base import MutateFs
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown, TargetNotFound
@@ -99,6 +102,9 @@ class FakeEngine:
 
     def __init__(self, world: Path | None = None) -> None:
         self.world = world or Path(os.environ[WORLD])
+        self.streams = False
+        """Its dumps send their pages to a page server, as CRIU 4.2 does."""
+        self.page = lambda number: str(number).encode().ljust(4096, b"\0")
 
     # -- for tests -----------------------------------------------------------------------------------------------
 
@@ -129,8 +135,11 @@ class FakeEngine:
 
     # -- the engine's promise ------------------------------------------------------------------------------------
 
+    def profile(self) -> Profile:
+        return Profile(seccomp=None, namespaces=frozenset(), masked=(), read_only=())
+
     def probe(self) -> Capabilities:
-        return Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True)
+        return Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True, pages=self.streams)
 
     def containers(self) -> list[Container]:
         return [self._container(path.parent.name) for path in sorted(self.world.glob("*/container.json"))]
@@ -159,7 +168,14 @@ class FakeEngine:
         images = stage / "checkpoint"
         images.mkdir(mode=0o700)
         (images / "inventory.img").write_bytes(secrets.token_bytes(16))
-        (images / "pages-1.img").write_text(str(self.ticks(container.id)))
+        if options.page_server_port is None:
+            (images / "pages-1.img").write_text(str(self.ticks(container.id)))
+        else:
+            try:
+                self._send_pages(options.page_server_port, self.page(self.ticks(container.id)), whole=self._load(container.id)["broken"] != "pages")
+            except OSError as error:
+                os.kill(pid, signal.SIGCONT)
+                raise DumpFailed(f"{container.name} cannot be checkpointed: {error}") from error
         comm = Path(f"/proc/{pid}/comm").read_text().strip()
         tree = [[1, 0, comm, 1]] + ([[2, 1, "lost", 1]] if self._load(container.id)["broken"] == "tree" else [])
         (images / "pstree.img").write_text(json.dumps(tree))
@@ -186,7 +202,7 @@ class FakeEngine:
             rootfs_ready(upper)
             if os.environ.get("CKPT_FAKE_BROKEN") == "restore":
                 raise RestoreFailed(f"{name} cannot be restored: it is broken")
-            pid = self._spawn(identity, int((stage / "checkpoint" / "pages-1.img").read_text()))
+            pid = self._spawn(identity, int(next((stage / "checkpoint").glob("pages-*.img")).read_bytes().rstrip(b"\0")))
             assert wait(lambda: process_state(pid) == "T")
             self._save(identity, name=name, pid=pid, broken="", volumes=[v for v, _ in manifest.volumes], created_s=time.time())
             self._hold("post-restore", job, pid)
@@ -211,6 +227,19 @@ class FakeEngine:
         elif facts.get("new_container_id"):
             job.decide("1")
             self._forget(facts["new_container_id"])
+
+    def _send_pages(self, port: int, pages: bytes, *, whole: bool) -> None:
+        """One image of process 1, lazy pages; broken off in the middle unless `whole`."""
+        with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as server:
+            image, header = 1 << 8 | 1, struct.Struct("=I4xQQQ")
+            server.sendall(header.pack(4, 0, 0, image))
+            server.recv(1)
+            server.sendall(header.pack(6 | 6 << 16, len(pages) // 4096, 0x10000, image) + pages[: len(pages) if whole else len(pages) // 2])
+            if not whole:
+                raise OSError("it was killed")
+            server.sendall(header.pack(0x1024, 0, 0, 0))
+            if len(server.recv(4, socket.MSG_WAITALL)) < 4:
+                raise OSError("the page server is gone")
 
     # -- inside --------------------------------------------------------------------------------------------------
 

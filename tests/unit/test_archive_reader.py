@@ -126,7 +126,11 @@ def test_a_manifest_comes_back(stage: Path) -> None:
     assert manifest.loads(manifest.dumps(made)) == made
     plain = json.loads(manifest.dumps(made))
     assert plain["schema"] == 1
+    check = plain.pop("check")
     assert manifest.loads(json.dumps(plain | {"future": [1]}).encode()) == made
+    for changed in ({"check": check, "generation": 7}, {"chech": check}, {"check": "sha256:" + "0" * 64}):
+        with pytest.raises((DigestMismatch, ArchiveInvalid)):
+            manifest.loads(json.dumps(plain | changed).encode())
 
 
 @pytest.mark.parametrize("change", [
@@ -291,6 +295,9 @@ def test_a_made_up_manifest_takes_any_types(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_container_is_dropped(stage: Path, tmp_path: Path) -> None:
     (stage / "config.dump").write_text(json.dumps(CONFIG | {"id": "e" * 64}))
+    with pytest.raises(DigestMismatch, match="config.dump"):  # nothing else differs: it is damage
+        unpack(archive(stage), tmp_path / "damaged")
+    (stage / "checkpoint/core-1.img").write_bytes(b"another dump")
     assert unpack(archive(stage), tmp_path / "out") is None
     assert not (tmp_path / "out" / layout.MANIFEST).exists()
 

@@ -15,6 +15,7 @@ from ckpt.cli.main import main
 from ckpt.errors import BusyError, CkptError, DumpFailed, NeedsContinue, TargetNotFound
 from ckpt.events import BytesMoved, Notice, StepDone, StepStarted
 from ckpt.model import Carriage, Checkpoint, Compression, Container, ContainerImage, DumpOptions, Finding, Manifest, Process, Target
+from ckpt.ops.list_ import Listed
 from ckpt.ops.result import Outcome, failure
 from ckpt.transports.base import Location
 
@@ -141,7 +142,7 @@ def test_json_of_a_failure_as_a_whole(fake: Fake, capsys: pytest.CaptureFixture[
 
 def test_templates(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     fake("list_.broken", ())
-    fake("list_.list_", [CHECKPOINT])
+    fake("list_.list_", [Listed(CHECKPOINT)])
     assert main(["list", "--format", r"{{.Name}}\t{{.ID}} {{ .ContainerImage.Name }}"]) == 0
     assert capsys.readouterr().out == f"web\t{MANIFEST.id} docker.io/library/busybox\n"
 
@@ -434,7 +435,7 @@ def test_list_and_inspect_for_people(fake: Fake, capsys: pytest.CaptureFixture[s
     from ckpt.ops.inspect import Inspection
 
     fake("list_.broken", ())
-    fake("list_.list_", [CHECKPOINT])
+    fake("list_.list_", [Listed(CHECKPOINT)])
     assert main(["list"]) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["CHECKPOINT", "ID"]

@@ -75,6 +75,54 @@ def test_images_are_written(tmp_path: Path) -> None:
     assert (writer.pages, writer.pages_bytes, writer.parents, writer.images, writer.complete) == (5, 5 * PAGE, 0, 1, True)
 
 
+class Sinks:
+    """What a writer gives to sinks: name -> content; `closed` in their order."""
+
+    def __init__(self) -> None:
+        self.content: dict[str, bytes] = {}
+        self.closed: list[str] = []
+
+    def __call__(self, name: str) -> Sink:
+        self.content[name] = b""
+        return Sink(self, name)
+
+
+class Sink:
+    def __init__(self, sinks: Sinks, name: str) -> None:
+        self.sinks, self.name = sinks, name
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> None:
+        if data[:1] == b"\xff":
+            raise OSError(28, "No space left on device")
+        self.sinks.content[self.name] += data
+
+    def close(self) -> None:
+        self.sinks.closed.append(self.name)
+
+
+def test_pages_go_to_sinks(tmp_path: Path) -> None:
+    one, two = (record(Kind.OPEN, image) + put(PAGE, pages(fill, fill), image) + record(Kind.CLOSE, image) for image, fill in ((PID, 1), (SHMEM, 2)))
+    sinks = Sinks()
+    with PageWriter(tmp_path, sink=sinks) as writer:
+        stream = one + two + record(Kind.END)
+        for at in range(0, len(stream), 1000):
+            writer.write(stream[at : at + 1000])
+        writer.finish()
+    names = [f"pages-{FIRST_PAGES_ID + n}.img" for n in range(2)]
+    assert sinks.content == dict(zip(names, (pages(1, 1), pages(2, 2)), strict=True)) and sinks.closed == names
+    assert sorted(os.listdir(tmp_path)) == ["pagemap-12.img", "pagemap-shmem-3.img"]
+    assert read_pagemap(tmp_path / "pagemap-shmem-3.img") == (FIRST_PAGES_ID + 1, [(PAGE, 2, PE_PRESENT)])
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_sink_that_does_not_get_all_is_not_closed(tmp_path: Path, full: bool) -> None:
+    sinks = Sinks()
+    with pytest.raises(OSError) if full else pytest.raises(TransferFailed), PageWriter(tmp_path, sink=sinks) as writer:
+        writer.write(record(Kind.OPEN, PID) + record(Kind.PAGES, PID, PAGE, 2, flags=PE_PRESENT) + pages(0xFF if full else 1))
+        writer.finish()
+    assert sinks.closed == [] and os.listdir(tmp_path) == []
+
+
 def test_a_process_without_pages(tmp_path: Path) -> None:
     with PageWriter(tmp_path) as writer:
         writer.write(whole())

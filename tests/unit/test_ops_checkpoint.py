@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ckpt.errors import BusyError, CkptError, DigestMismatch, DumpFailed, FeatureMissing, TargetNotFound, UsageError
+from ckpt.errors import BusyError, CkptError, DigestMismatch, DumpFailed, FeatureMissing, NoSpace, TargetNotFound, UsageError
 from ckpt.events import Event, Frozen, Thawed, ignore
 from ckpt.model import Container, DumpOptions, RestoreOptions, Target
 from ckpt.ops.checkpoint import checkpoint
@@ -26,6 +27,14 @@ from ckpt.transports.base import Location
 from tests.contract import fake
 
 OPTIONS = DumpOptions(tcp_established=False, file_locks=False, shell_job=False)
+
+
+def flip(root: Path) -> None:
+    """Change one bit of a chunk in the store."""
+    (pack,) = root.glob("packs/*")
+    data = bytearray(pack.read_bytes())
+    data[4096 + 10] ^= 1
+    pack.write_bytes(data)
 
 
 class World:
@@ -74,7 +83,7 @@ def test_round_trip_with_files_and_volumes(world: World) -> None:
     assert back.ok, back.error
     assert (world.engine.world / "volumes" / "data" / "row").read_text() == "1"
     assert (world.engine.world / web.id / "upper" / "written").read_text() == "web"
-    assert list_(store_root=world.root) == [outcome.checkpoint]
+    assert [one.checkpoint for one in list_(store_root=world.root)] == [outcome.checkpoint]
     assert world.leftovers() == []
     # Nothing in the store was touched by its restore.
     assert world.engine.describe(web).state == "running"
@@ -109,6 +118,71 @@ def test_leave_running_goes_on_before_the_bytes_are_on_the_disk(world: World, mo
     assert seen[:3] == ["dumping running", "held paused", "captured paused"]
     assert seen[3:] == [f"{step} running" for step in ("resumed", "described", "stored", "commit", "ended")]
     assert any(isinstance(e, Thawed) for e in world.events)
+
+
+@pytest.fixture
+def streaming(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """An engine whose dumps send their pages to a page server."""
+    if os.geteuid():
+        pytest.skip("only root's processes may send pages")
+    pytest.importorskip("pycriu")
+    world.engine.streams = True
+    monkeypatch.setattr("ckpt.ops.capture._criu_version", lambda: "4.2")
+    return world
+
+
+def test_memory_goes_into_chunks_as_it_comes(streaming: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = streaming.engine.start("web")
+    seen: list[list[str]] = []
+    drafts = streaming.root / "tmp"
+
+    def look(step: str) -> None:
+        if step == "held":
+            seen.append(sorted(path.name for path in drafts.glob("*/checkpoint/p*")))
+
+    monkeypatch.setattr("ckpt.ops.faults.point", look)
+    (outcome,) = streaming.save("web")
+    assert outcome.ok and outcome.checkpoint, outcome.error
+    assert seen == [["pagemap-1.img", "pstree.img"]]
+    assert "checkpoint/pages-65537.img" in outcome.checkpoint.manifest.digests
+    assert not list((streaming.root / "checkpoints").glob("*/checkpoint/pages-*"))
+    (back,) = streaming.back("web")
+    assert back.ok and "materialize_s" in back.stats, back.error
+    assert streaming.state(web) == "running" and streaming.leftovers() == []
+
+
+def test_a_full_disk_while_memory_comes(streaming: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = streaming.engine.start("web")
+    monkeypatch.setenv("CKPT_FAULT", "pages:enospc")
+    streaming.engine.page = lambda number: bytes(8 << 20)
+    (outcome,) = streaming.save("web")
+    assert isinstance(outcome.error, NoSpace), outcome.error
+    assert outcome.error.where == "web is running" and streaming.state(web) == "running"
+    assert streaming.leftovers() == [] and list_(store_root=streaming.root) == []
+
+
+def test_criu_that_dies_while_it_sends(streaming: World) -> None:
+    web = streaming.engine.start("web", broken="pages")
+    (outcome,) = streaming.save("web")
+    assert isinstance(outcome.error, DumpFailed) and "it was killed" in outcome.error.message, outcome.error
+    assert streaming.state(web) == "running" and streaming.leftovers() == []
+
+
+def test_an_engine_that_sends_less_than_it_says(streaming: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dump is held, but its pages never came to their end: it is let go."""
+    web = streaming.engine.start("web")
+    monkeypatch.setattr(streaming.engine, "_send_pages", lambda port, pages, whole: None)
+    (outcome,) = streaming.save("web", timeout_s=0.2)
+    assert isinstance(outcome.error, DumpFailed) and "did not connect" in outcome.error.message, outcome.error
+    assert streaming.state(web) == "running" and streaming.leftovers() == []
+
+
+def test_without_bindings_pages_are_files_first(streaming: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt.ops.intake.possible", lambda version: False)
+    streaming.engine.start("web")
+    (outcome,) = streaming.save("web")
+    assert outcome.checkpoint and "checkpoint/pages-1.img" in outcome.checkpoint.manifest.digests
+    assert streaming.back("web")[0].ok
 
 
 @pytest.mark.parametrize("step", ["dumping", "held", "captured", "described", "stored"])
@@ -189,11 +263,23 @@ def test_a_damaged_checkpoint_touches_nothing(world: World) -> None:
     web = world.engine.start("web")
     (outcome,) = world.save("web")
     assert outcome.checkpoint
-    pages = outcome.checkpoint.directory / "checkpoint" / "pages-1.img"
-    pages.write_text("0")
+    flip(world.root)
     (back,) = world.back("web")
     assert isinstance(back.error, DigestMismatch)
     assert world.state(web) == "exited", "it must not have been removed"
+
+
+def test_a_restore_without_room_touches_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = world.engine.start("web")
+    world.save("web")
+
+    def full(*args: object, **options: object) -> dict[str, str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ckpt.store.catalog.Catalog.materialize", full)
+    (back,) = world.back("web")
+    assert isinstance(back.error, NoSpace)
+    assert world.state(web) == "exited" and world.leftovers() == []
 
 
 def test_failed_restore(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +371,7 @@ def test_rm(world: World) -> None:
         world.save("web", leave_running=True)
     assert [o.ok for o in rm(["web@1", "nope"], store_root=world.root, emit=ignore)] == [False]
     assert [o.ok for o in rm(["web@1", "web@1"], store_root=world.root, emit=ignore)] == [True]
-    assert [c.ref for c in list_(store_root=world.root, name="web")] == ["web@2", "web@3"]
+    assert [one.checkpoint.ref for one in list_(store_root=world.root, name="web")] == ["web@2", "web@3"]
     assert len(rm([], all=True, store_root=world.root, emit=ignore)) == 2
     assert list_(store_root=world.root) == [] and broken(store_root=world.root) == []
     with pytest.raises(UsageError):

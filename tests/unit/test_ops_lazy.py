@@ -19,7 +19,7 @@ from ckpt.engines import registry
 from ckpt.errors import BusyError, DigestMismatch, FeatureMissing, RestoreFailed
 from ckpt.host import uffd
 from ckpt.model import Checkpoint, Container, Manifest
-from ckpt.ops import lazy, recover
+from ckpt.ops import feeder, lazy, recover
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 from tests.contract.subject import wait_until
@@ -56,7 +56,7 @@ def workload() -> Iterator[subprocess.Popen[bytes]]:
 class Restore:
     """A restore of a checkpoint in a store, as far as its keeper."""
 
-    def __init__(self, root: Path, *, draft: bool = False, verify: bool = False) -> None:
+    def __init__(self, root: Path, *, draft: bool = False) -> None:
         self.root = root
         self.catalog = Catalog(root)
         made = self.catalog.begin("web")
@@ -67,14 +67,14 @@ class Restore:
         self.job = Job.create(root, "restore", engine="toy", container_id="c1", name="web")
         if draft:
             self.stage = made.stage
-            self.keeper = lazy.Keeper(self.job, made.stage, lease_fd=made.fileno(), draft=True, verify=verify)
+            self.keeper = lazy.Keeper(self.job, made.stage, lease_fds=(made.fileno(),), draft=True)
             made.close()
             self.pid = int(self.job.facts["keeper_pid"])
             return
         self.checkpoint: Checkpoint = made.commit(known)
         self.stage = self.checkpoint.directory
         with self.catalog.lease_fd(self.checkpoint) as fd:
-            self.keeper = lazy.Keeper(self.job, self.stage, lease_fd=fd, draft=False, verify=verify)
+            self.keeper = lazy.Keeper(self.job, self.stage, lease_fds=(fd,), draft=False)
         self.pid = int(self.job.facts["keeper_pid"])
 
     def listen(self) -> None:
@@ -102,7 +102,7 @@ class Restore:
 
 
 def test_it_serves_and_cleans_up(tmp_path: Path, criu: Path, workload: subprocess.Popen[bytes]) -> None:
-    restore = Restore(tmp_path / "store", verify=True)
+    restore = Restore(tmp_path / "store")
     restore.listen()
     restore.commit(workload)
     restore.job.release()
@@ -183,13 +183,14 @@ def test_a_daemon_that_does_not_start(tmp_path: Path, criu: Path) -> None:
     assert not restore.stage.exists()
 
 
-def test_damaged_pages_end_the_workload(tmp_path: Path, criu: Path, workload: subprocess.Popen[bytes]) -> None:
-    restore = Restore(tmp_path / "store", verify=True)
+def test_damaged_chunks_are_named(tmp_path: Path, criu: Path, workload: subprocess.Popen[bytes]) -> None:
+    restore = Restore(tmp_path / "store")
     restore.listen()
-    (restore.stage / "checkpoint" / "pages-1.img").write_bytes(b"Pages")
     restore.commit(workload)
     restore.job.release()
     restore.keeper.serve()
+    (restore.job.directory / feeder.DAMAGE).write_text("checkpoint/pages-1.img was changed or damaged")
+    criu.with_name("criu.through").write_text("1")  # the daemon, whose feeder is gone
     assert workload.wait(20) == -signal.SIGKILL
     assert wait_until(restore.over)
     assert "pages-1.img was changed or damaged" in recover.sweep(restore.root)[0]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from ckpt.cli.render.units import clean
-from ckpt.errors import CkptError
+from ckpt.errors import CkptError, PolicyRefused
 
 _RED, _YELLOW, _OFF = "\033[1;31m", "\033[1;33m", "\033[0m"
 
@@ -20,6 +20,11 @@ def coloured(stream: TextIO) -> bool:
 
 def error_lines(error: CkptError) -> Iterator[str]:
     yield f"error: {clean(error.message)}"
+    if isinstance(error, PolicyRefused) and error.wants:
+        from ckpt.cli.render.tables import columns
+
+        rows = [(row["what"], row["asks"], row["default"], row["allow"]) for row in error.wants]
+        yield from (f"  {line}" for line in columns(("WHAT", "THE CHECKPOINT ASKS", "THIS HOST'S DEFAULT", "ALLOW WITH"), rows))
     for label, text in (("where:", error.where), ("next: ", error.hint), ("log:  ", error.log)):
         if text:
             yield f"  {label} {clean(text)}"

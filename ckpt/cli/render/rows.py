@@ -23,6 +23,7 @@ OUTCOME_FIELDS: Final = (
 )  # fmt: skip
 CHECKPOINT_FIELDS: Final = (
     "ref", "id", "name", "generation", "engine", "runtime", "container_id", "container_image", "created_s", "size_bytes", "freeze_s", "host", "path",
+    "unique_bytes", "shared_bytes", "stored_s", "origin", "tags", "note", "pinned",
 )  # fmt: skip
 INSPECT_FIELDS: Final = (
     "ref", "id", "name", "generation", "engine", "engine_version", "runtime", "container_id", "container_image", "created_s", "host",
@@ -85,8 +86,9 @@ def outcome_row(outcome: Outcome, *, id_of: str) -> Row:
     }
 
 
-def checkpoint_row(checkpoint: Checkpoint) -> Row:
-    manifest = checkpoint.manifest
+def checkpoint_row(checkpoint: Checkpoint, unique_bytes: int | None = None, shared_bytes: int | None = None) -> Row:
+    """`unique_bytes`, `shared_bytes`: what of the store's disk only it needs, and what it needs together with others."""
+    manifest, entry = checkpoint.manifest, checkpoint.entry
     return {
         "ref": checkpoint.ref,
         "id": manifest.id,
@@ -101,6 +103,13 @@ def checkpoint_row(checkpoint: Checkpoint) -> Row:
         "freeze_s": manifest.freeze_s,
         "host": manifest.host.hostname,
         "path": str(checkpoint.directory),
+        "unique_bytes": unique_bytes,
+        "shared_bytes": shared_bytes,
+        "stored_s": entry.stored_s,
+        "origin": entry.origin,
+        "tags": list(entry.tags),
+        "note": entry.note,
+        "pinned": entry.pinned,
     }
 
 

@@ -21,16 +21,21 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 def checkpoint_lines(rows: Sequence[Row]) -> Iterator[str]:
     """`ckpt list`: newest last within a name, as the store gives them."""
-    yield from columns(
-        ("CHECKPOINT", "ID", "ENGINE", "CREATED", "SIZE", "FROZEN", "CONTAINER IMAGE"),
-        [
-            (
-                row["ref"], str(row["id"])[:12], row["engine"], units.when(row["created_s"]), units.size(row["size_bytes"]),
-                units.duration(row["freeze_s"]) if row["freeze_s"] else "", (row["container_image"] or {}).get("name", ""),
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
+    head = ["CHECKPOINT", "ID", "ENGINE", "CREATED", "SIZE", "ON DISK", "FROZEN", "CONTAINER IMAGE"]
+    marked = any(row["tags"] or row["note"] or row["pinned"] for row in rows)
+    body = []
+    for row in rows:
+        disk = "" if row["unique_bytes"] is None else units.size(row["unique_bytes"] + (row["shared_bytes"] or 0))
+        shared = f" ({units.size(row['shared_bytes'])} shared)" if row["shared_bytes"] else ""
+        cells = [
+            row["ref"], str(row["id"])[:12], row["engine"], units.when(row["created_s"]), units.size(row["size_bytes"]), disk + shared,
+            units.duration(row["freeze_s"]) if row["freeze_s"] else "", (row["container_image"] or {}).get("name", ""),
+        ]  # fmt: skip
+        if marked:
+            note = row["note"] if len(row["note"]) <= 40 else row["note"][:39] + "\N{HORIZONTAL ELLIPSIS}"
+            cells.append(" ".join(filter(None, ("pinned" if row["pinned"] else "", ",".join(row["tags"]), note))))
+        body.append(cells)
+    yield from columns([*head, "NOTES"] if marked else head, body)
 
 
 def check_lines(row: Row) -> Iterator[str]:

@@ -28,7 +28,7 @@ PACKAGES = (
     "python3-numpy", "python3-cryptography", "python3-aiohttp",
     "openssh-server", "openssh-client", "iputils-arping", "zstd", "gzip", "tar", "attr",
     # what tests look with, and run
-    "checkpointctl", "docker-registry", "skopeo", "age", "nginx-light",
+    "checkpointctl", "docker-registry", "skopeo", "age", "nginx-light", "sshfs",
     "procps", "busybox-static", "socat", "iputils-ping", "redis-server", "redis-tools",
     "bash-completion", "zsh", "fish", "man-db", "less",
 )

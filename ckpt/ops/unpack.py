@@ -1,0 +1,87 @@
+"""A checkpoint out of the store's chunks into a directory where CRIU and the engine find it, verified before anything else is touched."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt.archive import layout
+from ckpt.events import BytesMoved, Emit, StepDone, StepStarted
+from ckpt.model import Checkpoint, Manifest
+from ckpt.store.catalog import Catalog
+
+if TYPE_CHECKING:
+    from ckpt.store.reading import PageReader
+
+
+class PageMember:
+    """A pages file in the store, as `criu.pagechunks` reads it."""
+
+    def __init__(self, pages: PageReader, leaf: str) -> None:
+        self._pages = pages
+        self._name = f"checkpoint/{leaf}"
+        self.size_bytes = pages.size_bytes(self._name)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Raises DigestMismatch, OSError."""
+        data = memoryview(bytearray(length))
+        return data[: self._pages.read_into(self._name, offset, data)]
+
+
+def unpack(catalog: Catalog, checkpoint: Checkpoint, stage: Path, *, lazy: bool, emit: Emit, label: str) -> float:
+    """Write the members of a leased checkpoint to `stage` as plain files, and compare them with its manifest.
+
+    Args:
+        lazy: of the memory pages only those that CRIU itself reads in a lazy restore; the others are verified when they are asked for.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        ArchiveInvalid, DigestMismatch: the checkpoint is damaged.
+        NoSpace: there is not enough room for it beside the store.
+    """
+    manifest = checkpoint.manifest
+    began, done = time.monotonic(), 0
+    emit(StepStarted(label, "verify"))
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        emit(BytesMoved(label, "verify", done, None if lazy else manifest.size_bytes))
+
+    with catalog.storage("unpack the checkpoint"):
+        found = catalog.materialize(checkpoint, stage, only=_not_pages if lazy else None, on_bytes=on_bytes)
+        if lazy:
+            from ckpt.criu import pagechunks
+
+            with catalog.members(checkpoint) as members:
+                _compare(found, manifest, stage, members.names())
+                pagechunks.write_eager(stage / "checkpoint", lambda name: PageMember(members.pages, name))
+        else:
+            _compare(found, manifest, stage, [])
+    took_s = time.monotonic() - began
+    emit(StepDone(label, "verify", _verified(manifest, lazy), took_s))
+    return took_s
+
+
+def _compare(found: dict[str, str], manifest: Manifest, stage: Path, left: list[str]) -> None:
+    """`left`: what is in the store, of which memory pages are not in `found`."""
+    if not manifest.digests:
+        layout.require_members(stage)
+        return
+    known = {name: digest for name, digest in manifest.digests.items() if not (layout.is_pages(name) and name in left)}
+    there = {name: digest for name, digest in found.items() if name not in (layout.MANIFEST, layout.SIGNATURE)}
+    layout.compare_digests(there, replace(manifest, digests=known))
+
+
+def _not_pages(name: str) -> bool:
+    return not layout.is_pages(name)
+
+
+def _verified(manifest: Manifest, lazy: bool) -> str:
+    if not manifest.digests:
+        return "no digests in it"
+    return "digests equal, memory is compared while it arrives" if lazy else "digests equal"
