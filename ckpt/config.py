@@ -231,7 +231,7 @@ def load(environ: Mapping[str, str] | None = None, *, system_file: Path = SYSTEM
     for path in (system_file, *drop_ins, user_file(env)):
         if path is not None:
             settings = _merge(settings, _read(path), str(path))
-    overrides = {key: env[variable(key)] for key in _KEYS if key != "stores" and env.get(variable(key))}
+    overrides = {key: env[variable(key)] for key in _KEYS if key not in ("stores", "http") and env.get(variable(key))}
     for key, value in overrides.items():
         settings = _merge(settings, {key: value}, "the environment", shown=variable(key))
     return settings

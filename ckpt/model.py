@@ -29,10 +29,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ContainerImage:
-    """The container image that a container was made from."""
+    """The container image that a container was made from. `digest`: of its manifest in a registry ("sha256:HEX"), "" where that is not known."""
 
     id: str
     name: str
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +275,12 @@ class Manifest:
     """Member path -> "sha256:HEX", for every member of the checkpoint but the manifest itself."""
     foreign: str = ""
     """Who wrote the archive when it was not ckpt ("podman"); such a manifest is made up on import."""
+    open_kinds: dict[str, int] = field(default_factory=dict)
+    """How many descriptors of each kind were open (file, pipe, inet, unix, tty, inotify, ...)."""
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    """Memory of all processes, bytes mapped by kind (private, heap, stack, file_private, file_shared, shared, other), and `image`: in the images."""
+    mounts: tuple[tuple[str, str], ...] = ()
+    """(mount point, type of file system) of the mounts in the dump."""
     external: dict[str, str] = field(default_factory=dict)
     """What an engine needs to find again, by its own keys (process: cwd, ...)."""
 

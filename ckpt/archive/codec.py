@@ -5,22 +5,21 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, Final, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 from ckpt.archive import index
 from ckpt.archive.layout import CHUNK_BYTES
-from ckpt.archive.zstd_watch import ZstdWatch
 from ckpt.errors import ArchiveInvalid
+
+if TYPE_CHECKING:
+    from ckpt.archive.zstdframes import ZstdFrames
 
 _MAGIC: Final = ((b"BZh", "bzip2"), (b"\x1f\x8b\x08", "gzip"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _GZIP_HEAD: Final = b"\x1f\x8b\x08\0\0\0\0\0\x04\x03"
 """Of zlib and of pigz -n at level 1 (RFC 1952): no flags, no time, fastest, Unix."""
 _XZ_MEMORY: Final = 256 << 20
-_ZSTD_WINDOW: Final = 1 << 27
-_SEAL_BYTES: Final = 16
 
 
 class _Engine(Protocol):
@@ -91,7 +90,6 @@ class Counted:
         self._source = source
         self._head = head
         self.count = 0
-        self.watch: ZstdWatch | None = None
 
     def read(self, size: int = CHUNK_BYTES) -> bytes:
         if self._head:
@@ -99,22 +97,6 @@ class Counted:
         else:
             data = self._source.read(size) or b""
         self.count += len(data)
-        if self.watch is not None:
-            self.watch.feed(data)
-        return data
-
-
-class _Appended:
-    """A stream with `tail` after its end."""
-
-    def __init__(self, source: Counted, tail: bytes) -> None:
-        self._source = source
-        self._tail = tail
-
-    def read(self, size: int) -> bytes:
-        if data := self._source.read(size):
-            return data
-        data, self._tail = self._tail[:size], self._tail[size:]
         return data
 
 
@@ -130,9 +112,8 @@ class Stream:
         self.compression = next((name for magic, name in _MAGIC if head.startswith(magic)), "none")
         self.head = head
         self.raw = Counted(source, head)
-        if self.compression == "zstd":
-            self.raw.watch = ZstdWatch()
         self.count = 0
+        self.zstd: ZstdFrames | None = None
         self._read = self._reader()
 
     def read(self, size: int) -> bytes:
@@ -162,8 +143,8 @@ class Stream:
         if self.compression == "gzip":
             changed = int.from_bytes(self.head, "big") ^ int.from_bytes(_GZIP_HEAD, "big")
             good = changed.bit_count() != 1
-        elif self.raw.watch is not None and self.raw.watch.tail:
-            good = self.raw.watch.as_written(entries, self.raw.count, self.count)
+        elif self.zstd is not None and self.zstd.tail_bytes:
+            good = self.zstd.sized and bytes(self.zstd.tail) == index.tail(entries, self.zstd.frames)
         else:
             return
         if not good:
@@ -179,38 +160,10 @@ class Stream:
         return self._members(makers[self.compression])
 
     def _zstd(self) -> Callable[[int], bytes]:
-        import zstandard
+        from ckpt.archive.zstdframes import ZstdFrames
 
-        # The library does not say whether the last frame was complete. A frame of our own after the last byte does: what it holds
-        # comes out only when everything before it was whole.
-        seal = os.urandom(_SEAL_BYTES)
-        inner = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(
-            _Appended(self.raw, zstandard.ZstdCompressor().compress(seal)),  # type: ignore[arg-type]
-            read_size=CHUNK_BYTES,
-            read_across_frames=True,
-            closefd=False,
-        )
-        held = b""
-        ended = False
-
-        def read(size: int) -> bytes:
-            nonlocal held, ended
-            while not ended and len(held) <= _SEAL_BYTES:
-                try:
-                    data = inner.read(size)
-                except zstandard.ZstdError as error:
-                    raise ArchiveInvalid(f"the archive is damaged: {error}") from None
-                held = held + data if held else data
-                ended = not data
-                if ended and held != seal:
-                    raise ArchiveInvalid("the archive is truncated: its compressed data ends early")
-            if ended:
-                return b""
-            end = min(size, len(held) - _SEAL_BYTES)
-            found, held = held[:end], held[end:]
-            return found
-
-        return read
+        self.zstd = ZstdFrames(self.raw.read)
+        return self.zstd.read
 
     def _members(self, make: Callable[[], _Engine]) -> Callable[[int], bytes]:
         engine: _Engine | None = make()

@@ -5,17 +5,26 @@ from __future__ import annotations
 import calendar
 import dataclasses
 import hashlib
+import json
+import os
 import re
+import tarfile
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, cast
 
-from ckpt.archive.layout import CONFIG, INVENTORY, NETWORK_STATUS, SPEC, stage_members
+from ckpt.archive.codec import Stream, open_stream
+from ckpt.archive.layout import CONFIG, DELETED_FILES, INVENTORY, NETWORK_STATUS, ROOTFS_DIFF, SPEC, stage_members
 from ckpt.archive.manifest import MAX_BYTES, is_volume_name, json_object
 from ckpt.errors import ArchiveInvalid
 from ckpt.model import ContainerImage, HostMount, Manifest, PortMapping
 
 _NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}\Z")
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_WHITEOUT: Final = ".wh."
+_OPAQUE: Final = ".wh..wh..opq"
+_FILES_CAP: Final = 5_000_000
+_RATIO_CAP, _RATIO_FLOOR_BYTES = 1000, 32 << 30
 _TIME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|([+-])(\d\d):(\d\d))\Z")
 
 
@@ -53,7 +62,10 @@ def made_up(
     if not _NAME.match(name):
         name = container_id[:12]
     image_id = _text(config.get("rootfsImageID")) or _text(config.get("rootfsImageRef")).rpartition("@")[2]
-    image_name = _text(config.get("rootfsImageName"))
+    image_name, container_image = _text(config.get("rootfsImageName")), None
+    digest = _text(config.get("rootfsImageRef")).rpartition("@")[2]
+    if image_id or image_name:
+        container_image = ContainerImage(image_id.removeprefix("sha256:"), image_name, digest if _DIGEST.match(digest) else "")
     process = _dict(spec.get("process"))
     addresses = _addresses(network_data)
     return Manifest(
@@ -63,7 +75,7 @@ def made_up(
         container_id=container_id,
         created_s=_seconds(config.get("checkpointedTime")),
         runtime=_text(config.get("runtime")) or None,
-        container_image=ContainerImage(image_id.removeprefix("sha256:"), image_name) if image_id or image_name else None,
+        container_image=container_image,
         shell_job=process.get("terminal") is True,
         volumes=_volumes(config, members),
         networks=_networks(config),
@@ -73,6 +85,86 @@ def made_up(
         size_bytes=size_bytes,
         foreign=writer,
     )
+
+
+def convert(stage: Path) -> None:
+    """Bring what another program unpacked into `stage` into the layout of podman: a plain rootfs-diff.tar, and deleted.files.
+
+    containerd has a compressed layer of a container image there, in which files named ".wh.NAME" say that NAME is deleted, and ".wh..wh..opq"
+    that the directory hides what is below it (OCI image-spec, layer.md). Deletions are done before the tar is unpacked, so an opaque directory
+    is a deleted one.
+
+    Raises:
+        ArchiveInvalid: the layer is damaged, or too much comes out of it.
+        OSError: the disk is full.
+    """
+    source = stage / ROOTFS_DIFF
+    if not source.is_file():
+        return
+    with source.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b" and not _has_whiteouts(source):
+            return
+    known = deleted_files(_read(stage / DELETED_FILES)) if (stage / DELETED_FILES).exists() else []
+    made = stage / f".{ROOTFS_DIFF}.new"
+    fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as out:
+        deleted = _without_whiteouts(source, out)
+    os.rename(made, source)
+    data = json.dumps(list(dict.fromkeys([*known, *deleted]))).encode()
+    fd = os.open(stage / DELETED_FILES, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as out:
+        out.write(data)
+
+
+def _has_whiteouts(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return any(member.name.rpartition("/")[2].startswith(_WHITEOUT) for member in tar)
+    except (tarfile.TarError, ValueError, EOFError):
+        return False  # whoever applies it says what is wrong
+
+
+def _without_whiteouts(path: Path, out: BinaryIO) -> list[str]:
+    """Copy a layer, uncompressed, without its whiteouts; returns what they delete."""
+    deleted: list[str] = []
+    try:
+        with (
+            path.open("rb") as file,
+            tarfile.open(fileobj=cast(Any, _Limited(open_stream(file))), mode="r|", errors="surrogateescape") as source,
+            tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, errors="surrogateescape") as target,
+        ):
+            for count, member in enumerate(source):
+                if count > _FILES_CAP:
+                    raise ArchiveInvalid(f"{ROOTFS_DIFF} has more than {_FILES_CAP} files")
+                if member.issparse():
+                    raise ArchiveInvalid(f"{ROOTFS_DIFF} has a sparse file in it, no layer of a container image has one")
+                folder, _, leaf = member.name.removeprefix("./").rpartition("/")
+                place = f"/{folder}/".replace("//", "/")
+                if leaf == _OPAQUE:
+                    if place != "/":
+                        deleted.append(place.rstrip("/"))
+                elif leaf.startswith(_WHITEOUT):
+                    if not leaf.startswith(_WHITEOUT * 2):  # aufs' own
+                        deleted.append(place + leaf.removeprefix(_WHITEOUT))
+                else:
+                    target.addfile(member, source.extractfile(member) if member.isreg() else None)
+                cast(Any, source).members = []  # they keep every header otherwise
+                cast(Any, target).members = []
+    except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
+        raise ArchiveInvalid(f"{ROOTFS_DIFF} is damaged: {error}") from None
+    return deleted_files(json.dumps(deleted).encode())
+
+
+class _Limited:
+    """A stream that ends with ArchiveInvalid when far more comes out of it than went in."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        if self._stream.count > _RATIO_FLOOR_BYTES and self._stream.count > _RATIO_CAP * self._stream.raw.count:
+            raise ArchiveInvalid(f"{ROOTFS_DIFF} unpacks to more than {_RATIO_CAP} times its size", hint="it looks like a zip bomb")
+        return self._stream.read(size)
 
 
 def _read(path: Path) -> bytes:
@@ -175,3 +267,25 @@ def _addresses(network_data: bytes) -> tuple[str, ...]:
                 if address := _text(subnet.get("ipnet")).partition("/")[0]:
                     found.append(address)
     return tuple(found)
+
+
+def deleted_files(data: bytes) -> list[str]:
+    """The paths of a `deleted.files` member: absolute, in the container.
+
+    Raises:
+        ArchiveInvalid: not JSON, not a list, or a path that is none.
+    """
+    if len(data) > MAX_BYTES:
+        raise ArchiveInvalid(f"{DELETED_FILES} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        plain = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArchiveInvalid(f"{DELETED_FILES} is not valid JSON: {error}") from None
+    if plain is None:
+        return []
+    if not isinstance(plain, list) or not all(isinstance(path, str) for path in plain):
+        raise ArchiveInvalid(f"{DELETED_FILES} is not a list of paths")
+    for path in plain:
+        if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise ArchiveInvalid(f"{DELETED_FILES} has {path[:100]!r}, which is no path in the container")
+    return plain

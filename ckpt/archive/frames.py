@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
-from ckpt.archive.index import FRAME_BYTES, LARGE_BYTES, Frame
+from ckpt.archive.index import FRAME_BYTES, LARGE_BYTES, Frame, Sizes
 from ckpt.errors import ArchiveInvalid
 
 WINDOW_BYTES: Final = 1 << 27
@@ -31,9 +32,9 @@ class FrameSink:
         self._local = threading.local()
         self._buffer = bytearray()
         self._fill = LARGE_BYTES
-        self._pending: deque[tuple[Future[bytes], int]] = deque()
-        self.frames: list[tuple[int, int]] = []
-        """Compressed and uncompressed size of each frame written."""
+        self._pending: deque[tuple[Future[tuple[bytes, int]], int]] = deque()
+        self.frames: list[Sizes] = []
+        """What the index says of each frame written."""
 
     def write(self, data: memoryview | bytes, /) -> None:
         """Take more of the stream; it is copied."""
@@ -72,22 +73,22 @@ class FrameSink:
 
     def _take(self) -> None:
         future, size_bytes = self._pending.popleft()
-        data = future.result()
+        data, crc32 = future.result()
         self._write(data)
-        self.frames.append((len(data), size_bytes))
+        self.frames.append((len(data), size_bytes, crc32))
 
-    def _compress(self, data: bytearray) -> bytes:
+    def _compress(self, data: bytearray) -> tuple[bytes, int]:
         import zstandard
 
         engine = getattr(self._local, "engine", None)
         if engine is None:
             engine = self._local.engine = zstandard.ZstdCompressor(level=self._level, write_checksum=True, write_content_size=True)
         found: bytes = engine.compress(data)
-        return found
+        return found, zlib.crc32(found)
 
 
 def unpack(data: bytes, frame: Frame) -> bytes:
-    """The content of one frame.
+    """The content of one frame. Its CRC-32 is not looked at.
 
     Raises:
         ArchiveInvalid: it is damaged, or not of the size that the index says.

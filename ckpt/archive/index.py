@@ -26,6 +26,9 @@ LARGE_BYTES: Final = 256 << 10
 FRAME_CAP_BYTES: Final = 64 << 20
 """A reader takes no frame that unpacks to more."""
 
+TAIL_CAP_BYTES: Final = 8 << 20
+"""The most that the two frames at the end may have; an archive that would need more is written without them (1 TiB, or 50 000 members)."""
+
 MEMBERS_MAGIC: Final = 0x184D2A5C
 TABLE_MAGIC: Final = 0x184D2A5E
 SEEKABLE_MAGIC: Final = 0x8F92EAB1
@@ -34,7 +37,7 @@ _HEAD: Final = struct.Struct("<II")
 _ENTRY: Final = struct.Struct("<II")
 _FOOTER: Final = struct.Struct("<IBI")
 _FRAMES_CAP: Final = 4 << 20
-_MEMBERS_CAP_BYTES: Final = 32 << 20
+_MEMBERS_CAP_BYTES: Final = TAIL_CAP_BYTES
 _MEMBERS_CAP: Final = 100_000
 _BLOCK: Final = 512
 _SIZE_CAP: Final = 1 << 50
@@ -55,12 +58,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A zstd frame: where it is in the archive, and which bytes of the tar it holds."""
+    """A zstd frame: where it is in the archive, which bytes of the tar it holds, and the CRC-32 of its compressed bytes."""
 
     offset: int
     compressed_bytes: int
     start: int
     size_bytes: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +76,19 @@ class Index:
     tar_bytes: int
 
 
-def tail(entries: Sequence[Entry], frames: Sequence[tuple[int, int]]) -> bytes:
-    """The two skippable frames behind the data. `frames`: compressed and uncompressed size of each."""
+Sizes = tuple[int, int, int]
+"""Compressed size, uncompressed size and CRC-32 (of the compressed bytes) of a frame."""
+
+
+def tail(entries: Sequence[Entry], frames: Sequence[Sizes]) -> bytes:
+    """The two skippable frames behind the data; b"" when there is too much to say."""
     rows = [[e.name, e.header_offset, e.data_offset, e.size_bytes, e.mtime_s] for e in entries]
-    members = json.dumps({"schema": MEMBERS_SCHEMA, "members": rows}, separators=(",", ":")).encode()
-    listed = [*frames, (_HEAD.size + len(members), 0)]
+    plain = {"schema": MEMBERS_SCHEMA, "crc32": [crc for _, _, crc in frames], "members": rows}
+    members = json.dumps(plain, separators=(",", ":")).encode()
+    listed = [*((compressed, size) for compressed, size, _ in frames), (_HEAD.size + len(members), 0)]
     table = b"".join(_ENTRY.pack(*frame) for frame in listed) + _FOOTER.pack(len(listed), 0, SEEKABLE_MAGIC)
-    return _HEAD.pack(MEMBERS_MAGIC, len(members)) + members + _HEAD.pack(TABLE_MAGIC, len(table)) + table
+    data = _HEAD.pack(MEMBERS_MAGIC, len(members)) + members + _HEAD.pack(TABLE_MAGIC, len(table)) + table
+    return data if len(data) <= TAIL_CAP_BYTES else b""
 
 
 def load(read_at: ReadAt, archive_bytes: int) -> Index | None:
@@ -120,21 +130,28 @@ def load(read_at: ReadAt, archive_bytes: int) -> Index | None:
         raise _bad("a frame's size")
     offsets = accumulate((compressed for compressed, _ in sizes), initial=0)
     starts = accumulate((size for _, size in sizes), initial=0)
-    frames = tuple(Frame(at, compressed, first, size) for (compressed, size), at, first in zip(sizes, offsets, starts, strict=False))
+    plain = _plain(frame[_HEAD.size :])
+    sums = plain.get("crc32")
+    if not isinstance(sums, list) or len(sums) != len(sizes) or not all(type(one) is int and 0 <= one < 1 << 32 for one in sums):
+        raise _bad("checksums")
+    frames = tuple(Frame(at, packed, first, size, crc) for (packed, size), at, first, crc in zip(sizes, offsets, starts, sums, strict=False))
     tar_bytes = sum(size for _, size in sizes)
-    return Index(_entries(frame[_HEAD.size :], tar_bytes), frames, tar_bytes)
+    return Index(_entries(plain.get("members"), tar_bytes), frames, tar_bytes)
 
 
-def _entries(data: bytes, tar_bytes: int) -> tuple[Entry, ...]:
+def _plain(data: bytes) -> dict[str, Any]:
     try:
         plain: Any = json.loads(data)
     except (ValueError, RecursionError):
         raise _bad("members") from None
-    if not isinstance(plain, dict) or plain.get("schema") != MEMBERS_SCHEMA or not isinstance(plain.get("members"), list):
+    if not isinstance(plain, dict) or plain.get("schema") != MEMBERS_SCHEMA:
         raise _bad("members")
-    rows = plain["members"]
-    if not 0 < len(rows) <= _MEMBERS_CAP:
-        raise _bad("number of members")
+    return plain
+
+
+def _entries(rows: Any, tar_bytes: int) -> tuple[Entry, ...]:
+    if not isinstance(rows, list) or not 0 < len(rows) <= _MEMBERS_CAP:
+        raise _bad("members")
     found: list[Entry] = []
     seen: set[str] = set()
     at = 0

@@ -31,7 +31,7 @@ _VOLUME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*\Z")
 _DIGEST = re.compile(re.escape(DIGEST_PREFIX) + r"[0-9a-f]{64}\Z")
 # Names become parts of paths and of commands; paths of a container may hold any byte but NUL.
 _NAMES: Final = frozenset({"id", "name", "engine", "container_id", "networks", "foreign"})
-_PATHS: Final = frozenset({"host_mounts", "external", "volumes"})
+_PATHS: Final = frozenset({"host_mounts", "external", "volumes", "mounts"})
 
 T = TypeVar("T")
 
@@ -139,7 +139,7 @@ def _value(kind: Any, plain: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(plain, dict) or len(plain) > MAX_ITEMS:
             raise ArchiveInvalid(f"{MANIFEST}: {path} is not an object of an acceptable size")
-        return {_text(key, path): _text(item, path) for key, item in plain.items()}
+        return {_text(key, path): _value(args[1], item, path) for key, item in plain.items()}
     if kind is str:
         return _text(plain, path)
     if kind is bool and isinstance(plain, bool):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-import threading
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from typing import BinaryIO, Final, cast
 from ckpt.archive import frames, index
 from ckpt.archive.codec import Stream, open_stream
 from ckpt.archive.layout import CHUNK_BYTES, is_bulk
-from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, Member, TarStream
+from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, TarStream
 from ckpt.errors import ArchiveInvalid
 
 _BLOCK: Final = 512
@@ -41,7 +41,6 @@ class ArchiveMembers:
         self._limits = limits
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._kept: dict[str, bytes] = {}
-        self._lock = threading.Lock()
         self._recent: tuple[int, bytes] | None = None
         self._index: index.Index | None = None
         self._members: dict[str, index.Entry] = {}
@@ -129,7 +128,10 @@ class ArchiveMembers:
         recent = self._recent
         if recent is None or recent[0] != number:
             frame = known[number]
-            recent = self._recent = (number, frames.unpack(os.pread(self._fd, frame.compressed_bytes, frame.offset), frame))
+            data = os.pread(self._fd, frame.compressed_bytes, frame.offset)
+            if zlib.crc32(data) != frame.crc32:
+                raise ArchiveInvalid("the archive is damaged: the checksum of a frame is wrong")
+            recent = self._recent = (number, frames.unpack(data, frame))
         at = offset - known[number].start
         return recent[1][at : at + count]
 
@@ -137,18 +139,18 @@ class ArchiveMembers:
         for frame in found.frames:
             frames.check(os.pread(self._fd, min(_FRAME_HEAD_BYTES, frame.compressed_bytes), frame.offset), frame)
         for entry in found.entries:
-            member, length, mtime_s = self._header(found, entry.header_offset, entry.data_offset - entry.header_offset)
+            member, length = self._header(found, entry.header_offset, entry.data_offset - entry.header_offset)
             claimed = (entry.name, entry.size_bytes, entry.data_offset - entry.header_offset, entry.mtime_s)
-            if (member.name, member.size_bytes, length, mtime_s) != claimed:
+            if (member.name, member.size_bytes, length, member.mtime_s) != claimed:
                 raise ArchiveInvalid(f"the archive's index does not agree with the header of {member.name[:100]!r}")
             self._members[entry.name] = entry
 
-    def _header(self, found: index.Index | None, offset: int, length: int) -> tuple[Member, int, int]:
+    def _header(self, found: index.Index | None, offset: int, length: int) -> tuple[index.Entry, int]:
         stream = _At(self._start_of(found, offset) if found else None, self, offset, min(length, 4 << 20))
-        member = next(iter(TarStream(cast(Stream, stream), self._limits)), None)
-        if member is None:
+        tar = TarStream(cast(Stream, stream), self._limits)
+        if next(iter(tar), None) is None:
             raise ArchiveInvalid("the archive's index is damaged (a header)")
-        return member, stream.count, stream.mtime_s
+        return tar.entries[-1], stream.count
 
     def _start_of(self, found: index.Index, offset: int) -> bytes | None:
         """The first bytes of a large frame, when `offset` is its beginning: its header is read without unpacking all of it."""
@@ -173,8 +175,8 @@ class ArchiveMembers:
         while any(block := self._read_at(at, _BLOCK)) or len(block) < _BLOCK:
             if len(block) < _BLOCK:
                 raise ArchiveInvalid("the archive is truncated: its end is missing")
-            member, length, mtime_s = self._header(None, at, 4 << 20)
-            entry = index.Entry(member.name, at, at + length, member.size_bytes, mtime_s)
+            member, length = self._header(None, at, 4 << 20)
+            entry = index.Entry(member.name, at, at + length, member.size_bytes, member.mtime_s)
             at = entry.data_offset + entry.size_bytes + -entry.size_bytes % _BLOCK
             if at > self.archive_bytes:
                 raise ArchiveInvalid("the archive is truncated in the middle of a member")
@@ -189,7 +191,7 @@ class ArchiveMembers:
             tar = TarStream(stream, self._limits)
             kept = 0
             for member in tar:
-                self._add(index.Entry(member.name, 0, 0, member.size_bytes, 0))
+                self._add(tar.entries[-1])
                 if not is_bulk(member.name) and not member.name.endswith("/") and kept + member.size_bytes <= _KEPT_BYTES:
                     self._kept[member.name] = b"".join(tar.data())
                     kept += member.size_bytes
@@ -210,16 +212,8 @@ class _At:
         self._members = members
         self._offset = offset
         self._limit = limit
-        self._last = b""
         self.count = 0
         self.raw = self
-
-    @property
-    def mtime_s(self) -> int:
-        """The time in the last header that was read."""
-        import tarfile
-
-        return max(0, int(tarfile.TarInfo.frombuf(self._last, "utf-8", "surrogateescape").mtime))
 
     def read(self, size: int) -> bytes:
         size = min(size, self._limit - self.count)
@@ -233,7 +227,6 @@ class _At:
                 left -= len(piece)
             data = b"".join(parts)
         self.count += len(data)
-        self._last = data
         return data
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
@@ -17,6 +17,7 @@ from ckpt.archive import schema
 from ckpt.archive.codec import open_stream
 from ckpt.archive.foreign import foreign_manifest, made_up
 from ckpt.archive.layout import (
+    CHUNK_BYTES,
     CONFIG,
     DIGEST_PREFIX,
     INVENTORY,
@@ -53,6 +54,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+_CORE_CAP: Final = 64 << 20
 _SMALL: Final = frozenset({MANIFEST, SIGNATURE, CONFIG, SPEC, NETWORK_STATUS, STATS})
 
 
@@ -77,14 +79,14 @@ def extract(
     limits: Limits = DEFAULT_LIMITS,
     on_bytes: OnBytes | None = None,
     judge: Judge | None = None,
-    sinks: Callable[[str], Sink] | None = None,
+    sinks: Callable[[str], Sink | None] | None = None,
 ) -> Manifest | None:
     """Unpack an archive from a file or a pipe into `stage` (made with 0700 if it is not there), verifying it on the way.
 
     Args:
         on_bytes: called with the number of bytes (compressed, as read from `source`) since the last call.
         judge: asked before anything but the manifest and its signature is unpacked. What it took must be what the archive is.
-        sinks: makes what takes bulk members (`layout.is_bulk`); without it they become files like all others.
+        sinks: makes what takes a bulk member (`layout.is_bulk`); without one it becomes a file like all others.
 
     Returns:
         The manifest when the archive has one that belongs to it, else None (`foreign_manifest` makes one up).
@@ -108,10 +110,9 @@ def extract(
                 continue
             _check_size(member, limits)
             signed.before(member.name)
-            if sinks is not None and is_bulk(member.name):
-                if member.name in digests:
-                    raise ArchiveInvalid(f"{stage / member.name} is there already")
-                sink = sinks(member.name)
+            if is_bulk(member.name) and member.name in digests:
+                raise ArchiveInvalid(f"{stage / member.name} is there already")
+            if sinks is not None and is_bulk(member.name) and (sink := sinks(member.name)) is not None:
                 for piece in tar.data():
                     sink.write(piece)
                     if on_bytes and stream.raw.count > told:
@@ -205,24 +206,49 @@ def peek(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
     Raises:
         ArchiveInvalid: as `extract`.
     """
-    small: dict[str, bytes] = {}
     with ArchiveMembers(path, limits=limits) as members:
-        sizes = {name: members.size_bytes(name) for name in members.names() if not name.endswith("/")}
-        for name, size_bytes in sizes.items():
-            _check_size(Member(name, size_bytes), limits)
-            if name in _SMALL:
-                with members.open(name) as file:
-                    small[name] = file.read()
-        compression, size = members.compression, members.archive_bytes
+        return look(members, limits=limits)
+
+
+def look(members: ArchiveMembers, *, limits: Limits = DEFAULT_LIMITS) -> Peek:
+    """`peek` into an archive that is open.
+
+    Raises:
+        ArchiveInvalid: as `extract`.
+    """
+    sizes = {name: members.size_bytes(name) for name in members.names() if not name.endswith("/")}
+    small: dict[str, bytes] = {}
+    for name, size_bytes in sizes.items():
+        _check_size(Member(name, size_bytes), limits)
+        if name in _SMALL:
+            small[name] = _read_member(members, name)
     for name in (CONFIG, SPEC, INVENTORY):
         if name not in sizes:
             raise ArchiveInvalid(f"the archive has no {name}, it is not a complete checkpoint")
     config = manifests.json_object(small[CONFIG], CONFIG)
     spec = manifests.json_object(small[SPEC], SPEC)
     manifest = manifests.loads(small[MANIFEST]) if MANIFEST in small else None
-    if manifest is None or manifest.container_id != config.get("id"):
+    other = manifest is not None and manifest.container_id != config.get("id")
+    if manifest is None or _is_stale(manifest, _identity(members, manifest, all_cores=other), other=other):
         manifest = made_up(small[CONFIG], small.get(NETWORK_STATUS, b""), small[SPEC], size_bytes=sum(sizes.values()), members=tuple(sizes))
-    return Peek(compression, size, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
+        manifest = manifest if manifest.created_s else replace(manifest, created_s=members.mtime_s(INVENTORY))
+    return Peek(members.compression, members.archive_bytes, manifest, config, spec, small.get(NETWORK_STATUS, b""), small.get(STATS, b""), sizes)
+
+
+def _identity(members: ArchiveMembers, manifest: Manifest, *, all_cores: bool) -> dict[str, str]:
+    """Digests of the members that tell one dump from the next. When the inventory is that of the manifest, it is enough."""
+    sizes = {name: members.size_bytes(name) for name in members.names()}
+    found = {INVENTORY: DIGEST_PREFIX + hashlib.sha256(_read_member(members, INVENTORY)).hexdigest()} if sizes.get(INVENTORY, 0) < _CORE_CAP else {}
+    if all_cores or found.get(INVENTORY) != manifest.digests.get(INVENTORY):
+        for name, size_bytes in sizes.items():
+            if name.startswith("checkpoint/core-") and size_bytes < _CORE_CAP:
+                found[name] = DIGEST_PREFIX + hashlib.sha256(_read_member(members, name)).hexdigest()
+    return found
+
+
+def _read_member(members: ArchiveMembers, name: str) -> bytes:
+    with members.open(name) as file:
+        return b"".join(iter(lambda: file.read(CHUNK_BYTES), b""))
 
 
 def _check_size(member: Member, limits: Limits) -> None:

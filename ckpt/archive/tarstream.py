@@ -130,7 +130,7 @@ class TarStream:
             else:
                 pax |= _pax(data)
         member = self._member(info, pax, long_name)
-        self.entries.append(index.Entry(member.name, begin, self._stream.count, member.size_bytes, int(info.mtime)))
+        self.entries.append(index.Entry(member.name, begin, self._stream.count, member.size_bytes, max(0, int(info.mtime))))
         return member
 
     def _member(self, info: tarfile.TarInfo, pax: dict[str, str], long_name: str | None) -> Member:

@@ -231,6 +231,12 @@ def _let_through(seccomp: dict[str, Any], usual: Seccomp, given: set[str]) -> li
     return sorted(more)
 
 
+def allowed_calls(linux: dict[str, Any]) -> frozenset[str]:
+    """System calls that a configuration's filter (`fields` of its `linux`) lets through, with whatever arguments. Raises ArchiveInvalid."""
+    seccomp = fields(linux.get("seccomp"), f"{SPEC}: linux.seccomp")
+    return frozenset(name for names, _ in rules(seccomp.get("syscalls"), f"{SPEC}: linux.seccomp.syscalls") for name in names)
+
+
 def rules(value: object, where: str) -> Iterator[tuple[list[str], str]]:
     """The rules of a seccomp profile that let through: names, and the conditions on arguments in one form ("" for none)."""
     for item in items(value, where):

@@ -20,6 +20,8 @@ VERBS: Final = {
     "check": "ckpt.cli.check",
     "list": "ckpt.cli.list_",
     "inspect": "ckpt.cli.inspect",
+    "verify": "ckpt.cli.verify",
+    "diff": "ckpt.cli.diff",
     "rewind": "ckpt.cli.rewind",
     "copy": "ckpt.cli.copy",
     "prune": "ckpt.cli.prune",

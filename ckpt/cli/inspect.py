@@ -2,35 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 
 import click
 
 from ckpt.cli import completion
 from ckpt.cli.common import Session, one_way, verb
-from ckpt.cli.render.rows import INSPECT_FIELDS, Row, inspection_row
-from ckpt.cli.render.tables import inspect_lines
+from ckpt.cli.render.rows import FOUND_FIELDS, INSPECT_FIELDS, Row, found_row, inspection_row
+from ckpt.errors import UsageError
 
 
 @verb(
     "inspect",
-    fields=INSPECT_FIELDS,
-    examples=(("ckpt inspect web@2", "a checkpoint of the store"), ("ckpt inspect ./web.tar.zst --format json", "an archive, for a program")),
+    fields=(*INSPECT_FIELDS, *(name for name in FOUND_FIELDS if name not in INSPECT_FIELDS)),
+    examples=(
+        ("ckpt inspect web@2", "a checkpoint of the store"),
+        ("ckpt inspect -a ./web.tar.zst", "an archive, with everything but its environment"),
+        ("ckpt inspect ./web.tar.zst --format json", "for a program"),
+        ("ckpt inspect web --search 'BEGIN PRIVATE KEY'", "where a text is in the memory of its processes"),
+    ),
 )
 @click.argument("refs", nargs=-1, metavar="CHECKPOINT|FILE...", shell_complete=completion.checkpoints_or_files)
-def command(session: Session, refs: tuple[str, ...]) -> int:
+@click.option("--files", is_flag=True, help="Open files of each process.")
+@click.option("--sockets", is_flag=True, help="Sockets of each process.")
+@click.option("--mounts", is_flag=True, help="Mounts.")
+@click.option("--members", is_flag=True, help="Members and their sizes.")
+@click.option("-a", "--all", "everything", is_flag=True, help="All of these.")
+@click.option("--env", "environment", is_flag=True, help="Command lines and environments, from memory; they may hold secrets.")
+@click.option("--search", "text", metavar="TEXT", help="Find a text in the memory of the processes.")
+@click.option("--search-hex", "hexadecimal", metavar="BYTES", help="Find bytes ('de ad be ef').")
+@click.option("--search-regex", "regex", metavar="REGEX", help="Find what matches a regular expression.")
+@click.option("-p", "--pid", type=click.IntRange(min=1), metavar="PID", help="Search in this process only.")
+@click.option("--max-matches", type=click.IntRange(min=1), default=100, metavar="N", help="Stop after so many matches (default 100).")
+def command(
+    session: Session,
+    refs: tuple[str, ...],
+    everything: bool,
+    environment: bool,
+    text: str | None,
+    hexadecimal: str | None,
+    regex: str | None,
+    pid: int | None,
+    max_matches: int,
+    **parts: bool,
+) -> int:
     """Show what is in a checkpoint or an archive.
 
-    Its processes, what was open, the sizes, and what a restore needs. A text with a / in it is always a file.
+    Its processes and their memory, what was open, the sizes, and what a restore needs. Memory pages are not read, unless --env or a
+    search needs them. JSON has all parts always (environments only with --env). A text with a / in it is always a file.
     """
     one_way(refs, what="checkpoint")
+    from ckpt.cli.render.contents import inspect_lines
     from ckpt.ops import inspect as use_case
 
-    rows = [inspection_row(use_case.inspect(ref, store_root=session.store_root)) for ref in refs]
-    session.reporter.show(rows, table=_lines)
+    wanted = [(how, value) for how, value in (("text", text), ("hex", hexadecimal), ("regex", regex)) if value is not None]
+    if len(wanted) > 1:
+        raise UsageError("give one of --search, --search-hex and --search-regex")
+    if wanted:
+        return _search(session, refs, wanted[0], pid, max_matches)
+    if pid is not None:
+        raise UsageError("--pid is for a search", hint="give --search TEXT as well")
+    chosen = [name for name, given in parts.items() if given or everything]
+    if environment:
+        chosen.append("environment")
+    rows = [inspection_row(use_case.inspect(ref, environment=environment, store_root=session.store_root)) for ref in refs]
+
+    def lines(rows: Sequence[Row]) -> Iterator[str]:
+        for row in rows:
+            yield from inspect_lines(row, chosen)
+
+    session.reporter.show(rows, table=lines)
     return 0
 
 
-def _lines(rows: Sequence[Row]) -> chain[str]:
-    return chain.from_iterable(inspect_lines(row) for row in rows)
+def _search(session: Session, refs: Sequence[str], wanted: tuple[str, str], pid: int | None, max_matches: int) -> int:
+    from ckpt.cli.render.contents import found_lines
+    from ckpt.ops import inspect as use_case
+
+    how, pattern = wanted
+    rows: list[Row] = []
+    for ref in refs:
+        left = max_matches - len(rows)
+        if left:
+            found = use_case.search(ref, pattern, how=how, pid=pid, max_matches=left, store_root=session.store_root)
+            rows += [found_row(ref, one) for one in found]
+
+    def lines(rows: Sequence[Row]) -> Iterator[str]:
+        for row in rows:
+            yield from found_lines(row)
+
+    session.reporter.show(rows, table=lines)
+    if len(rows) == max_matches:
+        session.reporter.warning(f"stopped after {max_matches} matches (--max-matches)")
+    elif not rows and session.reporter.kind == "table":
+        session.reporter.warning("not found")
+    return 0

@@ -79,8 +79,8 @@ def command(
 
     With --lazy the workload runs before its memory is there: page faults are served from the checkpoint, the rest is brought in the
     background by CRIU's lazy-pages daemon, which outlives ckpt. Until all of it is there the checkpoint cannot be removed and the
-    workload cannot be saved or moved. Should the daemon be killed before that, or a page file prove damaged, the missing memory is
-    lost to the workload, which is then ended; the checkpoint stays, restore it again.
+    workload cannot be saved or moved. Should the daemon be killed before that, or the checkpoint prove damaged, the missing memory
+    is lost to the workload, which is then ended; the checkpoint stays, restore it again.
     """
     if import_from is not None:
         if refs or every or latest:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from ckpt.criu.bindings import load
 from ckpt.errors import ArchiveInvalid
@@ -74,11 +74,20 @@ def all_ids(images_dir: Path) -> frozenset[int]:
 
 def stats(path: Path) -> DumpStats:
     """CRIU's stats-dump. Raises ArchiveInvalid."""
-    for entry in _entries(path, "STATS", "stats_pb2", "stats_entry"):
+    return _dump_stats(_entries(path, "STATS", "stats_pb2", "stats_entry"))
+
+
+def stats_of(source: BinaryIO) -> DumpStats:
+    """`stats`, from a stream. Raises ArchiveInvalid."""
+    return _dump_stats(parse(source, "stats-dump", "STATS", "stats_pb2", "stats_entry"))
+
+
+def _dump_stats(entries: Iterator[Any]) -> DumpStats:
+    for entry in entries:
         if entry.HasField("dump"):
             d = entry.dump
             return DumpStats(d.freezing_time, d.frozen_time, d.memdump_time, d.memwrite_time, d.pages_scanned, d.pages_written)
-    raise ArchiveInvalid(f"{path.name} has no statistics of a dump")
+    raise ArchiveInvalid("stats-dump has no statistics of a dump")
 
 
 def open_kinds(images_dir: Path) -> OpenKinds:
@@ -156,9 +165,7 @@ def _scan(images_dir: Path) -> list[os.DirEntry[str]]:
 
 
 def _entries(path: Path, magic: str, module: str, message: str, *, missing_ok: bool = False) -> Iterator[Any]:
-    """The entries of one image of a kind that has no payload between its entries."""
-    kind = getattr(load(f"images.{module}"), message)
-    magics = load("images.magic").by_name
+    """The entries of one image in a directory."""
     try:
         # O_NOFOLLOW, O_NONBLOCK: whoever packed the archive may have put a link or a FIFO here.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -172,23 +179,38 @@ def _entries(path: Path, magic: str, module: str, message: str, *, missing_ok: b
         status = os.fstat(source.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_CAP_BYTES:
             raise ArchiveInvalid(f"{path.name} is no regular file of a sensible size")
+        yield from parse(source, path.name, magic, module, message)
+
+
+def parse(source: BinaryIO, name: str, magic: str, module: str, message: str, *, head_message: str = "") -> Iterator[Any]:
+    """The entries of one image of a kind that has no payload between its entries, from the start of a stream.
+
+    Args:
+        head_message: what the first entry is when it is of another kind (a pagemap's).
+
+    Raises:
+        ArchiveInvalid: not what it should be, or too much; the message has `name`.
+    """
+    protobufs = load(f"images.{module}")
+    kind = getattr(protobufs, message)
+    magics = load("images.magic").by_name
+    head = source.read(4)
+    if head in (struct.pack("<I", magics[common]) for common in ("IMG_COMMON", "IMG_SERVICE")):  # inventory.img has none
         head = source.read(4)
-        if head in (struct.pack("<I", magics[name]) for name in ("IMG_COMMON", "IMG_SERVICE")):  # inventory.img has none
-            head = source.read(4)
-        if head != struct.pack("<I", magics[magic]):
-            raise ArchiveInvalid(f"{path.name} is not what its name says (magic)")
-        for count in range(ENTRIES_CAP + 1):
-            size = source.read(4)
-            if not size:
-                return
-            if count == ENTRIES_CAP or len(size) < 4 or (length := struct.unpack("<I", size)[0]) > ENTRY_CAP_BYTES:
-                raise ArchiveInvalid(f"{path.name} is damaged (entry {count})")
-            body = source.read(length)
-            if len(body) < length:
-                raise ArchiveInvalid(f"{path.name} is cut short (entry {count})")
-            entry = kind()
-            try:
-                entry.ParseFromString(body)
-            except Exception as error:  # protobuf's DecodeError, whose class depends on its implementation
-                raise ArchiveInvalid(f"{path.name} is damaged (entry {count}: {error})") from error
-            yield entry
+    if head != struct.pack("<I", magics[magic]):
+        raise ArchiveInvalid(f"{name} is not what its name says (magic)")
+    for count in range(ENTRIES_CAP + 1):
+        size = source.read(4)
+        if not size:
+            return
+        if count == ENTRIES_CAP or len(size) < 4 or (length := struct.unpack("<I", size)[0]) > ENTRY_CAP_BYTES:
+            raise ArchiveInvalid(f"{name} is damaged (entry {count})")
+        body = source.read(length)
+        if len(body) < length:
+            raise ArchiveInvalid(f"{name} is cut short (entry {count})")
+        entry = getattr(protobufs, head_message)() if head_message and not count else kind()
+        try:
+            entry.ParseFromString(body)
+        except Exception as error:  # protobuf's DecodeError, whose class depends on its implementation
+            raise ArchiveInvalid(f"{name} is damaged (entry {count}: {error})") from error
+        yield entry

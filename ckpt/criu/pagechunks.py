@@ -21,8 +21,8 @@ from ckpt.errors import RestoreFailed
 
 BLOCK_BYTES: Final = 1 << 20
 """What is read at once: a page fault waits for one, the daemon's own copying for up to five."""
-AHEAD_BLOCKS: Final = 6
-KEPT_BLOCKS: Final = 48
+AHEAD_BLOCKS: Final = 4
+KEPT_BLOCKS: Final = 16
 _READERS: Final = 2
 
 

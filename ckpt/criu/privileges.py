@@ -23,7 +23,8 @@ CAPABILITIES: Final = (
 
 _SPACES: Final = {"pid": "pid_ns_id", "network": "net_ns_id", "ipc": "ipc_ns_id", "uts": "uts_ns_id", "mount": "mnt_ns_id", "cgroup": "cgroup_ns_id"}
 _VIRTUAL: Final = frozenset({"PROC", "SYSFS", "TMPFS", "DEVPTS", "CGROUP", "CGROUP2", "MQUEUE"})
-_NO_SECCOMP: Final = 0
+_NO_SECCOMP, _FILTER = 0, 2
+"""seccomp_mode (core.proto)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Credentials:
     capabilities: frozenset[str]
     no_new_privileges: bool
     seccomp: bool
-    apparmor: str
+    seccomp_filter: int | None
+    """The number of its last filter in seccomp.img."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def credentials(images_dir: Path) -> Iterator[Credentials]:
                 frozenset().union(*(_names(getattr(creds, f"cap_{kind}")) for kind in ("inh", "prm", "eff", "bnd", "amb"))),
                 bool(creds.no_new_privs),
                 mode != _NO_SECCOMP,
-                str(creds.lsm_profile),
+                _filter(thread, entry.tc) if mode == _FILTER else None,
             )
 
 
@@ -106,6 +108,10 @@ def _ids(images_dir: Path, pid: int) -> Any:
     for entry in images._entries(images_dir / f"core-{pid}.img", "CORE", "core_pb2", "core_entry"):
         return entry.ids if entry.HasField("ids") else None
     return None
+
+
+def _filter(thread: Any, task: Any) -> int:
+    return int(thread.seccomp_filter if thread.HasField("seccomp_filter") else task.old_seccomp_filter)
 
 
 def _names(words: Any) -> frozenset[str]:

@@ -59,7 +59,7 @@ def container_from_inspect(data: dict[str, Any]) -> Container:
         state=state_of(state.get("Status", "")),
         pid=state.get("Pid") or None,
         runtime=data.get("OCIRuntime") or None,
-        container_image=ContainerImage(data["Image"], data.get("ImageName", "")) if data.get("Image") else None,
+        container_image=ContainerImage(data["Image"], data.get("ImageName", ""), data.get("ImageDigest") or "") if data.get("Image") else None,
         rootfs=rootfs,
         volumes=tuple(Volume(m["Name"], Path(m["Source"]), m["Destination"]) for m in mounts if m.get("Type") == "volume" and m.get("Name")),
         host_mounts=tuple(HostMount(m["Source"], m["Destination"]) for m in mounts if m.get("Type") == "bind"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 DEFAULT_TIMEOUT_S = 60.0
+_AFTER_KILL_S = 0.5
 _KEPT = ("PATH", "HOME", "TERM", "TMPDIR", "SSH_AUTH_SOCK", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")
 
 PIPE = subprocess.PIPE
@@ -115,7 +117,15 @@ def run(
         out, err = process.communicate(input, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        out, err = process.communicate()
+        try:
+            out, err = process.communicate(timeout=_AFTER_KILL_S)
+        except subprocess.TimeoutExpired as held:  # by a child of its own, which has our pipes
+            out, err = held.stdout or b"", held.stderr or b""
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+            process.wait()
         raise CommandFailed(Result(args, process.returncode, out or b"", err or b""), f"no answer in {timeout_s:g} s, ended") from None
     except BaseException:
         process.kill()

@@ -83,15 +83,19 @@ def describe(
     engine_version: str = "",
     freeze_s: float = 0.0,
     digests: dict[str, str] | None = None,
+    look: bool = False,
 ) -> Manifest:
     """The manifest of a complete stage; reads every byte for the digests, so it may be done after the workload goes on.
 
     Args:
         digests: of the members, where they are known already or come later (a migration computes them while it sends).
 
+        look: tell what was open, memory by kind and mounts, too; it takes some milliseconds a process.
+
     Raises:
         CkptError: the CRIU images make no sense.
     """
+    kinds, memory, mounts = _look(stage) if look else ({}, {}, ())
     return Manifest(
         id="draft",
         name=container.name or container.id,
@@ -115,7 +119,26 @@ def describe(
         stats=dump_stats(stage),
         freeze_s=freeze_s,
         digests=layout.digest_members(stage) if digests is None else digests,
+        open_kinds=kinds,
+        memory_bytes=memory,
+        mounts=mounts,
     )
+
+
+def _look(stage: Path) -> tuple[dict[str, int], dict[str, int], tuple[tuple[str, str], ...]]:
+    """What is good to know at a glance; a dump without it is as good."""
+    from ckpt.archive.members import StageMembers
+    from ckpt.criu import contents
+
+    try:
+        found = contents.read(StageMembers(stage))
+    except (CkptError, ImportError):
+        return {}, {}, ()
+    memory: dict[str, int] = {"image": sum(task.memory.image_bytes for task in found.tasks) + found.shared_bytes}
+    for task in found.tasks:
+        for kind, count in task.memory.by_kind_bytes.items():
+            memory[kind] = memory.get(kind, 0) + count
+    return found.kinds, memory, tuple((mount.mountpoint, mount.fstype) for mount in found.mounts)
 
 
 def processes(stage: Path) -> tuple[Process, ...]:

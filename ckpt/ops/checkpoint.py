@@ -31,7 +31,7 @@ from ckpt.errors import (
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, faults, intake, recover, resolve
+from ckpt.ops import capture, faults, intake, recover, resolve, warm
 from ckpt.ops import check as checks
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
@@ -41,8 +41,9 @@ Keep = Callable[[Draft, Manifest], tuple[Checkpoint | None, dict[str, float | in
 """What makes a finished draft safe (the store, an archive file): the step after which the source may end. Returns the checkpoint, if
 one came of it, and figures."""
 
+_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError)
 _CARRIED = (CannotConnect, TransferFailed, RemoteRefused, DigestMismatch, KeyProblem)
-_AS_THEY_ARE = (DumpFailed, NoSpace, FeatureMissing, PermissionDenied, StateUnknown, BusyError, *_CARRIED)
+"""Of an archive that could not be brought to where it shall be: whether to try again is told by the exit code."""
 
 
 def checkpoint(
@@ -70,6 +71,7 @@ def checkpoint(
         CkptError: nothing could be begun at all.
         KeyboardInterrupt: after the target at hand was brought back to running.
     """
+    warm.imports(*warm.INTO_CHUNKS)
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     found, outcomes = _find(targets, all=all, latest=latest)
@@ -130,6 +132,7 @@ def save(
     attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
     try:
         manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
+        attempt.dumped = True
         began = time.monotonic()
         emit(StepStarted(label, step))
         kept, figures = keep(attempt.needed_draft(), manifest)
@@ -155,6 +158,7 @@ class _Attempt:
     streams: bool
     """CRIU can send its pages to a page server; otherwise it writes them as files."""
     draft: Draft | None = None
+    dumped: bool = False
     held: HeldDump | None = None
     frozen_at_s: float = 0.0
     freeze_s: float = 0.0
@@ -193,6 +197,7 @@ class _Attempt:
             engine_version=version,
             freeze_s=self.freeze_s,
             digests=dict(sorted({**layout.digest_members(self.draft.stage), **self.draft.digests}.items())),
+            look=True,
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
         faults.point("described")
@@ -208,12 +213,15 @@ class _Attempt:
             self.emit(BytesMoved(self.label, "dump", done))
 
         limit_s = self.options.timeout_s
-        with intake.PageIntake(
-            draft.stage / "checkpoint", criu_version, lambda name: draft.sink(f"checkpoint/{name}"), on_bytes, timeout_s=limit_s
-        ) as pages:
-            self.job.on_failure = pages.break_off
-            self.held = self.engine.dump(self.container, draft.stage, replace(self.options, page_server_port=pages.port), self.job)
-            pages.finish()
+        try:
+            with intake.PageIntake(
+                draft.stage / "checkpoint", criu_version, lambda name: draft.sink(f"checkpoint/{name}"), on_bytes, timeout_s=limit_s
+            ) as pages:
+                self.job.on_failure = pages.break_off
+                self.held = self.engine.dump(self.container, draft.stage, replace(self.options, page_server_port=pages.port), self.job)
+                pages.finish()
+        except TransferFailed as error:  # of CRIU's pages on this host, not of an archive to another
+            raise DumpFailed(error.message, hint=error.hint, log=error.log) from error
 
     def _bring_stats(self) -> None:
         """After a resume CRIU has written its statistics: they become a member of the checkpoint, as in podman's archives."""
@@ -242,7 +250,7 @@ class _Attempt:
                 self.discard()
                 self.job.release()  # the guard goes on trying
                 return _unsure(worse, error, self.label)
-            said = explained(error, self.label, self._whereabouts())
+            said = explained(error, self.label, self._whereabouts(), dumped=self.dumped)
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
                 said.log = recover.kept_log(said.log, log)
@@ -325,9 +333,13 @@ def settle(engine: NamedEngine, container: Container, label: str, options: DumpO
     return chosen
 
 
-def explained(error: BaseException, label: str, whereabouts: str) -> BaseException:
-    """The error as a person gets it, with where the workload is now. Bugs and interruptions stay what they are."""
-    if isinstance(error, _AS_THEY_ARE):
+def explained(error: BaseException, label: str, whereabouts: str, *, dumped: bool = False) -> BaseException:
+    """The error as a person gets it, with where the workload is now. Bugs and interruptions stay what they are.
+
+    Args:
+        dumped: it came after the dump, from where the archive goes to.
+    """
+    if isinstance(error, _AS_THEY_ARE) or (dumped and isinstance(error, _CARRIED)):
         error.where = error.where or whereabouts
         return error
     if isinstance(error, CkptError):

@@ -51,6 +51,8 @@ def export(
     """
     if compress not in ("zstd", "gzip", "none"):
         raise UsageError(f"no compression is called {compress!r}", hint="zstd, gzip or none")
+    if carrier is not None and carrier.registry_form == "image" and outgoing.recipients:
+        raise UsageError("an encrypted archive cannot be an image: engines could not read it", hint="--as artifact")
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     outgoing.try_key()
@@ -72,7 +74,9 @@ def export(
             final = replace(manifest, id=draft.id, size_bytes=draft.size_bytes)
             durable.write_file(draft.stage / layout.MANIFEST, manifest_file.dumps(final))
             with draft.members() as members:
-                return None, {"size_bytes": final.size_bytes, **packing.write(members, final)}
+                figures = packing.write(members, final)
+            emit(Notice(ref, f"{to} {figures['digest']}"))
+            return None, {"size_bytes": final.size_bytes, **figures}
 
         sealed = bool(outgoing.recipients)
         chosen = replace(options, leave_running=leave_running or options.leave_running, sealed=sealed)

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from ckpt.archive import layout, reader, seal, trust
+from ckpt.archive import foreign, layout, reader, seal, trust
 from ckpt.errors import ArchiveInvalid, DigestMismatch
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.model import Manifest
-from ckpt.ops import faults
+from ckpt.ops import faults, policy
 from ckpt.ops.result import Outcome
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT
@@ -52,6 +52,8 @@ def import_(
         try:
             manifest = unpack(archive, draft, label, emit, incoming)
             draft.name = name or manifest.name
+            if told := policy.notice(draft.stage, manifest):
+                emit(Notice(label, told))
             faults.point("unpacked")
             checkpoint = draft.commit(replace(manifest, name=draft.name))
         except BaseException:
@@ -77,10 +79,14 @@ class Archive:
         self.count = 0
         self.sha256 = hashlib.sha256()
 
+    def head(self, size: int) -> bytes:
+        """The first bytes, fewer only of a shorter archive; they are read again."""
+        return self._source.peek(size)
+
     @property
     def sealed(self) -> bool:
         """Whether it is encrypted, told by its first bytes."""
-        return seal.is_sealed(self._source.peek(seal.HEAD_BYTES))
+        return seal.is_sealed(self.head(seal.HEAD_BYTES))
 
     def read(self, size: int = -1, /) -> bytes:
         data = self._source.read(size)
@@ -134,11 +140,13 @@ def unpack(
         draft.stage,
         on_bytes=on_bytes,
         judge=lambda data, given: signers.append(incoming.judge(data, given)),
-        sinks=draft.sink if pack else None,
+        # What another engine writes as rootfs-diff.tar may have to be converted: the commit packs it.
+        sinks=(lambda member: None if member == layout.ROOTFS_DIFF else draft.sink(member)) if pack else None,
     )
     seal.finish(stream)
     archive.finish()
     if manifest is None:
+        foreign.convert(draft.stage)
         manifest = reader.foreign_manifest(draft.stage, bulk={name: draft.bulk_size_bytes(name) for name in draft.digests})
         manifest = replace(manifest, digests={**layout.digest_members(draft.stage), **draft.digests})
         # No warning: podman's archives have no digests to begin with, and an import of one is no half success.

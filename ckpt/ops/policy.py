@@ -14,11 +14,12 @@ from ckpt.archive import wants_podman
 from ckpt.archive.layout import CONFIG, SPEC
 from ckpt.archive.manifest import MAX_BYTES, json_object
 from ckpt.archive.strict_json import fields, integer, text
-from ckpt.archive.wants import Profile, Want, asked_capabilities, capability, of_spec, want
-from ckpt.criu import privileges
+from ckpt.archive.wants import Profile, Want, allowed_calls, asked_capabilities, capability, of_spec, want
+from ckpt.criu import privileges, seccomp
+from ckpt.engines import registry
 from ckpt.engines.base import HasProfile
 from ckpt.engines.registry import NamedEngine
-from ckpt.errors import ArchiveInvalid, PolicyRefused, UsageError
+from ckpt.errors import ArchiveInvalid, CkptError, EngineUnavailable, PolicyRefused, UsageError
 from ckpt.model import Manifest, RestoreOptions
 
 KINDS: Final = frozenset({
@@ -110,6 +111,18 @@ def require(stage: Path, manifest: Manifest, engine: NamedEngine, options: Resto
     )
 
 
+def notice(stage: Path, manifest: Manifest) -> str:
+    """What an import tells: what the checkpoint will ask for when it is restored here; "" for nothing, or when nobody can tell."""
+    try:
+        asked = asked_for(stage, manifest, registry.by_name(manifest.engine), RestoreOptions())
+    except EngineUnavailable:
+        return ""
+    except (CkptError, OSError) as error:
+        return f"it cannot be restored here: {error}"
+    named = ", ".join(one.allow for one in asked[:6]) + (f" and {len(asked) - 6} more" if len(asked) > 6 else "")
+    return f"it asks for more than this host gives to a container, restore will want --allow: {named}" if asked else ""
+
+
 def _option(asked: Want) -> str:
     import shlex
 
@@ -179,7 +192,10 @@ def _of_images(checkpoint: Path, spec: dict[str, Any], profile: Profile) -> list
     filtered = bool(linux.get("seccomp"))
     user = integer(fields(process.get("user"), f"{SPEC}: process.user").get("uid"), f"{SPEC}: process.user.uid")
     found: list[Want] = []
+    filters: set[int] = set()
     for one in privileges.credentials(checkpoint):
+        if one.seccomp_filter is not None:
+            filters.add(one.seccomp_filter)
         who = f"(process {one.pid}, against its own configuration)"
         found += [want("cap", name, f"the capability {name} {who}", "dropped") for name in sorted(one.capabilities - given)]
         if filtered and not one.seccomp:
@@ -188,6 +204,9 @@ def _of_images(checkpoint: Path, spec: dict[str, Any], profile: Profile) -> list
             found.append(want("no_new_privs", "off", f"may gain privileges {who}", "no_new_privs on"))
         if user and 0 in one.uids and not linux.get("uidmappings"):
             found.append(want("user", "0", f"runs as root {who}", f"user {user}"))
+    if filtered and (more := seccomp.let_through(checkpoint, filters, allowed_calls(linux))):
+        asks = f"seccomp filters that let through {', '.join(more[:5])}{' and more' if len(more) > 5 else ''}, against its own configuration"
+        found.append(want("seccomp", "custom", asks, "the engine's filter"))
     for kind in sorted(privileges.shared_namespaces(checkpoint) & profile.namespaces):
         found.append(want("namespace", kind, f"the host's {kind} namespace", "its own"))
     for mount in privileges.host_mounts(checkpoint):

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, policy, proof, recover
+from ckpt.ops import faults, lazy, policy, proof, recover, warm
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
@@ -47,8 +47,11 @@ class Source:
     checkpoint: Checkpoint | None = None
     lease_fd: int = -1
     """The lock that keeps `checkpoint` in the store."""
-    made_here: bool = False
-    """The checkpoint was made on this host: it asks for nothing that the workload did not have here."""
+
+    @property
+    def made_here(self) -> bool:
+        """Whether it was made on this host: it asks for nothing that the workload did not have here."""
+        return self.checkpoint is not None and not self.checkpoint.entry.foreign
 
     @property
     def remains(self) -> str:
@@ -84,6 +87,7 @@ def restore(
     Raises:
         CkptError: nothing could be begun at all.
     """
+    warm.imports(*warm.OUT_OF_CHUNKS, *(warm.LAZILY if options.lazy else ()))
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
     catalog = Catalog(store_root)
@@ -109,6 +113,9 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         RestoreFailed: nothing of the restore is left.
     """
     manifest = source.manifest
+    if manifest.foreign in ("cri-o", "containerd"):
+        why = f"{source.label} was written by {manifest.foreign}: it belongs into a pod of Kubernetes, ckpt cannot restore it"
+        raise EngineUnavailable(why, where="nothing was touched", hint="ckpt inspect, verify and diff can look into it")
     engine = registry.by_name(manifest.engine)
     can = engine.probe()
     if not can.usable:
@@ -120,12 +127,13 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
+    if not source.made_here:
+        small = source.checkpoint.directory if source.checkpoint else source.draft.stage
+        policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     stats: Figures = {}
     if source.checkpoint is not None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
-    if not source.made_here:
-        policy.require(source.draft.stage, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     faults.point("verified")
     job = Job.create(
         catalog.root,
@@ -284,8 +292,7 @@ def _from_store(
         with _until_restored(draft, options):
             if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
                 emit(Notice(label, f"signed by {signer}"))
-            source = Source(label, checkpoint.manifest, draft, checkpoint, fd, made_here=not checkpoint.entry.foreign)
-            return bring_back(source, options, catalog, emit, keep=keep)
+            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd), options, catalog, emit, keep=keep)
 
 
 def _from_archive(
@@ -297,15 +304,12 @@ def _from_archive(
     keep: bool,
     incoming: trust.Incoming,
 ) -> Outcome:
-    with archive() as file:
-        # What came encrypted is not on a disk in clear.
-        draft = (volatile.catalog() if file.sealed else catalog).begin("import", origin="import")
-        try:
+    with ExitStack() as stack:
+        with archive() as file:
+            # What came encrypted is not on a disk in clear.
+            draft = (volatile.catalog() if file.sealed else catalog).begin("import", origin="import")
+            stack.enter_context(_until_restored(draft, options))
             manifest = unpack_archive(file, draft, label, emit, incoming, pack=False)
-        except BaseException:
-            draft.discard()
-            raise
-    with _until_restored(draft, options):
         return bring_back(Source(label, manifest, draft), options, catalog, emit, keep=keep)
 
 

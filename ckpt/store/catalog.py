@@ -29,7 +29,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,10 +179,9 @@ class Catalog:
                 (self.locks / identity).unlink(missing_ok=True)
             finally:
                 os.close(fd)
+        # The recipe goes last: whoever finds it in `tmp/` knows what is still to be given back.
+        self._give_back(names)
         shutil.rmtree(gone, ignore_errors=True)
-        if names:
-            with suppress(CkptError, OSError):  # it is gone; what it leaves behind goes with the next collection
-                self.collect(packs=names)
 
     def amend(self, checkpoint: Checkpoint, change: Callable[[Entry], Entry]) -> Checkpoint:
         """Change what the store knows about a checkpoint (tags, note, pin).
@@ -200,7 +199,24 @@ class Catalog:
         return replace(now, entry=entry)
 
     def sweep(self) -> list[str]:
-        """Remove what dead owners left in `tmp/` and `locks/`; returns the names of the removed directories. Never touches a living draft."""
+        """Remove what dead owners left in `tmp/`, `packs/` and `locks/`; returns the names of the removed directories.
+
+        Never touches a living draft, or a pack that a checkpoint needs.
+        """
+        removed = self.removed()
+        names: list[str] = []
+        for name in removed:
+            with suppress(CkptError, OSError):
+                names += self._recipe_packs(self.drafts / name)
+        self._give_back(names)
+        return self.clear(removed)
+
+    def removed(self) -> list[str]:
+        """What is in `tmp/` of removed checkpoints, whose remover may have died before he gave back their packs."""
+        return [name for name in locks.listing(self.drafts) if "." in name and (self.drafts / name).is_dir()]
+
+    def clear(self, removed: Collection[str] = ()) -> list[str]:
+        """`sweep`, but of removed checkpoints only these."""
         if not self.drafts.is_dir():
             return []
         doomed: list[tuple[Path, int]] = []
@@ -211,9 +227,12 @@ class Catalog:
                     if not path.is_dir() or path.is_symlink():
                         path.unlink(missing_ok=True)
                     elif "." in name:  # a removed checkpoint: nobody's
-                        doomed.append((path, -1))
+                        if name in removed:
+                            doomed.append((path, -1))
                     elif not locks.is_elsewhere(self.locks / name):
                         doomed.append((path, locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB)))
+                        # It died between the renames of its pack and of itself: nobody can have referred to that pack.
+                        (self.packs / f"{name}.pack").unlink(missing_ok=True)
                 except BlockingIOError:
                     continue
             busy = {path.name for path, _ in doomed}
@@ -464,6 +483,12 @@ class Catalog:
         if not isinstance(found, int) or found > SCHEMA:
             raise ConfigError(f"the store {self.root} was made by a newer ckpt (schema {found!r}, this one knows {SCHEMA})", hint="use a newer ckpt")
         return True
+
+    def _give_back(self, packs: list[str]) -> None:
+        """What a removed checkpoint leaves behind; what cannot be done now is done by the next collection."""
+        if packs:
+            with suppress(CkptError, OSError):
+                self.collect(packs=packs)
 
     def _recipe_packs(self, directory: Path) -> list[str]:
         from ckpt.store import recipe

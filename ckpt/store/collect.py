@@ -56,7 +56,8 @@ class Collected:
 def collect(catalog: Catalog, *, dry_run: bool, packs: Iterable[str] | None) -> Collected:
     """The body of `Catalog.collect`."""
     if not dry_run:
-        catalog.sweep()
+        catalog.clear()
+    removed = catalog.removed() if packs is None and not dry_run else []
     wanted = None if packs is None else set(packs)
     known: dict[str, Needs] = {}
     _read_needs(catalog, known, wanted)
@@ -117,6 +118,8 @@ def collect(catalog: Catalog, *, dry_run: bool, packs: Iterable[str] | None) -> 
     for name, ranges in punches:
         with suppress(FileNotFoundError):
             _punch(catalog.packs / (name + SUFFIX), ranges, catalog.drafts)
+    if removed:
+        catalog.clear(removed)
     return Collected(freed, gone, chunks, claimed)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.errors import DigestMismatch, KeyProblem
+from ckpt.store import durable
 from ckpt.store.cipher import SALT_BYTES, PackCipher
 from ckpt.store.pages import CHUNK_BYTES, CHUNK_PAGES, PAGE_BYTES, TAG_BYTES, Pages, Words
 
@@ -39,6 +40,7 @@ _END: Final = b"ckptend1"
 _HEADER: Final = struct.Struct(f"<8sI4x16s{SALT_BYTES}s")
 _FOOTER: Final = struct.Struct("<8sQII4x4x32s32s")
 _KEYED: Final = 1
+_WRITE_BACK_BYTES: Final = 16 << 20
 _MAX_CHUNKS: Final = 1 << 28
 
 _local = threading.local()
@@ -63,6 +65,7 @@ class PackWriter:
         self._lock = threading.Lock()
         self._done = threading.Condition(self._lock)
         self._end = PAGE_BYTES
+        self._told = 0
         self._pending = 0
         self._free: list[Pages] = []
         self._rows: dict[int, tuple[int, int, int, int, bytes]] = {}
@@ -143,6 +146,7 @@ class PackWriter:
                     self._end += align(len(data))
                     self._rows[number] = (offset, len(data), count, kind, check)
                 _pwrite(self._fd, data, offset)
+                self._write_back(offset + len(data))
         except BaseException as error:
             self.error = self.error or error
         finally:
@@ -151,6 +155,16 @@ class PackWriter:
                 self._free.append(pages)
                 self._pending -= 1
                 self._done.notify_all()
+
+
+    def _write_back(self, end: int) -> None:
+        """Let the disk begin with what is there, so that the fsync at the end is short."""
+        with self._lock:
+            begin = self._told
+            if end - begin < _WRITE_BACK_BYTES:
+                return
+            self._told = end
+        durable.begin_writing(self._fd, begin, end - begin)
 
 
 class PackReader:

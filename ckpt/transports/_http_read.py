@@ -48,7 +48,7 @@ class Reading:
                 continue
             if piece:
                 self._done += len(piece)
-                self._patience.progressed()
+                self._patience.progressed(len(piece))
                 if self._digest is not None:
                     self._sha256.update(piece)
                 return piece

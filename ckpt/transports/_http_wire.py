@@ -94,7 +94,9 @@ class Wire:
         self._began_s = time.monotonic()
         self._connection: Any = None
         self._secret = dict(_secrets.headers(options.header_file))
-        if not signed and not any(name.lower() == "authorization" for name in self._secret):
+        if signed:  # two ways to say who asks are refused by object storage
+            self._secret = {name: value for name, value in self._secret.items() if name.lower() != "authorization"}
+        elif not any(name.lower() == "authorization" for name in self._secret):
             token = _secrets.token(options.token_file, options.token_command)
             if token is not None:
                 self._secret["Authorization"] = f"Bearer {token}"

@@ -165,7 +165,6 @@ class Resumable:
                 self._patience.wait(problem)
         place = urljoin(wire.location.raw, response.headers.get("Location", ""))
         wire.small(response)
-        self._patience.progressed()
         # It gets our token, so it is the same server.
         if not response.headers.get("Location") or origin(place) != origin(wire.location.raw):
             raise RemoteRefused(f"{wire.location}: the upload would be elsewhere, or nowhere", hint="this is a fault of the server")
@@ -237,8 +236,8 @@ class Resumable:
         if not start <= self._acknowledged <= told <= end:
             raise TransferFailed(f"{self._wire.location}: the other end is at byte {told}, which cannot be", hint="try again")
         if told > self._acknowledged:
+            self._patience.progressed(told - self._acknowledged)
             self._acknowledged = told
-            self._patience.progressed()
 
     def _refused(self, response: Any) -> Exception:
         if response.status_code in (404, 410):

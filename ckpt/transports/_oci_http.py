@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
@@ -27,20 +26,22 @@ import requests.utils
 import urllib3.exceptions
 
 from ckpt import __version__
-from ckpt.errors import CkptError, KeyProblem, NoSpace, RemoteRefused, TransferFailed, UsageError
+from ckpt.errors import CkptError, NoSpace, RemoteRefused, TransferFailed, UsageError
 from ckpt.transports import _oci_credentials
 from ckpt.transports._oci_auth import Authorizer
 from ckpt.transports._oci_name import SCHEME, Reference
+from ckpt.transports._oci_tls import Adapter, Session, tls
 from ckpt.transports._patience import Broken, Patience
 from ckpt.transports.base import CarrierOptions, Location
 
+LEAST_BYTES_S: Final = 16 << 10
+"""What goes or comes slower than this is a dead link, or somebody who means ill."""
 SMALL_BYTES: Final = 4 << 20
 """A manifest's limit (distribution-spec: registries take at least so much), and that of every other small answer."""
 _FAILURES: Final = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS: Final = 5
 _BUSY: Final = (408, 425, 429, 500, 502, 503, 504)
-_CERTS_D: Final = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,62 +64,6 @@ class Answer:
         return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split()).strip(": ")
 
 
-class _Adapter(requests.adapters.HTTPAdapter):
-    """TLS by a context of ours alone. `pin`: the hex SHA-256 of the certificate, which then needs no authority."""
-
-    def __init__(self, context: ssl.SSLContext, pin: str | None = None) -> None:
-        self._context = context
-        self._pin = pin
-        if pin:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        super().__init__(max_retries=0)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._context, assert_fingerprint=self._pin, **kwargs)
-
-    def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
-        return super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
-
-    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
-        """Trust what the context trusts; requests would add its own bundle."""
-        conn.cert_reqs = "CERT_NONE" if self._pin else "CERT_REQUIRED"
-
-
-class _Session(requests.Session):
-    """No redirects, no cookies. requests reads the whole body of a redirect before it says that it does not follow it."""
-
-    def get_redirect_target(self, resp: Any) -> None:
-        """None, ever."""
-
-
-def _tls(reference: Reference, options: CarrierOptions) -> ssl.SSLContext:
-    """What is trusted: the file that was named, else the system's authorities and what podman and docker have for this registry."""
-    try:
-        if options.ca_file is not None:
-            context = ssl.create_default_context(cafile=str(options.ca_file))
-        else:
-            context = ssl.create_default_context()
-            found = ssl.get_default_verify_paths()
-            if not found.cafile and not found.capath:
-                context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
-            for path in sorted(path for place in _CERTS_D for path in (place / reference.registry).glob("*.crt")):
-                context.load_verify_locations(str(path))
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if options.client_cert is not None:
-            context.load_cert_chain(str(options.client_cert), str(options.client_key) if options.client_key else None, _no_passphrase)
-        elif pair := next(((c, c.with_suffix(".key")) for p in _CERTS_D for c in sorted((p / reference.registry).glob("*.cert"))), None):
-            context.load_cert_chain(str(pair[0]), str(pair[1]), _no_passphrase)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise KeyProblem(f"a certificate or key for {reference.registry} cannot be used: {reason}") from None
-    return context
-
-
-def _no_passphrase() -> str:
-    raise ValueError("it is locked by a passphrase")
-
-
 @dataclass(slots=True)
 class Client:
     """Requests to the registry of one repository, by one thread at a time. `actions` are those to ask a token for: "pull" or "pull,push"."""
@@ -135,12 +80,13 @@ class Client:
     def __post_init__(self) -> None:
         if self.options.token_file or self.options.token_command or self.options.header_file:
             raise UsageError("a registry takes no token and no headers", hint=f"credentials come from podman login {self.reference.registry}")
-        session = _Session()
+        session = Session()
         session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         session.trust_env = False  # else ~/.netrc would go wherever a redirect leads
-        session.mount("https://", _Adapter(_tls(self.reference, self.options)))
+        session.mount("https://", Adapter(tls(self.reference, self.options)))
+        session.mount("http://", Adapter(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)))
         if self.options.fingerprint:  # of the registry's own certificate, not of its token server's or its storage's
-            pinned = _Adapter(_tls(self.reference, self.options), self.options.fingerprint.removeprefix("sha256:"))
+            pinned = Adapter(tls(self.reference, self.options), self.options.fingerprint.removeprefix("sha256:"))
             session.mount(f"https://{self.reference.endpoint}/", pinned)
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs paths with their queries
         session.headers.update({"User-Agent": f"ckpt/{__version__}", "Accept-Encoding": "identity"})
@@ -298,22 +244,35 @@ class Client:
         limits = (self.options.connect_timeout_s, idle_s if idle_s is not None else self.options.idle_timeout_s)
         if self._until_s is not None and time.monotonic() > self._until_s:
             raise TransferFailed(f"not done within {self.options.total_timeout_s:g} s", hint="allow more time")
-        return self._session.request(
-            method, url, headers=dict(headers), data=body, timeout=limits, allow_redirects=False, stream=True, proxies=proxies, verify=True
-        )
+        sending_s = len(body) / LEAST_BYTES_S if body else 0.0
+        with self.within(url, 2 * limits[0] + limits[1] + sending_s):
+            return self._session.request(
+                method, url, headers=dict(headers), data=body, timeout=limits, allow_redirects=False, stream=True, proxies=proxies, verify=True
+            )
+
+    @contextmanager
+    def within(self, url: str, limit_s: float) -> Iterator[None]:
+        """Cut the connection to a URL if this takes longer: a byte now and then would hold up everything for ever."""
+        adapter = self._session.get_adapter(url)
+        assert isinstance(adapter, Adapter)
+        timer = threading.Timer(limit_s, adapter.cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def small(self, response: requests.Response) -> Answer:
         """The whole body, if it is small and comes within the idle limit; to be called within `speaking`."""
-        until_s = time.monotonic() + self.options.idle_timeout_s
         parts: list[bytes] = []
         size = 0
-        while piece := response.raw.read1(64 << 10) if hasattr(response.raw, "read1") else response.raw.read(64 << 10):
-            parts.append(piece)
-            size += len(piece)
-            if size > SMALL_BYTES:
-                raise RemoteRefused(f"{self.reference.registry} answers with more than {SMALL_BYTES >> 20} MiB where a small answer is due")
-            if time.monotonic() > until_s:
-                raise Broken("the answer comes too slowly")
+        with self.within(response.url or self.base, self.options.idle_timeout_s):
+            while piece := response.raw.read(64 << 10, decode_content=False):
+                parts.append(piece)
+                size += len(piece)
+                if size > SMALL_BYTES:
+                    raise RemoteRefused(f"{self.reference.registry} answers with more than {SMALL_BYTES >> 20} MiB where a small answer is due")
         return Answer(response.status_code, response.headers, b"".join(parts), response.url or "")
 
     def _fetch(self, method: str, url: str, headers: dict[str, str], body: bytes | None) -> Answer:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -17,13 +16,11 @@ from typing import Any, Final
 import requests
 
 from ckpt.errors import DigestMismatch, TargetNotFound
-from ckpt.transports._oci_http import Client, speaking
+from ckpt.transports._oci_http import LEAST_BYTES_S, Client, speaking
 from ckpt.transports._patience import Broken
 
 _CONTENT_RANGE: Final = re.compile(r"\s*bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)\s*\Z")
-_READ_BYTES: Final = 1 << 20
-_LEAST_BYTES_S: Final = 1024
-"""Less than this over the idle limit is a dead link, or somebody who means ill."""
+_READ_BYTES: Final = 256 << 10
 
 
 class Download:
@@ -81,7 +78,6 @@ class _Blob:
         self._held = b""
         self._response: requests.Response | None = None
         self._retry = client.retry()
-        self._slow_since_s, self._slow_from = time.monotonic(), 0
         while self._response is None:
             try:
                 self._open()
@@ -108,9 +104,9 @@ class _Blob:
             if self._response is None:
                 self._open()
             assert self._response is not None
-            with speaking(registry):
-                data: bytes = self._response.raw.read(_READ_BYTES)
-            self._check_pace(len(data))
+            options = self._client.options
+            with speaking(registry), self._client.within(self._response.url, options.idle_timeout_s + _READ_BYTES / LEAST_BYTES_S):
+                data: bytes = self._response.raw.read(_READ_BYTES, decode_content=False)
             if not data and self._got < self._size:
                 raise Broken("it ended early")
         except Broken as broken:
@@ -134,15 +130,6 @@ class _Blob:
             self.close()
         return data
 
-    def _check_pace(self, count: int) -> None:
-        options, now = self._client.options, time.monotonic()
-        self._slow_from += count
-        if (span := now - self._slow_since_s) >= options.idle_timeout_s:
-            slow = self._slow_from < _LEAST_BYTES_S * span
-            self._slow_since_s, self._slow_from = now, 0
-            if slow:
-                raise Broken("it comes too slowly")
-
     def _open(self) -> None:
         client = self._client
         headers = {"Range": f"bytes={self._got}-"} if self._got else {}
@@ -150,7 +137,6 @@ class _Blob:
         if response.status_code == 404:
             response.close()
             raise TargetNotFound(f"{client.reference.registry} has the manifest, but not the content, of {client.reference}")
-        self._slow_since_s, self._slow_from = time.monotonic(), 0
         self._skip = 0
         length: Any = response.headers.get("Content-Length")
         wrong = None

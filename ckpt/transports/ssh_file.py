@@ -216,7 +216,7 @@ class _Reading:
                 self._spare = piece[size:]
                 piece = piece[:size]
             self._done += len(piece)
-            self._place.patience.progressed()
+            self._place.patience.progressed(len(piece))
             return piece
         return b""
 
@@ -364,7 +364,7 @@ class _Writing:
             block = self._waiting.pop(self._numbers.pop(number))
             self._held_bytes -= len(block)
             self._acknowledged = self._count - self._held_bytes - len(self._filling)
-            self._place.patience.progressed()
+            self._place.patience.progressed(len(block))
 
     def _finish(self) -> None:
         """Sync, compare the length, rename. Raises Broken."""

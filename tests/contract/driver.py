@@ -92,15 +92,19 @@ def hold_restore(ref: str, root: Path) -> dict[str, Any]:
     """Hold a restore, then abort it (twice: it is idempotent)."""
     from ckpt.engines import registry
 
-    found = Catalog(root).find(ref)
+    catalog = Catalog(root)
+    found = catalog.find(ref)
+    draft = catalog.begin(found.manifest.name)
+    catalog.materialize(found, draft.stage)
     engine = registry.by_name(found.manifest.engine)
     for container in engine.find(found.manifest.container_id):
         engine.remove(container)
     job = Job.create(root, "restore", engine=engine.name, container_id=found.manifest.container_id, name=found.manifest.name)
     options = RestoreOptions(tcp_established=False, file_locks=False, shell_job=False)
-    held = engine.restore(found.directory, found.manifest, options, job, rootfs_ready=lambda root: None, volume_ready=lambda name, at: None)
+    held = engine.restore(draft.stage, found.manifest, options, job, rootfs_ready=lambda root: None, volume_ready=lambda name, at: None)
     held.abort()
     held.abort()
+    draft.discard()
     job.write("rolled-back")
     recover.close(job, None)
     return {"ok": True, "left": [c.id for c in engine.find(found.manifest.container_id)]}

@@ -88,10 +88,31 @@ def core(*, caps: int = CAP_BITS, seccomp: int = 2, uid: int = 0, no_new_privs: 
     creds.no_new_privs = no_new_privs
     entry.thread_core.futex_rla = entry.thread_core.futex_rla_len = 0
     entry.thread_core.seccomp_mode = seccomp
+    entry.thread_core.seccomp_filter = 0
     entry.tc.comm = "app"
     for name in ("task_state", "exit_code", "personality", "flags", "blk_sigset"):
         setattr(entry.tc, name, 1)
     return entry
+
+
+def program(*rows: tuple[int, int, int, int]) -> bytes:
+    """A classic BPF program."""
+    return b"".join(struct.pack("<HBBI", *row) for row in rows)
+
+
+HONEST = program((0x20, 0, 0, 0), (0x15, 1, 0, 0), (0x15, 0, 1, 1), (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001))
+"""read and write (0 and 1), nothing else."""
+
+
+def seccomp(*filters: bytes, prev: int | None = None) -> bytes:
+    """seccomp.img."""
+    protos = load("images.seccomp_pb2")
+    entry = protos.seccomp_entry()
+    for number, code in enumerate(filters):
+        one = entry.seccomp_filters.add(filter=code)
+        if number and prev is not None:
+            one.prev = prev
+    return image("SECCOMP", entry)
 
 
 def ids(first: int) -> Any:
@@ -145,6 +166,7 @@ def members() -> Members:
         "checkpoint/pagemap-1.img": pagemap({"vaddr": 0x1000, "nr_pages": 2, "flags": 4}),
         "checkpoint/pages-1.img": bytes(range(256)) * 32,
         "checkpoint/pstree.img": pstree((1, 0, [1])),
+        "checkpoint/seccomp.img": seccomp(HONEST),
         "rootfs-diff.tar": diff.getvalue(),
         "deleted.files": b'["/etc/motd"]',
         "volumes/data.tar": diff.getvalue(),

@@ -6,8 +6,9 @@ import struct
 from functools import partial
 from typing import Any
 
+from ckpt.criu.bindings import load
 from tests.corpus.attack import INVALID, register
-from tests.corpus.base import CAP_BITS, Members, archive, core, ids, image, inventory, members, mounts, pstree
+from tests.corpus.base import CAP_BITS, HONEST, Members, archive, core, ids, image, inventory, members, mounts, program, pstree, seccomp
 
 KEPT, CRIU = "CVE-2026-92574/-95837 kept privileges", "CRIU images"
 
@@ -33,6 +34,17 @@ for _name, _build in (
     ("all capabilities", lambda: _with(core__1_img=_core(caps=(1 << 41) - 1))),
     ("a capability that has no name", lambda: _with(core__1_img=_core(caps=CAP_BITS | 1 << 60))),
     ("no seccomp filter", lambda: _with(core__1_img=_core(seccomp=0))),
+    ("a filter that lets everything through", lambda: _with(seccomp_img=seccomp(program((0x06, 0, 0, 0x7FFF0000))))),
+    ("a filter that logs", lambda: _with(seccomp_img=seccomp(program((0x06, 0, 0, 0x7FFC0000))))),
+    ("a filter that asks a stranger", lambda: _with(seccomp_img=seccomp(program((0x06, 0, 0, 0x7FC00000))))),
+    ("a filter with a door for one argument", lambda: _with(seccomp_img=seccomp(
+        program((0x20, 0, 0, 56), (0x15, 0, 1, 0x1337), (0x06, 0, 0, 0x7FFF0000)) + HONEST))),
+    ("a filter with a door for mount", lambda: _with(seccomp_img=seccomp(
+        program((0x20, 0, 0, 0), (0x15, 0, 1, 165), (0x06, 0, 0, 0x7FFF0000)) + HONEST))),
+    ("a filter with a door for x32", lambda: _with(seccomp_img=seccomp(
+        program((0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), (0x06, 0, 0, 0x7FFF0000)) + HONEST))),
+    ("a filter that calculates its answer", lambda: _with(seccomp_img=seccomp(
+        program((0x20, 0, 0, 24), (0x44, 0, 0, 0x7FFF0000), (0x16, 0, 0, 0))))),
     ("a thread with more", lambda: _with(pstree_img=pstree((1, 0, [1, 7])), core__7_img=_core(caps=CAP_BITS | 1 << 21))),
     ("a child with more", lambda: _with(
         pstree_img=pstree((1, 0, [1]), (5, 1, [5])), core__5_img=_core(seccomp=0), ids__5_img=image("IDS", ids(200)))),
@@ -57,6 +69,13 @@ def load_ids() -> Any:
     return empty
 
 
+def circle() -> bytes:
+    """A filter that is below itself."""
+    entry = load("images.seccomp_pb2").seccomp_entry()
+    entry.seccomp_filters.add(filter=HONEST, prev=0)
+    return image("SECCOMP", entry)
+
+
 def _broken(name: str, data: bytes | None) -> bytes:
     return _with(**{name: data})
 
@@ -77,6 +96,12 @@ for _name, _member, _data in (
     ("a process tree of garbage", "pstree_img", image("PSTREE", b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")),
     ("an inventory without entries", "inventory_img", image("INVENTORY", second=False)),
     ("an inventory of garbage", "inventory_img", image("INVENTORY", b"\xff" * 20, second=False)),
+    ("a filter that is not there", "seccomp_img", seccomp()),
+    ("filters in a circle", "seccomp_img", circle()),
+    ("a filter that is no program", "seccomp_img", seccomp(b"abc")),
+    ("a filter that is too long", "seccomp_img", seccomp(HONEST * 1000)),
+    ("no filters", "seccomp_img", None),
+    ("filters of garbage", "seccomp_img", image("SECCOMP", b"\xff" * 30)),
     ("mounts of garbage", "mountpoints__13_img", image("MNTS", b"\x80" * 40)),
 ):  # fmt: skip
     register(f"images with {_name}", CRIU, "restore", partial(_broken, _member, _data), INVALID)

@@ -19,7 +19,7 @@ from typing import Any, cast
 from ckpt.archive import _apply, foreign, index, layout, manifest, reader, schema, strict_json, wants, wants_podman, zstd_watch
 from ckpt.archive.codec import Stream, open_stream
 from ckpt.archive.tarstream import Limits, TarStream
-from ckpt.criu import images, pagestream, privileges
+from ckpt.criu import images, pagestream, privileges, seccomp
 from ckpt.criu.bindings import load
 from ckpt.errors import ArchiveInvalid, CkptError
 from ckpt.peer import frames, messages
@@ -250,6 +250,7 @@ for _name, _look in (
     ("inventory.img", lambda d: (images.run_id(d), privileges.shared_namespaces(d))),
     ("ids-1.img", privileges.shared_namespaces),
     ("mountpoints-13.img", privileges.host_mounts),
+    ("seccomp.img", lambda d: seccomp.let_through(d, [0, 1], frozenset())),
 ):
     TARGETS["image_" + _name.partition(".")[0].replace("-", "_")] = Target(
         lambda data, name=_name, look=_look: _on_images(name, data, look), _images(_name)  # type: ignore[misc]

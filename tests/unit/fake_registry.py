@@ -10,6 +10,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,6 +55,8 @@ class FakeRegistry:
         self.user: tuple[str, str] | None = None
         self.tokens: set[str] | None = None
         self.realm = ""
+        self.slow_s = 0.0
+        """How long each 64 KiB of a body take to be read."""
         self.challenge_scope = True
         self.referrers = False
         self._count = 0
@@ -156,6 +159,7 @@ class Handler(BaseHTTPRequestHandler):
                 break
             parts.append(data)
             left -= len(data)
+            time.sleep(self.registry.slow_s)
         return b"".join(parts)
 
     def _any(self) -> None:

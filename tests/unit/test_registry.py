@@ -28,7 +28,7 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.model import ContainerImage, HostFacts, Manifest
-from ckpt.transports import _oci_auth, _oci_credentials, _oci_http, _oci_manifest, _oci_name, registry
+from ckpt.transports import _oci_auth, _oci_credentials, _oci_http, _oci_manifest, _oci_name, _oci_read, _oci_tls, registry
 from ckpt.transports.base import CarrierOptions, Location, Payload, Stored
 from tests.unit.fake_registry import FakeRegistry, Handler
 
@@ -58,8 +58,8 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRegistry]:
-    real = _oci_http._tls
-    monkeypatch.setattr(_oci_http, "_tls", lambda where, options: real(where, options) if options.ca_file else NO_TLS)
+    real = _oci_http.tls
+    monkeypatch.setattr(_oci_http, "tls", lambda where, options: real(where, options) if options.ca_file else NO_TLS)
     with FakeRegistry() as made:
         yield made
 
@@ -703,10 +703,12 @@ def test_credential_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert found is not None and (found.user, found.password) == ("get", "reg.example:5000")
     helper(tmp_path, monkeypatch, "echo credentials not found in native keychain; exit 1")
     assert _oci_credentials.find(REFERENCE) is None
-    helper(tmp_path, monkeypatch, "exec sleep 60")
+    helper(tmp_path, monkeypatch, "sleep 5; true")
     monkeypatch.setattr(_oci_credentials, "_HELPER_LIMIT_S", 0.2)
+    began = time.monotonic()
     with pytest.raises(KeyProblem, match="no answer"):
         _oci_credentials.find(REFERENCE)
+    assert time.monotonic() - began < 4, "its own child held it up"
 
 
 @pytest.mark.parametrize(
@@ -774,7 +776,7 @@ def test_tls(secure: FakeRegistry, authority: tuple[Path, Path], tmp_path: Path,
     place = tmp_path / "certs.d" / secure.name
     place.mkdir(parents=True)
     (place / "ca.crt").write_bytes(authority[0].read_bytes())
-    monkeypatch.setattr(_oci_http, "_CERTS_D", (tmp_path / "certs.d",))
+    monkeypatch.setattr(_oci_tls, "_CERTS_D", (tmp_path / "certs.d",))
     assert pull(secure) == DATA
     (place / "ca.crt").write_text("nonsense")
     with pytest.raises(KeyProblem):
@@ -906,6 +908,15 @@ def test_nobody_there(fake: FakeRegistry) -> None:
     assert caught.value.exit_code == 40
 
 
+@FORMS
+def test_a_slow_link_is_no_dead_one(fake: FakeRegistry, form: str) -> None:
+    fake.slow_s = 0.02
+    data = random.Random(5).randbytes(8 << 20)
+    push(fake, data, replace(IMPATIENT, chunk_bytes=8 << 20, connect_timeout_s=0.5, idle_timeout_s=2.0), form=form)
+    fake.slow_s = 0.0
+    assert sent(fake) == len(data) and pull(fake) == data
+
+
 def test_no_registry(fake: FakeRegistry) -> None:
     fake.hook = lambda h: h.answer(404, body=b"<html>") or True
     with pytest.raises(RemoteRefused, match="no registry"):
@@ -929,26 +940,31 @@ def test_one_who_falls_silent(fake: FakeRegistry, part: str) -> None:
         release.set()
 
 
-def test_one_who_sends_a_byte_now_and_then(fake: FakeRegistry) -> None:
+@pytest.mark.parametrize("part", ["/blobs/sha256", "/manifests/", "head"])
+def test_one_who_sends_a_byte_now_and_then(fake: FakeRegistry, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_oci_read, "LEAST_BYTES_S", 1 << 30)
     push(fake)
     release = threading.Event()
 
     def drip(handler: Handler) -> bool:
-        if "/blobs/sha256" not in handler.path and "/manifests/" not in handler.path:
+        if part not in handler.path and part != "head":
             return False
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(DATA)))
-        handler.end_headers()
+        if part != "head":
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(CHUNK))
+            handler.end_headers()
         while not release.wait(0.1):
-            handler.wfile.write(b" ")
+            handler.wfile.write(b"H")
         return True
 
     fake.hook = drip
+    began = time.monotonic()
     try:
-        with pytest.raises(TransferFailed, match="slowly"):
-            pull(fake, options=IMPATIENT)
+        with pytest.raises(TransferFailed, match="broke|silent"):
+            pull(fake, options=replace(IMPATIENT, connect_timeout_s=0.3))
     finally:
         release.set()
+    assert time.monotonic() - began < 10
 
 
 def test_what_the_registry_says_is_shown_without_control_characters(fake: FakeRegistry) -> None:

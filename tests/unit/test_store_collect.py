@@ -222,7 +222,7 @@ def life(root: Path) -> None:
 def test_killed_at_any_moment_nothing_is_lost_and_nothing_stays(tmp_path: Path) -> None:
     prepared = tmp_path / "prepared"
     generations(Catalog(prepared), 3)
-    step = 7
+    step = 11
     for number in range(0, 3000, step):
         root = tmp_path / str(number)
         shutil.copytree(prepared, root)
@@ -241,7 +241,10 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_stays(tmp_path: Path) 
             assert catalog.check(checkpoint) == []
             with catalog.page_reader(checkpoint) as pages:
                 assert pages.pread(PAGES, PAGES_A_GENERATION * PAGE, 0) == content(int(ref.partition("@")[2]))
-        catalog.collect()
+        if number % 2:
+            catalog.sweep()  # every operation begins with it
+        else:
+            catalog.collect()
         exact(catalog)
         shutil.rmtree(root)
         if os.WIFEXITED(status):

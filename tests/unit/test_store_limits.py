@@ -139,7 +139,7 @@ def write(blocks):
 
 write(48)
 before = peak()
-made = write(400)
+made = write(256)
 catalog.materialize(made, Path(sys.argv[2], "out"))
 catalog.check(made)
 print(peak() - before)
@@ -149,4 +149,4 @@ print(peak() - before)
 def test_memory_does_not_grow_with_the_member(tmp_path: Path) -> None:
     process = spawn([sys.executable, "-c", _MANY, CHECKOUT, tmp_path, "1"], stdout=PIPE)
     out, _ = process.communicate(timeout=120)
-    assert int(out) < 100 << 20, "400 MiB went through; 32 MiB of chunks are kept for reading"
+    assert int(out) < 100 << 20, "256 MiB went through; 32 MiB of chunks are kept for reading"

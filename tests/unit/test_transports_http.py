@@ -273,6 +273,13 @@ def test_a_trickle_of_bytes_is_no_transfer(web: Web) -> None:
         get(f"{web.url}/web.tar", HASTY)
 
 
+def test_a_byte_a_connection_is_no_transfer(web: Web) -> None:
+    web.objects["/web.tar"] = bytes(1_000_000)
+    web.cuts_out = [1] * 100_000
+    with pytest.raises(TransferFailed, match="tried"):
+        get(f"{web.url}/web.tar", HASTY)
+
+
 def test_a_server_that_never_answers(web: Web) -> None:
     web.silent_s = 3
     with pytest.raises(TransferFailed, match="in time"):

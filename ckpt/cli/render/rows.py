@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 from ckpt.errors import CkptError
 
 if TYPE_CHECKING:
+    from ckpt.criu.contents import Contents
     from ckpt.events import Event
     from ckpt.model import Checkpoint, Finding, Manifest
-    from ckpt.ops.inspect import Inspection
+    from ckpt.ops.inspect import Found, Inspection
     from ckpt.ops.result import Outcome
 
 SCHEMA: Final = 1
@@ -28,8 +29,10 @@ CHECKPOINT_FIELDS: Final = (
 INSPECT_FIELDS: Final = (
     "ref", "id", "name", "generation", "engine", "engine_version", "runtime", "container_id", "container_image", "created_s", "host",
     "tcp_established", "file_locks", "shell_job", "left_running", "processes", "volumes", "networks", "addresses", "ports", "host_mounts",
-    "stats", "freeze_s", "size_bytes", "digests", "foreign", "external", "sizes",
+    "stats", "freeze_s", "size_bytes", "digests", "foreign", "external", "sizes", "path", "signed", "archive", "tasks", "mounts", "open_kinds",
+    "memory", "unread",
 )  # fmt: skip
+FOUND_FIELDS: Final = ("ref", "pid", "comm", "kind", "address", "length", "context_address", "context")
 CHECK_FIELDS: Final = ("name", "ok", "findings")
 PLAN_FIELDS: Final = ("name", "plan")
 
@@ -119,7 +122,41 @@ def inspection_row(inspection: Inspection) -> Row:
     row["ref"] = f"{manifest.name}@{manifest.generation}"
     row["foreign"] = manifest.foreign or ("yes" if inspection.foreign else "")
     row["sizes"] = plain(inspection.sizes)
+    contents = inspection.contents
+    row |= {
+        "stats": plain(inspection.stats),
+        "path": inspection.path,
+        "signed": inspection.signed,
+        "archive": {"bytes": inspection.archive_bytes, "compression": inspection.compression, "indexed": inspection.indexed},
+        "tasks": plain(contents.tasks) if contents else [],
+        "mounts": plain(contents.mounts) if contents else [],
+        "open_kinds": plain(contents.kinds) if contents else {},
+        "memory": _memory(contents) if contents else {},
+        "unread": inspection.unread,
+    }
+    for task in row["tasks"]:
+        if (words := inspection.words.get(task["pid"])) is not None:
+            task |= plain(words)
     return {key: row[key] for key in INSPECT_FIELDS}
+
+
+def _memory(contents: Contents) -> Row:
+    """The memory of all processes together; shared memory is counted once."""
+    kinds: dict[str, int] = {}
+    for task in contents.tasks:
+        for kind, count in task.memory.by_kind_bytes.items():
+            kinds[kind] = kinds.get(kind, 0) + count
+    return {
+        "image_bytes": sum(task.memory.image_bytes for task in contents.tasks) + contents.shared_bytes,
+        "shared_image_bytes": contents.shared_bytes,
+        "parent_bytes": sum(task.memory.parent_bytes for task in contents.tasks),
+        "zero_bytes": sum(task.memory.zero_bytes for task in contents.tasks),
+        "mapped_by_kind_bytes": kinds,
+    }
+
+
+def found_row(ref: str, found: Found) -> Row:
+    return {"ref": ref, **plain(dataclasses.replace(found, context=b"")), "context": found.context.hex()}
 
 
 def check_row(target: str, ok: bool, findings: tuple[Finding, ...]) -> Row:

@@ -48,48 +48,6 @@ def check_lines(row: Row) -> Iterator[str]:
             yield f"      {'':<{width}} next: {units.clean(finding['hint'])}"
 
 
-def inspect_lines(row: Row) -> Iterator[str]:
-    """`ckpt inspect`: what a checkpoint is and what its restore needs."""
-    host = row["host"]
-    yes = [label for key, label in (("tcp_established", "TCP connections"), ("file_locks", "file locks"), ("shell_job", "a terminal")) if row[key]]
-    container_image = row["container_image"] or {}
-    lines: list[tuple[str, str]] = [
-        ("id", row["id"]),
-        ("engine", " ".join(filter(None, (row["engine"], row["engine_version"])))),
-        ("runtime", row["runtime"] or ""),
-        ("container", row["container_id"]),
-        ("container image", " ".join(filter(None, (container_image.get("name"), str(container_image.get("id", ""))[:19])))),
-        ("created", units.when(row["created_s"])),
-        ("host", ", ".join(filter(None, (host["hostname"], host["arch"], _with("Linux", host["kernel"]), _with("CRIU", host["criu_version"]))))),
-        ("open", ", ".join(yes)),
-        ("frozen", units.duration(row["freeze_s"]) if row["freeze_s"] else ""),
-        ("left running", "yes" if row["left_running"] else ""),
-        ("written by", row["foreign"]),
-        ("networks", ", ".join(row["networks"])),
-        ("addresses", ", ".join(row["addresses"])),
-        ("ports", ", ".join(f"{p['host_port']}->{p['container_port']}/{p['protocol']}" for p in row["ports"])),
-        ("volumes", ", ".join(f"{name} at {destination}" for name, destination in row["volumes"])),
-        ("host mounts", ", ".join(f"{m['source']} at {m['destination']}" for m in row["host_mounts"])),
-        ("size", units.size(row["size_bytes"])),
-    ]  # fmt: skip
-    yield units.clean(row["ref"])
-    for label, text in lines:
-        if text:
-            yield f"  {label:<16} {units.clean(text)}"
-    width = max([14, *(len(units.clean(name)) for name in row["sizes"])])
-    for name, count_bytes in row["sizes"].items():
-        yield f"    {units.clean(name):<{width}} {units.size(count_bytes):>10}"
-    if row["processes"]:
-        yield "  processes"
-        for process in row["processes"]:
-            threads = f"  {process['threads']} threads" if process["threads"] > 1 else ""
-            yield f"    {process['pid']:>7}  {units.clean(process['comm'])}{threads}"
-
-
-def _with(label: str, text: str) -> str:
-    return f"{label} {text}" if text else ""
-
-
 def migrated_line(target: str, destination: str, stats: dict[str, Any]) -> str:
     """`migrated web -> b: total 7.4 s, downtime 212 ms, 1.31 GiB sent (3 rounds, 178 MiB/s)`; parts that are unknown are left out."""
     words = []
