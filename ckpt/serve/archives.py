@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, Final, cast
 from ckpt import __version__
 from ckpt.archive import seal, trust, writer
 from ckpt.archive.members import Members
-from ckpt.events import ignore
+from ckpt.events import Event, Notice
 from ckpt.model import Checkpoint
 from ckpt.ops import import_
 from ckpt.store.catalog import Catalog
@@ -22,6 +23,13 @@ from ckpt.transports.base import Location
 
 COMPRESSIONS: Final = ("none", "zstd", "gzip")
 _PIPE_BYTES: Final = 1 << 20
+_log = logging.getLogger("ckpt.serve")
+
+
+def _tell(event: Event) -> None:
+    if isinstance(event, Notice):
+        # Parts of it may be the archive's own words.
+        _log.info("%s", "".join(c if c.isprintable() else "?" for c in event.text))
 
 
 def take_in(archive: Path, name: str | None, store: Path, incoming: trust.Incoming) -> str:
@@ -33,7 +41,7 @@ def take_in(archive: Path, name: str | None, store: Path, incoming: trust.Incomi
     Raises:
         CkptError: as ops.import_; the store is as before.
     """
-    outcome = import_.import_(Location.parse(str(archive)), name=name, incoming=incoming, store_root=store, emit=ignore)
+    outcome = import_.import_(Location.parse(str(archive)), name=name, incoming=incoming, store_root=store, emit=_tell)
     if outcome.error is not None:
         raise outcome.error
     assert outcome.checkpoint is not None
