@@ -11,14 +11,12 @@ import os
 import stat
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from ckpt.archive import frames, index, seal
-from ckpt.archive.age import Identity
+from ckpt.archive import frames, index
 from ckpt.archive.codec import Stream, open_stream
 from ckpt.archive.layout import CHUNK_BYTES, is_bulk
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, TarStream
@@ -38,11 +36,8 @@ class ArchiveMembers:
         ArchiveInvalid: no archive of a checkpoint.
     """
 
-    def __init__(self, path: Path, *, limits: Limits = DEFAULT_LIMITS, identities: Sequence[Identity] = ()) -> None:
-        """
-        Args:
-            identities: what opens an encrypted archive.
-        """
+    def __init__(self, path: Path, *, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._path = path
         self._limits = limits
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._kept: dict[str, bytes] = {}
@@ -54,18 +49,14 @@ class ArchiveMembers:
             if not stat.S_ISREG(status.st_mode):
                 raise ArchiveInvalid(f"{path} is not a regular file")
             self.archive_bytes = status.st_size
-            self._pread: Callable[[int, int], bytes] = partial(os.pread, self._fd)
-            self._content_bytes = self.archive_bytes
-            head = self._pread(seal.HEAD_BYTES, 0)
-            if seal.is_sealed(head):
-                sealed = seal.random_access(self._fd, identities)
-                self._pread, self._content_bytes = sealed.pread, sealed.size_bytes
-                head = self._pread(len(_ZSTD), 0)
-            self._index = index.load(self._read_at, self._content_bytes) if head.startswith(_ZSTD) else None
+            head = os.pread(self._fd, 32, 0)
+            if head.startswith(b"age-encryption.org/"):
+                raise ArchiveInvalid(f"{path} is encrypted", hint="ckpt import decrypts it into the store")
+            self._index = index.load(self._read_at, self.archive_bytes) if head.startswith(_ZSTD) else None
             self.compression = "zstd"
             if self._index is not None:
                 self._take_index(self._index)
-            elif len(tar := self._pread(_BLOCK, 0)) == _BLOCK and tar[257:262] == b"ustar":
+            elif len(tar := os.pread(self._fd, _BLOCK, 0)) == _BLOCK and tar[257:262] == b"ustar":
                 self.compression = "none"
                 self._scan_plain()
             else:
@@ -112,26 +103,24 @@ class ArchiveMembers:
         elif self.indexed:
             yield cast(BinaryIO, _Part(self, entry.data_offset, entry.size_bytes))
         else:
-            tar = TarStream(open_stream(self.from_start()), self._limits)
-            for member in tar:
-                if member.name == name:
-                    yield cast(BinaryIO, io.BufferedReader(_Pieces(tar.data()), CHUNK_BYTES))
-                    return
-            raise ArchiveInvalid(f"the archive has no {name} any more")
-
-    def from_start(self) -> BinaryIO:
-        """The archive as it came, decrypted if need be, for one reading from its beginning to its end."""
-        return cast(BinaryIO, _RawPart(self._pread, 0, self._content_bytes))
+            with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
+                stream = open_stream(file)
+                tar = TarStream(stream, self._limits)
+                for member in tar:
+                    if member.name == name:
+                        yield cast(BinaryIO, io.BufferedReader(_Pieces(tar.data()), CHUNK_BYTES))
+                        return
+                raise ArchiveInvalid(f"the archive has no {name} any more")
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _read_at(self, offset: int, count: int) -> bytes:
-        return self._pread(count, offset)
+        return os.pread(self._fd, count, offset)
 
     def tar_at(self, offset: int, count: int) -> bytes:
         """Bytes of the uncompressed tar; fewer at the end of a frame, none at the end of the tar."""
         if self._index is None:
-            return self._pread(min(count, CHUNK_BYTES), offset)
+            return os.pread(self._fd, min(count, CHUNK_BYTES), offset)
         known = self._index.frames
         number = bisect_right(known, offset, key=lambda frame: frame.start) - 1
         if not 0 <= number < len(known) or offset >= known[number].start + known[number].size_bytes:
@@ -139,7 +128,7 @@ class ArchiveMembers:
         recent = self._recent
         if recent is None or recent[0] != number:
             frame = known[number]
-            data = self._pread(frame.compressed_bytes, frame.offset)
+            data = os.pread(self._fd, frame.compressed_bytes, frame.offset)
             if zlib.crc32(data) != frame.crc32:
                 raise ArchiveInvalid("the archive is damaged: the checksum of a frame is wrong")
             recent = self._recent = (number, frames.unpack(data, frame))
@@ -148,7 +137,7 @@ class ArchiveMembers:
 
     def _take_index(self, found: index.Index) -> None:
         for frame in found.frames:
-            frames.check(self._pread(min(_FRAME_HEAD_BYTES, frame.compressed_bytes), frame.offset), frame)
+            frames.check(os.pread(self._fd, min(_FRAME_HEAD_BYTES, frame.compressed_bytes), frame.offset), frame)
         for entry in found.entries:
             member, length = self._header(found, entry.header_offset, entry.data_offset - entry.header_offset)
             claimed = (entry.name, entry.size_bytes, entry.data_offset - entry.header_offset, entry.mtime_s)
@@ -172,7 +161,7 @@ class ArchiveMembers:
         import zstandard
 
         engine = zstandard.ZstdDecompressor(max_window_size=frames.WINDOW_BYTES).stream_reader(
-            _RawPart(self._pread, frame.offset, frame.compressed_bytes),  # type: ignore[arg-type]
+            _RawPart(self._fd, frame.offset, frame.compressed_bytes),  # type: ignore[arg-type]
             read_size=16384,
         )
         try:
@@ -189,21 +178,23 @@ class ArchiveMembers:
             member, length = self._header(None, at, 4 << 20)
             entry = index.Entry(member.name, at, at + length, member.size_bytes, member.mtime_s)
             at = entry.data_offset + entry.size_bytes + -entry.size_bytes % _BLOCK
-            if at > self._content_bytes:
+            if at > self.archive_bytes:
                 raise ArchiveInvalid("the archive is truncated in the middle of a member")
             self._add(entry)
 
     def _scan_stream(self) -> None:
         """Any other compression: once through all of it, small members are kept."""
-        stream = open_stream(self.from_start())
-        self.compression = stream.compression
-        tar = TarStream(stream, self._limits)
-        kept = 0
-        for member in tar:
-            self._add(tar.entries[-1])
-            if not is_bulk(member.name) and not member.name.endswith("/") and kept + member.size_bytes <= _KEPT_BYTES:
-                self._kept[member.name] = b"".join(tar.data())
-                kept += member.size_bytes
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            stream = open_stream(file)
+            self.compression = stream.compression
+            tar = TarStream(stream, self._limits)
+            kept = 0
+            for member in tar:
+                self._add(tar.entries[-1])
+                if not is_bulk(member.name) and not member.name.endswith("/") and kept + member.size_bytes <= _KEPT_BYTES:
+                    self._kept[member.name] = b"".join(tar.data())
+                    kept += member.size_bytes
 
     def _add(self, entry: index.Entry) -> None:
         if entry.name in self._members:
@@ -239,15 +230,15 @@ class _At:
         return data
 
 
-class _RawPart:
-    """Some bytes of the archive."""
+class _RawPart(io.RawIOBase):
+    """Some bytes of the archive file."""
 
-    def __init__(self, pread: Callable[[int, int], bytes], offset: int, count: int) -> None:
-        self._pread, self._offset, self._end = pread, offset, offset + count
+    def __init__(self, fd: int, offset: int, count: int) -> None:
+        self._fd, self._offset, self._end = fd, offset, offset + count
 
     def read(self, size: int = -1) -> bytes:
         count = self._end - self._offset if size < 0 else min(size, self._end - self._offset)
-        data = self._pread(count, self._offset)
+        data = os.pread(self._fd, count, self._offset)
         self._offset += len(data)
         return data
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.cli import completion, protection
+from ckpt.cli import completion
 from ckpt.cli.common import Session, one_way, verb
 from ckpt.cli.render.rows import FOUND_FIELDS, INSPECT_FIELDS, Row, found_row, inspection_row
 from ckpt.errors import UsageError
-
-if TYPE_CHECKING:
-    from ckpt.archive.age import Identity
 
 
 @verb(
@@ -38,7 +34,6 @@ if TYPE_CHECKING:
 @click.option("--search-regex", "regex", metavar="REGEX", help="Find what matches a regular expression.")
 @click.option("-p", "--pid", type=click.IntRange(min=1), metavar="PID", help="Search in this process only.")
 @click.option("--max-matches", type=click.IntRange(min=1), default=100, metavar="N", help="Stop after so many matches (default 100).")
-@protection.opening_options
 def command(
     session: Session,
     refs: tuple[str, ...],
@@ -49,7 +44,7 @@ def command(
     regex: str | None,
     pid: int | None,
     max_matches: int,
-    **parts: Any,
+    **parts: bool,
 ) -> int:
     """Show what is in a checkpoint or an archive.
 
@@ -60,18 +55,17 @@ def command(
     from ckpt.cli.render.contents import inspect_lines
     from ckpt.ops import inspect as use_case
 
-    identities = protection.incoming(session, protection.take(parts, protection.INCOMING)).identities
     wanted = [(how, value) for how, value in (("text", text), ("hex", hexadecimal), ("regex", regex)) if value is not None]
     if len(wanted) > 1:
         raise UsageError("give one of --search, --search-hex and --search-regex")
     if wanted:
-        return _search(session, refs, wanted[0], pid, max_matches, identities)
+        return _search(session, refs, wanted[0], pid, max_matches)
     if pid is not None:
         raise UsageError("--pid is for a search", hint="give --search TEXT as well")
     chosen = [name for name, given in parts.items() if given or everything]
     if environment:
         chosen.append("environment")
-    rows = [inspection_row(use_case.inspect(ref, environment=environment, identities=identities, store_root=session.store_root)) for ref in refs]
+    rows = [inspection_row(use_case.inspect(ref, environment=environment, store_root=session.store_root)) for ref in refs]
 
     def lines(rows: Sequence[Row]) -> Iterator[str]:
         for row in rows:
@@ -81,9 +75,7 @@ def command(
     return 0
 
 
-def _search(
-    session: Session, refs: Sequence[str], wanted: tuple[str, str], pid: int | None, max_matches: int, identities: Sequence[Identity]
-) -> int:
+def _search(session: Session, refs: Sequence[str], wanted: tuple[str, str], pid: int | None, max_matches: int) -> int:
     from ckpt.cli.render.contents import found_lines
     from ckpt.ops import inspect as use_case
 
@@ -92,7 +84,7 @@ def _search(
     for ref in refs:
         left = max_matches - len(rows)
         if left:
-            found = use_case.search(ref, pattern, how=how, pid=pid, max_matches=left, identities=identities, store_root=session.store_root)
+            found = use_case.search(ref, pattern, how=how, pid=pid, max_matches=left, store_root=session.store_root)
             rows += [found_row(ref, one) for one in found]
 
     def lines(rows: Sequence[Row]) -> Iterator[str]:

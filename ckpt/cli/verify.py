@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import click
 
-from ckpt.cli import completion, protection
+from ckpt.cli import completion
 from ckpt.cli.common import Session, one_way, verb
 from ckpt.cli.render import units
 from ckpt.cli.render.rows import Row
@@ -24,18 +23,16 @@ from ckpt.cli.render.rows import Row
 @click.argument("refs", nargs=-1, metavar="[CHECKPOINT|FILE]...", shell_complete=completion.checkpoints_or_files)
 @click.option("-a", "--all", "every", is_flag=True, help="Every checkpoint in the store.")
 @click.option("--deep", is_flag=True, help="Parse the CRIU images, the configuration and the files as well.")
-@protection.incoming_options
-def command(session: Session, refs: tuple[str, ...], every: bool, deep: bool, **given: Any) -> int:
+def command(session: Session, refs: tuple[str, ...], every: bool, deep: bool) -> int:
     """Verify that checkpoints and archives are whole.
 
     Every byte is read and compared with the digests in the manifest. An archive of podman has none: of it only the compressor's checksums
     are verified, and with --deep all that can be parsed.
     """
     one_way(refs, every=every, what="checkpoint")
-    incoming = protection.incoming(session, given)
     from ckpt.ops import verify as use_case
 
-    outcomes = use_case.verify(refs, all=every, deep=deep, incoming=incoming, store_root=session.store_root, emit=session.emit)
+    outcomes = use_case.verify(refs, all=every, deep=deep, store_root=session.store_root, emit=session.emit)
     return session.finish(outcomes, id_of="checkpoint", table=_lines)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ckpt.archive import layout
-from ckpt.archive.age import Identity
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.errors import ArchiveInvalid, CkptError, FeatureMissing, UsageError
 from ckpt.model import DumpStats, Manifest
@@ -69,9 +68,7 @@ class Found:
     context: bytes
 
 
-def inspect(
-    ref_or_file: str, *, environment: bool = False, identities: Sequence[Identity] = (), store_root: Path = DEFAULT_ROOT
-) -> Inspection:
+def inspect(ref_or_file: str, *, environment: bool = False, store_root: Path = DEFAULT_ROOT) -> Inspection:
     """Inspect a checkpoint of the store, else an archive file. What is written as a path (with a "/") is a file.
 
     Args:
@@ -81,7 +78,7 @@ def inspect(
         TargetNotFound: it is neither.
         ArchiveInvalid: the file is no archive of a checkpoint.
     """
-    with opening(ref_or_file, identities=identities, store_root=store_root) as opened:
+    with opening(ref_or_file, store_root=store_root) as opened:
         members = opened.members
         names = members.names()
         sizes = {name: members.size_bytes(name) for name in names if not name.endswith("/")}
@@ -152,7 +149,6 @@ def search(
     pid: int | None = None,
     max_matches: int = 100,
     context_bytes: int = 32,
-    identities: Sequence[Identity] = (),
     store_root: Path = DEFAULT_ROOT,
 ) -> Iterator[Found]:
     """Search the memory of a checkpoint's processes, page by page in the order of the addresses.
@@ -169,7 +165,7 @@ def search(
     from ckpt.criu import memory
 
     wanted = _pattern(pattern, how)
-    with opening(ref_or_file, identities=identities, store_root=store_root) as opened:
+    with opening(ref_or_file, store_root=store_root) as opened:
         tasks = {task.pid: task for task in criu.read(opened.members).tasks}
         if pid is not None and pid not in tasks:
             raise UsageError(f"{opened.label} has no process {pid}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.archive import reader
-from ckpt.archive.age import Identity
 from ckpt.archive.members import Members
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.errors import TargetNotFound
@@ -36,15 +35,12 @@ class Opened:
 
 
 @contextmanager
-def opening(ref_or_file: str, *, identities: Sequence[Identity] = (), store_root: Path = DEFAULT_ROOT) -> Iterator[Opened]:
+def opening(ref_or_file: str, *, store_root: Path = DEFAULT_ROOT) -> Iterator[Opened]:
     """Open a checkpoint of the store, else an archive file. What is written as a path (with a "/") is a file.
-
-    Args:
-        identities: what opens an encrypted archive.
 
     Raises:
         TargetNotFound: it is neither.
-        ArchiveInvalid: the file is no archive of a checkpoint. KeyProblem, DigestMismatch: an encrypted one cannot be opened.
+        ArchiveInvalid: the file is no archive of a checkpoint.
     """
     path = Path(ref_or_file)
     if "/" not in ref_or_file:
@@ -60,6 +56,6 @@ def opening(ref_or_file: str, *, identities: Sequence[Identity] = (), store_root
             return
     if not path.is_file():
         raise TargetNotFound(f"there is no archive {ref_or_file!r}")
-    with ArchiveMembers(path, identities=identities) as members:
+    with ArchiveMembers(path) as members:
         seen = reader.look(members)
         yield Opened(ref_or_file, seen.manifest, members, path, None, members.archive_bytes, members.compression)

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ckpt.archive import foreign, layout, trust
+from ckpt.archive import foreign, layout
 from ckpt.archive import manifest as manifests
 from ckpt.archive.codec import open_stream
 from ckpt.archive.members import Members
-from ckpt.archive.opened import ArchiveMembers
 from ckpt.archive.tarstream import DEFAULT_LIMITS, TarStream
 from ckpt.errors import ArchiveInvalid, CkptError, DigestMismatch, FeatureMissing, TargetNotFound, UsageError
 from ckpt.events import BytesMoved, Emit
@@ -25,6 +24,9 @@ from ckpt.ops.opening import Opened, opening
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT
+
+CheckSignature = Callable[[bytes, bytes], str]
+"""(manifest, signature) -> who signed; raises DigestMismatch or KeyProblem."""
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ def verify(
     *,
     all: bool = False,
     deep: bool = False,
-    incoming: trust.Incoming = trust.ANYBODY,
+    check_signature: CheckSignature | None = None,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
 ) -> list[Outcome]:
@@ -52,7 +54,7 @@ def verify(
     Args:
         all: everything in the store.
         deep: parse every CRIU image, the pages' sizes, the configuration and the tars too.
-        incoming: what opens encrypted archives, and whose signature there must be; when nobody asks, it is only mentioned.
+        check_signature: asked about the signature where there is one; without it the signature is only mentioned.
 
     Returns:
         An outcome each; the error of a damaged one is a DigestMismatch (or ArchiveInvalid, when it is no archive).
@@ -71,7 +73,7 @@ def verify(
     for ref in refs:
         began = time.monotonic()
         try:
-            checkpoint, report = _verify(ref, deep, incoming, store_root, emit)
+            checkpoint, report = _verify(ref, deep, check_signature, store_root, emit)
         except CkptError as error:
             if not (all and isinstance(error, TargetNotFound)):  # removed meanwhile
                 outcomes.append(failure(ref, error))
@@ -89,9 +91,9 @@ def verify(
     return outcomes
 
 
-def _verify(ref: str, deep: bool, incoming: trust.Incoming, root: Path, emit: Emit) -> tuple[Checkpoint | None, Report]:
+def _verify(ref: str, deep: bool, signature: CheckSignature | None, root: Path, emit: Emit) -> tuple[Checkpoint | None, Report]:
     report = Report()
-    with opening(ref, identities=incoming.identities, store_root=root) as opened:
+    with opening(ref, store_root=root) as opened:
         total = sum(opened.members.size_bytes(name) for name in opened.members.names())
 
         def on_bytes(count: int) -> None:
@@ -108,7 +110,7 @@ def _verify(ref: str, deep: bool, incoming: trust.Incoming, root: Path, emit: Em
             report.members = len(opened.manifest.digests)
             report.digests = "wrong" if report.problems else "equal"
             report.bytes = report.bytes or total
-        _signature(opened, incoming, report)
+        _signature(opened, signature, report)
         if deep:
             report.problems += list(_deep(opened))
         return opened.checkpoint, report
@@ -135,32 +137,32 @@ def _file_digests(opened: Opened, on_bytes: Callable[[int], None]) -> dict[str, 
     """Digests of an archive's members, read as an import reads it: from the beginning to the end, past every checksum of the compressor."""
     digests: dict[str, str] = {}
     sizes: dict[str, int] = {}
-    stream = open_stream(cast(ArchiveMembers, opened.members).from_start())
-    tar = TarStream(stream, DEFAULT_LIMITS)
-    for member in tar:
-        sizes[member.name] = member.size_bytes
-        digest = hashlib.sha256()
-        for piece in tar.data():
-            digest.update(piece)
-            on_bytes(len(piece))
-        if not member.name.endswith("/") and member.name not in layout.UNDIGESTED:
-            digests[member.name] = layout.DIGEST_PREFIX + digest.hexdigest()
-    if opened.has_manifest:
-        stream.require_as_written(tar.entries)
+    with opened.path.open("rb") as file:
+        stream = open_stream(file)
+        tar = TarStream(stream, DEFAULT_LIMITS)
+        for member in tar:
+            sizes[member.name] = member.size_bytes
+            digest = hashlib.sha256()
+            for piece in tar.data():
+                digest.update(piece)
+                on_bytes(len(piece))
+            if not member.name.endswith("/") and member.name not in (layout.MANIFEST, layout.SIGNATURE):
+                digests[member.name] = layout.DIGEST_PREFIX + digest.hexdigest()
+        if opened.has_manifest:
+            stream.require_as_written(tar.entries)
     if sizes != {name: opened.members.size_bytes(name) for name in opened.members.names()}:
         raise ArchiveInvalid("the archive's index does not agree with its members")
     return digests
 
 
-def _signature(opened: Opened, incoming: trust.Incoming, report: Report) -> None:
-    names = opened.members.names()
-    manifest, given = (_read(opened.members, name) if name in names else None for name in (layout.MANIFEST, layout.SIGNATURE))
-    if given is not None:
-        report.signature = "not checked"
-    if incoming.asks(foreign=opened.checkpoint is None or opened.checkpoint.entry.foreign):
+def _signature(opened: Opened, check: CheckSignature | None, report: Report) -> None:
+    if layout.SIGNATURE not in opened.members.names():
+        return
+    report.signature = "not checked"
+    if check is not None:
         try:
-            report.signature = incoming.judge(manifest or b"", given) or "none"
-        except DigestMismatch as error:
+            report.signature = check(_read(opened.members, layout.MANIFEST), _read(opened.members, layout.SIGNATURE))
+        except CkptError as error:
             report.signature = "wrong"
             report.problems.append(error.message)
 

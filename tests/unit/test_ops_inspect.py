@@ -238,10 +238,18 @@ def test_a_damaged_archive_and_none(stage: Path, tmp_path: Path) -> None:
         verify.verify([], store_root=tmp_path / "store", emit=ignore)
 
 
-def test_a_signature_that_nobody_asks_about(stage: Path, tmp_path: Path) -> None:
+def test_the_signature_is_handed_over(stage: Path, tmp_path: Path) -> None:
     (stage / layout.SIGNATURE).write_bytes(b"signed")
-    (outcome,) = verify.verify([archive(stage, tmp_path / "web.tar.zst")], store_root=tmp_path / "store", emit=ignore)
-    assert outcome.ok and outcome.stats["signature"] == "not checked"
+    ref = archive(stage, tmp_path / "web.tar.zst")
+    seen: list[bytes] = []
+
+    def check(data: bytes, signature: bytes) -> str:
+        seen.extend((data, signature))
+        raise DigestMismatch("the signature is wrong")
+
+    (outcome,) = verify.verify([ref], check_signature=check, store_root=tmp_path / "store", emit=ignore)
+    assert seen == [(stage / layout.MANIFEST).read_bytes(), b"signed"]
+    assert not outcome.ok and outcome.stats["signature"] == "wrong"
 
 
 # Diff
