@@ -31,6 +31,7 @@ SSH: Final = "ssh"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCP = re.compile(r"(?:[^@/:]+@)?(?:\[[^\]/]+\]|[^:/@\[\]]+):")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NO_TEXT = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class Location:
         if text == "-":
             return cls(PIPE, text, "-")
         if found := _SCHEME.match(text):
+            if _NO_TEXT.search(text):
+                raise UsageError("a location with bytes that are no text", hint="write them as %XX")
             return _url(cls, found[1].lower(), text)
         if _SCP.match(text):
             return cls(SSH, text, text)

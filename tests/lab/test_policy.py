@@ -31,7 +31,7 @@ def everything(host: Host) -> str:
             "-c",
             "podman ps -a --no-trunc --format '{{.ID}} {{.Names}} {{.Status}}'; podman images -a --digests --no-trunc --format "
             "'{{.Repository}}:{{.Tag}} {{.Digest}} {{.Id}}'; podman volume ls -q; podman network ls -q; wc -l </proc/self/mountinfo;"
-            "find /srv /var/lib/ckpt -not -path '*/jobs*' -not -path '*/history*' | sort",
+            "find /srv /var/lib/ckpt -not -path '*/jobs*' -not -path '*/history*' -not -path '*/locks/*' | sort",
         ]
     ).stdout
 

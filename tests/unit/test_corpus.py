@@ -17,6 +17,7 @@ from ckpt.model import Capabilities, RestoreOptions
 from ckpt.ops.import_ import import_
 from ckpt.ops.restore import restore
 from ckpt.store.catalog import Catalog
+from ckpt.transports.base import Location
 
 try:
     load("images.magic")
@@ -103,13 +104,13 @@ def test_it_is_refused(attack: Attack, world: Path) -> None:
     file.write_bytes(data)
     store, before, running = world / "store", snapshot(world), children()
     error: CkptError | None = None
-    (outcome,) = restore([], import_from=file, options=RestoreOptions(), store_root=store, emit=lambda event: None)
+    (outcome,) = restore([], import_from=Location.of(file), options=RestoreOptions(), store_root=store, emit=lambda event: None)
     refused(outcome.error, attack)
     assert NoEngine.asked == 0
     assert snapshot(world) == before
     if attack.at == "import":
         try:
-            import_(file, store_root=store, emit=lambda event: None)
+            import_(Location.of(file), store_root=store, emit=lambda event: None)
         except CkptError as caught:
             error = caught
         refused(error, attack)
@@ -164,7 +165,7 @@ def test_the_honest_one_is_taken(world: Path) -> None:
     """Else all of the above would prove nothing."""
     file = world / "archives/a.tar"
     file.write_bytes(tars.honest())
-    assert import_(file, store_root=world / "store", emit=lambda event: None).ok
+    assert import_(Location.of(file), store_root=world / "store", emit=lambda event: None).ok
     (outcome,) = restore(["web"], options=RestoreOptions(), store_root=world / "store", emit=lambda event: None)
     assert NoEngine.asked == 1 and not outcome.ok
 
