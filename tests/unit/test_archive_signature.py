@@ -322,14 +322,14 @@ def test_an_encrypted_archive_is_looked_at_and_verified_where_it_lies(world: Wor
     file = world.directory / "web.age"
     export("web", at(file), compress=compress, options=OPTIONS, outgoing=outgoing, store_root=world.root, emit=ignore)
     identities = seal.identities([keys / "ops"])
-    seen = inspect(str(file), identities=identities, store_root=world.root)
+    seen = inspect(str(file), incoming=trust.Incoming(identities), store_root=world.root)
     assert saved.checkpoint is not None and seen.manifest.digests == saved.checkpoint.manifest.digests
     with pytest.raises(KeyProblem):
         inspect(str(file), store_root=world.root)
     incoming = trust.Incoming(identities, demand(keys, local=True))
     for ref in (str(file), "web"):
         (good,) = verify([ref], incoming=incoming, store_root=world.root, emit=ignore)
-        assert good.ok and good.stats["signature"] == "ops@example" and good.stats["digests"] == "equal", good
+        assert good.ok and good.stats["signature"] == "by ops@example" and good.stats["digests"] == "equal", good
         (bad,) = verify([ref], incoming=trust.Incoming(identities, demand(keys, "stranger", local=True)), store_root=world.root, emit=ignore)
         assert isinstance(bad.error, DigestMismatch) and bad.stats["signature"] == "wrong"
     data = bytearray(file.read_bytes())
