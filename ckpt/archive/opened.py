@@ -11,12 +11,14 @@ import os
 import stat
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from ckpt.archive import frames, index
+from ckpt.archive import armor, frames, index, seal
+from ckpt.archive.age import Identity
 from ckpt.archive.codec import Stream, open_stream
 from ckpt.archive.layout import CHUNK_BYTES, is_bulk
 from ckpt.archive.tarstream import DEFAULT_LIMITS, Limits, TarStream
@@ -32,12 +34,16 @@ _ZSTD: Final = b"\x28\xb5\x2f\xfd"
 class ArchiveMembers:
     """`Members` of an archive file. Closes with `close`, or as a context manager; safe for use by several threads.
 
+    Args:
+        identities: what opens it when it is encrypted. Nothing is written in clear.
+
     Raises:
-        ArchiveInvalid: no archive of a checkpoint.
+        ArchiveInvalid: no archive of a checkpoint. KeyProblem, DigestMismatch: as `seal.decrypting`.
     """
 
-    def __init__(self, path: Path, *, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, path: Path, *, limits: Limits = DEFAULT_LIMITS, identities: Sequence[Identity] = ()) -> None:
         self._path = path
+        self._identities = identities
         self._limits = limits
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._kept: dict[str, bytes] = {}
@@ -48,15 +54,22 @@ class ArchiveMembers:
             status = os.fstat(self._fd)
             if not stat.S_ISREG(status.st_mode):
                 raise ArchiveInvalid(f"{path} is not a regular file")
-            self.archive_bytes = status.st_size
-            head = os.pread(self._fd, 32, 0)
-            if head.startswith(b"age-encryption.org/"):
-                raise ArchiveInvalid(f"{path} is encrypted", hint="ckpt import decrypts it into the store")
-            self._index = index.load(self._read_at, self.archive_bytes) if head.startswith(_ZSTD) else None
+            self.archive_bytes = self._content_bytes = status.st_size
             self.compression = "zstd"
+            self._pread: Callable[[int, int], bytes] = partial(os.pread, self._fd)
+            head = self._pread(seal.HEAD_BYTES, 0)
+            self.sealed = seal.is_sealed(head)
+            if self.sealed and head.startswith(armor.BEGIN):
+                self._scan_stream()
+                return
+            if self.sealed:
+                inside = seal.random_access(self._fd, identities)
+                self._pread, self._content_bytes = inside.pread, inside.size_bytes
+            head = self._pread(_BLOCK, 0)
+            self._index = index.load(self._read_at, self._content_bytes) if head.startswith(_ZSTD) else None
             if self._index is not None:
                 self._take_index(self._index)
-            elif len(tar := os.pread(self._fd, _BLOCK, 0)) == _BLOCK and tar[257:262] == b"ustar":
+            elif len(head) == _BLOCK and head[257:262] == b"ustar":
                 self.compression = "none"
                 self._scan_plain()
             else:
@@ -104,7 +117,7 @@ class ArchiveMembers:
             yield cast(BinaryIO, _Part(self, entry.data_offset, entry.size_bytes))
         else:
             with os.fdopen(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
-                stream = open_stream(file)
+                stream = open_stream(seal.reading(file, self._identities))
                 tar = TarStream(stream, self._limits)
                 for member in tar:
                     if member.name == name:
@@ -115,12 +128,12 @@ class ArchiveMembers:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _read_at(self, offset: int, count: int) -> bytes:
-        return os.pread(self._fd, count, offset)
+        return self._pread(count, offset)
 
     def tar_at(self, offset: int, count: int) -> bytes:
         """Bytes of the uncompressed tar; fewer at the end of a frame, none at the end of the tar."""
         if self._index is None:
-            return os.pread(self._fd, min(count, CHUNK_BYTES), offset)
+            return self._pread(min(count, CHUNK_BYTES), offset)
         known = self._index.frames
         number = bisect_right(known, offset, key=lambda frame: frame.start) - 1
         if not 0 <= number < len(known) or offset >= known[number].start + known[number].size_bytes:
@@ -128,7 +141,7 @@ class ArchiveMembers:
         recent = self._recent
         if recent is None or recent[0] != number:
             frame = known[number]
-            data = os.pread(self._fd, frame.compressed_bytes, frame.offset)
+            data = self._pread(frame.compressed_bytes, frame.offset)
             if zlib.crc32(data) != frame.crc32:
                 raise ArchiveInvalid("the archive is damaged: the checksum of a frame is wrong")
             recent = self._recent = (number, frames.unpack(data, frame))
@@ -137,7 +150,7 @@ class ArchiveMembers:
 
     def _take_index(self, found: index.Index) -> None:
         for frame in found.frames:
-            frames.check(os.pread(self._fd, min(_FRAME_HEAD_BYTES, frame.compressed_bytes), frame.offset), frame)
+            frames.check(self._pread(min(_FRAME_HEAD_BYTES, frame.compressed_bytes), frame.offset), frame)
         for entry in found.entries:
             member, length = self._header(found, entry.header_offset, entry.data_offset - entry.header_offset)
             claimed = (entry.name, entry.size_bytes, entry.data_offset - entry.header_offset, entry.mtime_s)
@@ -161,7 +174,7 @@ class ArchiveMembers:
         import zstandard
 
         engine = zstandard.ZstdDecompressor(max_window_size=frames.WINDOW_BYTES).stream_reader(
-            _RawPart(self._fd, frame.offset, frame.compressed_bytes),  # type: ignore[arg-type]
+            _RawPart(self._pread, frame.offset, frame.compressed_bytes),  # type: ignore[arg-type]
             read_size=16384,
         )
         try:
@@ -178,7 +191,7 @@ class ArchiveMembers:
             member, length = self._header(None, at, 4 << 20)
             entry = index.Entry(member.name, at, at + length, member.size_bytes, member.mtime_s)
             at = entry.data_offset + entry.size_bytes + -entry.size_bytes % _BLOCK
-            if at > self.archive_bytes:
+            if at > self._content_bytes:
                 raise ArchiveInvalid("the archive is truncated in the middle of a member")
             self._add(entry)
 
@@ -186,7 +199,7 @@ class ArchiveMembers:
         """Any other compression: once through all of it, small members are kept."""
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
-            stream = open_stream(file)
+            stream = open_stream(seal.reading(file, self._identities))
             self.compression = stream.compression
             tar = TarStream(stream, self._limits)
             kept = 0
@@ -233,12 +246,12 @@ class _At:
 class _RawPart(io.RawIOBase):
     """Some bytes of the archive file."""
 
-    def __init__(self, fd: int, offset: int, count: int) -> None:
-        self._fd, self._offset, self._end = fd, offset, offset + count
+    def __init__(self, pread: Callable[[int, int], bytes], offset: int, count: int) -> None:
+        self._pread, self._offset, self._end = pread, offset, offset + count
 
     def read(self, size: int = -1) -> bytes:
         count = self._end - self._offset if size < 0 else min(size, self._end - self._offset)
-        data = os.pread(self._fd, count, self._offset)
+        data = self._pread(count, self._offset)
         self._offset += len(data)
         return data
 

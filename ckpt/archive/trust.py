@@ -53,13 +53,17 @@ class Incoming:
         """Who signed it; None when nobody, or when nobody asks. Raises DigestMismatch, KeyProblem."""
         return None if self.demand is None else signature.check(manifest, given, self.demand)
 
+    def asks(self, *, foreign: bool) -> bool:
+        """Whether a signature matters, for what came from outside or is of this host."""
+        return self.demand is not None and (foreign or self.demand.local)
+
     def judge_stage(self, stage: Path, *, foreign: bool = True) -> str | None:
         """`judge` for a checkpoint whose small members are plain files: of a store, or unpacked.
 
         Args:
             foreign: it came from outside; what this host made itself is only asked when the demand says so.
         """
-        if self.demand is None or not (foreign or self.demand.local):
+        if not self.asks(foreign=foreign):
             return None
         path = stage / SIGNATURE
         given = path.read_bytes()[: signature.MAX_BYTES + 1] if path.is_file() else None

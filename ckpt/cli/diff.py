@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from ckpt.cli import completion
 from ckpt.cli.common import Session, verb
+from ckpt.cli.protection import decrypting_options, incoming
 from ckpt.cli.render import units
 from ckpt.cli.render.rows import Row, plain
 
@@ -26,7 +27,8 @@ _PAGE_BYTES: Final = 4096
 @click.argument("a", metavar="CHECKPOINT|FILE", shell_complete=completion.checkpoints_or_files)
 @click.argument("b", metavar="CHECKPOINT|FILE", shell_complete=completion.checkpoints_or_files)
 @click.option("--memory/--no-memory", default=True, help="Compare memory pages too (default: yes).")
-def command(session: Session, a: str, b: str, memory: bool) -> int:
+@decrypting_options
+def command(session: Session, a: str, b: str, memory: bool, **protection: Any) -> int:
     """Show what differs between two checkpoints.
 
     Processes, files (by their content, not their times), open files, sockets, configuration, and how many memory pages of each process
@@ -34,7 +36,7 @@ def command(session: Session, a: str, b: str, memory: bool) -> int:
     """
     from ckpt.ops import diff as use_case
 
-    found = use_case.diff(a, b, memory=memory, store_root=session.store_root, emit=session.emit)
+    found = use_case.diff(a, b, memory=memory, incoming=incoming(session, protection), store_root=session.store_root, emit=session.emit)
     session.reporter.show([{**plain(found), "same": found.same}], table=_lines)
     return 0
 

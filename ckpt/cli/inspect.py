@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpt.cli import completion
 from ckpt.cli.common import Session, one_way, verb
+from ckpt.cli.protection import decrypting_options, incoming
 from ckpt.cli.render.rows import FOUND_FIELDS, INSPECT_FIELDS, Row, found_row, inspection_row
 from ckpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from ckpt.archive.trust import Incoming
 
 
 @verb(
@@ -34,6 +39,7 @@ from ckpt.errors import UsageError
 @click.option("--search-regex", "regex", metavar="REGEX", help="Find what matches a regular expression.")
 @click.option("-p", "--pid", type=click.IntRange(min=1), metavar="PID", help="Search in this process only.")
 @click.option("--max-matches", type=click.IntRange(min=1), default=100, metavar="N", help="Stop after so many matches (default 100).")
+@decrypting_options
 def command(
     session: Session,
     refs: tuple[str, ...],
@@ -44,7 +50,7 @@ def command(
     regex: str | None,
     pid: int | None,
     max_matches: int,
-    **parts: bool,
+    **more: Any,
 ) -> int:
     """Show what is in a checkpoint or an archive.
 
@@ -52,20 +58,21 @@ def command(
     search needs them. JSON has all parts always (environments only with --env). A text with a / in it is always a file.
     """
     one_way(refs, what="checkpoint")
-    from ckpt.cli.render.contents import inspect_lines
+    from ckpt.cli.render.contents import PARTS, inspect_lines
     from ckpt.ops import inspect as use_case
 
     wanted = [(how, value) for how, value in (("text", text), ("hex", hexadecimal), ("regex", regex)) if value is not None]
     if len(wanted) > 1:
         raise UsageError("give one of --search, --search-hex and --search-regex")
     if wanted:
-        return _search(session, refs, wanted[0], pid, max_matches)
+        return _search(session, refs, wanted[0], pid, max_matches, incoming(session, more))
     if pid is not None:
         raise UsageError("--pid is for a search", hint="give --search TEXT as well")
-    chosen = [name for name, given in parts.items() if given or everything]
+    chosen = [name for name in PARTS if more.get(name) or (everything and name in more)]
     if environment:
         chosen.append("environment")
-    rows = [inspection_row(use_case.inspect(ref, environment=environment, store_root=session.store_root)) for ref in refs]
+    opens = incoming(session, more)
+    rows = [inspection_row(use_case.inspect(ref, environment=environment, incoming=opens, store_root=session.store_root)) for ref in refs]
 
     def lines(rows: Sequence[Row]) -> Iterator[str]:
         for row in rows:
@@ -75,7 +82,7 @@ def command(
     return 0
 
 
-def _search(session: Session, refs: Sequence[str], wanted: tuple[str, str], pid: int | None, max_matches: int) -> int:
+def _search(session: Session, refs: Sequence[str], wanted: tuple[str, str], pid: int | None, max_matches: int, opens: Incoming) -> int:
     from ckpt.cli.render.contents import found_lines
     from ckpt.ops import inspect as use_case
 
@@ -84,7 +91,7 @@ def _search(session: Session, refs: Sequence[str], wanted: tuple[str, str], pid:
     for ref in refs:
         left = max_matches - len(rows)
         if left:
-            found = use_case.search(ref, pattern, how=how, pid=pid, max_matches=left, store_root=session.store_root)
+            found = use_case.search(ref, pattern, how=how, pid=pid, max_matches=left, incoming=opens, store_root=session.store_root)
             rows += [found_row(ref, one) for one in found]
 
     def lines(rows: Sequence[Row]) -> Iterator[str]:

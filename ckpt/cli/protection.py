@@ -40,15 +40,20 @@ def outgoing_options(function: F) -> F:
     return function
 
 
-def incoming_options(function: F) -> F:
-    """What opens an encrypted archive, and whose signature it must have."""
+def decrypting_options(function: F) -> F:
+    """What opens an encrypted archive."""
     for option in reversed((
         click.option("--identity", multiple=True, type=_FILE, metavar="FILE", help="Decrypt with this age identity or ssh key. Can be repeated."),
         *_passphrase_options("Decrypt with"),
-        click.option("--verify-with", type=_FILE, metavar="FILE", help="Take only what somebody in FILE (allowed_signers of ssh-keygen) signed."),
     )):  # fmt: skip
         function = option(function)
     return function
+
+
+def incoming_options(function: F) -> F:
+    """What opens an encrypted archive, and whose signature it must have."""
+    text = "Take only what somebody in FILE (allowed_signers of ssh-keygen) signed."
+    return decrypting_options(click.option("--verify-with", type=_FILE, metavar="FILE", help=text)(function))
 
 
 def _passphrase(given: dict[str, Any]) -> Passphrase | None:

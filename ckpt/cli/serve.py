@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt.cli import protection
 from ckpt.cli.common import Duration, Rate, Session, verb
 from ckpt.cli.render.rows import Row
 from ckpt.cli.render.units import clean
@@ -193,6 +194,8 @@ def _listen(session: Session, place: _Place, given: dict[str, Any]) -> int:
         rate_bytes_s=given["rate_bytes_s"] or None,
         client_fingerprints=fingerprints,
         once=given["once"],
+        incoming=protection.incoming(session, {}),
+        outgoing=protection.outgoing(session, {}),
     )
 
     def ready(addresses: list[str]) -> None:

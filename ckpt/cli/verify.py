@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 
 from ckpt.cli import completion
 from ckpt.cli.common import Session, one_way, verb
+from ckpt.cli.protection import incoming, incoming_options
 from ckpt.cli.render import units
 from ckpt.cli.render.rows import Row
 
@@ -17,13 +19,15 @@ from ckpt.cli.render.rows import Row
     examples=(
         ("ckpt verify web@2 ./web.tar.zst", "a checkpoint of the store, and an archive"),
         ("ckpt verify --deep web", "parse everything in it, too"),
+        ("ckpt verify --verify-with allowed_signers ./web.tar.zst", "and that somebody known signed it"),
         ("ckpt verify --all", "the whole store; exit status 31 when any is damaged"),
     ),
 )
 @click.argument("refs", nargs=-1, metavar="[CHECKPOINT|FILE]...", shell_complete=completion.checkpoints_or_files)
 @click.option("-a", "--all", "every", is_flag=True, help="Every checkpoint in the store.")
 @click.option("--deep", is_flag=True, help="Parse the CRIU images, the configuration and the files as well.")
-def command(session: Session, refs: tuple[str, ...], every: bool, deep: bool) -> int:
+@incoming_options
+def command(session: Session, refs: tuple[str, ...], every: bool, deep: bool, **protection: Any) -> int:
     """Verify that checkpoints and archives are whole.
 
     Every byte is read and compared with the digests in the manifest. An archive of podman has none: of it only the compressor's checksums
@@ -32,7 +36,7 @@ def command(session: Session, refs: tuple[str, ...], every: bool, deep: bool) ->
     one_way(refs, every=every, what="checkpoint")
     from ckpt.ops import verify as use_case
 
-    outcomes = use_case.verify(refs, all=every, deep=deep, store_root=session.store_root, emit=session.emit)
+    outcomes = use_case.verify(refs, all=every, deep=deep, incoming=incoming(session, protection), store_root=session.store_root, emit=session.emit)
     return session.finish(outcomes, id_of="checkpoint", table=_lines)
 
 

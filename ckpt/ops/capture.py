@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
 from ckpt import __version__
 from ckpt.archive import layout
 from ckpt.errors import ArchiveInvalid, CkptError
 from ckpt.events import Emit, StepDone, ignore
 from ckpt.model import Container, DumpOptions, DumpStats, HostFacts, Manifest, Process
+
+if TYPE_CHECKING:
+    from ckpt.store.sink import Sink
 
 VOLUMES: Final = "volumes"
 
@@ -47,8 +51,19 @@ def complete_stage(
     return describe(stage, container, options, host=host, engine_version=engine_version, freeze_s=freeze_s)
 
 
-def frozen_parts(stage: Path, container: Container, options: DumpOptions, *, emit: Emit = ignore, label: str = "") -> None:
+def frozen_parts(
+    stage: Path,
+    container: Container,
+    options: DumpOptions,
+    *,
+    emit: Emit = ignore,
+    label: str = "",
+    sink: Callable[[str], Sink] | None = None,
+) -> None:
     """Add what must be read while nothing changes: the root file system's difference and the named volumes.
+
+    Args:
+        sink: makes the place for a member (`Draft.sink`); without it they are files in the stage.
 
     Raises:
         CkptError, NoSpace: something could not be read or written.
@@ -56,22 +71,29 @@ def frozen_parts(stage: Path, container: Container, options: DumpOptions, *, emi
     from ckpt.archive import rootfs
 
     target = label or container.name or container.id
-    if not options.ignore_rootfs and (container.rootfs.upper_dir or container.rootfs.merged_dir) is not None:
+
+    def add(name: str, what: str, capture: Callable[[Path | BinaryIO], object]) -> None:
         began = time.monotonic()
-        if container.rootfs.upper_dir is not None:
-            rootfs.capture(container.rootfs, stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES)
-        elif container.rootfs.merged_dir is not None:
+        if sink is None:
+            (stage / name).parent.mkdir(mode=0o700, exist_ok=True)
+            capture(stage / name)
+            size_bytes = (stage / name).stat().st_size
+        else:
+            with sink(name) as out:
+                capture(cast(BinaryIO, out))
+            size_bytes = out.size_bytes
+        emit(StepDone(target, what, _size_text(size_bytes), time.monotonic() - began))
+
+    if not options.ignore_rootfs:
+        upper, merged = container.rootfs.upper_dir, container.rootfs.merged_dir
+        if upper is not None:
+            add(layout.ROOTFS_DIFF, "root file system", lambda out: rootfs.capture(container.rootfs, out, stage / layout.DELETED_FILES))
+        elif merged is not None:
             # A plain directory has nothing below it to differ from: the whole of it travels.
-            rootfs.capture_tree(container.rootfs.merged_dir, stage / layout.ROOTFS_DIFF)
-        size = (stage / layout.ROOTFS_DIFF).stat().st_size
-        emit(StepDone(target, "root file system", _size_text(size), time.monotonic() - began))
+            add(layout.ROOTFS_DIFF, "root file system", lambda out: rootfs.capture_tree(merged, out))
     if not options.ignore_volumes:
         for volume in container.volumes:
-            began = time.monotonic()
-            (stage / VOLUMES).mkdir(mode=0o700, exist_ok=True)
-            out = stage / VOLUMES / f"{volume.name}.tar"
-            rootfs.capture_tree(volume.source_dir, out)
-            emit(StepDone(target, f"volume {volume.name}", _size_text(out.stat().st_size), time.monotonic() - began))
+            add(f"{VOLUMES}/{volume.name}.tar", f"volume {volume.name}", partial(rootfs.capture_tree, volume.source_dir))
 
 
 def describe(

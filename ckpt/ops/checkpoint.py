@@ -180,7 +180,8 @@ class _Attempt:
         self.emit(Frozen(self.label, self.frozen_at_s))
         self.job.write("held")
         faults.point("held")
-        capture.frozen_parts(self.draft.stage, self.container, self.options, emit=self.emit, label=self.label)
+        sink = self.draft.sink if self.options.sealed else None
+        capture.frozen_parts(self.draft.stage, self.container, self.options, emit=self.emit, label=self.label, sink=sink)
         faults.point("captured")
         self.freeze_s = time.monotonic() - self.frozen_at_s
         if self.options.leave_running:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from ckpt.archive import foreign, layout
+from ckpt.archive import foreign, layout, trust
 from ckpt.archive import manifest as manifests
 from ckpt.archive.members import Members
 from ckpt.errors import ArchiveInvalid
@@ -66,7 +66,15 @@ class Difference:
         return not (self.processes or self.files or self.open_files or self.sockets or self.config or memory)
 
 
-def diff(a: str, b: str, *, memory: bool = True, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Difference:
+def diff(
+    a: str,
+    b: str,
+    *,
+    memory: bool = True,
+    incoming: trust.Incoming = trust.ANYBODY,
+    store_root: Path = DEFAULT_ROOT,
+    emit: Emit,
+) -> Difference:
     """Compare two checkpoints, of the store or in archive files.
 
     Args:
@@ -79,7 +87,7 @@ def diff(a: str, b: str, *, memory: bool = True, store_root: Path = DEFAULT_ROOT
     """
     from ckpt.criu import contents as criu
 
-    with opening(a, store_root=store_root) as one, opening(b, store_root=store_root) as two:
+    with opening(a, incoming=incoming, store_root=store_root) as one, opening(b, incoming=incoming, store_root=store_root) as two:
         found = Difference(one.label, two.label, one.manifest.container_id == two.manifest.container_id)
         left, right = criu.read(one.members), criu.read(two.members)
         found.config = _named(_config(one), _config(two))

@@ -80,7 +80,7 @@ def export(
 
         sealed = bool(outgoing.recipients)
         chosen = replace(options, leave_running=leave_running or options.leave_running, sealed=sealed)
-        return save(engine, container, ref, chosen, catalog, emit, keep, step="archive", drafts=volatile.catalog() if sealed else None)
+        return save(engine, container, ref, chosen, catalog, emit, keep, step="archive", drafts=volatile.catalog(store_root) if sealed else None)
     began = time.monotonic()
     emit(StepStarted(ref, "archive", f"{checkpoint.ref}, from the store"))
     with catalog.lease(checkpoint), catalog.members(checkpoint) as members:

@@ -133,6 +133,10 @@ def unpack(
         done += count
         emit(BytesMoved(label, "unpack", done, archive.size_bytes))
 
+    def sink(name: str) -> reader.Sink | None:
+        # What containerd has there is not what podman has (foreign.convert): it must be looked into first.
+        return None if name == layout.ROOTFS_DIFF and not (draft.stage / layout.MANIFEST).exists() else draft.sink(name)
+
     signers: list[str | None] = []
     stream = seal.decrypting(archive, incoming.identities) if archive.sealed else cast(BinaryIO, archive)
     manifest = reader.extract(
@@ -140,8 +144,7 @@ def unpack(
         draft.stage,
         on_bytes=on_bytes,
         judge=lambda data, given: signers.append(incoming.judge(data, given)),
-        # What another engine writes as rootfs-diff.tar may have to be converted: the commit packs it.
-        sinks=(lambda member: None if member == layout.ROOTFS_DIFF else draft.sink(member)) if pack else None,
+        sinks=sink if pack else None,
     )
     seal.finish(stream)
     archive.finish()

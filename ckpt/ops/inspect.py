@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ckpt.archive import layout
+from ckpt.archive import layout, trust
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.errors import ArchiveInvalid, CkptError, FeatureMissing, UsageError
 from ckpt.model import DumpStats, Manifest
@@ -53,6 +53,7 @@ class Inspection:
     compression: str = ""
     indexed: bool = False
     stats: DumpStats = DumpStats()
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,9 @@ class Found:
     context: bytes
 
 
-def inspect(ref_or_file: str, *, environment: bool = False, store_root: Path = DEFAULT_ROOT) -> Inspection:
+def inspect(
+    ref_or_file: str, *, environment: bool = False, incoming: trust.Incoming = trust.ANYBODY, store_root: Path = DEFAULT_ROOT
+) -> Inspection:
     """Inspect a checkpoint of the store, else an archive file. What is written as a path (with a "/") is a file.
 
     Args:
@@ -78,7 +81,7 @@ def inspect(ref_or_file: str, *, environment: bool = False, store_root: Path = D
         TargetNotFound: it is neither.
         ArchiveInvalid: the file is no archive of a checkpoint.
     """
-    with opening(ref_or_file, store_root=store_root) as opened:
+    with opening(ref_or_file, incoming=incoming, store_root=store_root) as opened:
         members = opened.members
         names = members.names()
         sizes = {name: members.size_bytes(name) for name in names if not name.endswith("/")}
@@ -96,6 +99,7 @@ def inspect(ref_or_file: str, *, environment: bool = False, store_root: Path = D
             opened.compression,
             isinstance(members, ArchiveMembers) and members.indexed,
             _stats(opened),
+            isinstance(members, ArchiveMembers) and members.sealed,
         )
 
 
@@ -149,6 +153,7 @@ def search(
     pid: int | None = None,
     max_matches: int = 100,
     context_bytes: int = 32,
+    incoming: trust.Incoming = trust.ANYBODY,
     store_root: Path = DEFAULT_ROOT,
 ) -> Iterator[Found]:
     """Search the memory of a checkpoint's processes, page by page in the order of the addresses.
@@ -165,7 +170,7 @@ def search(
     from ckpt.criu import memory
 
     wanted = _pattern(pattern, how)
-    with opening(ref_or_file, store_root=store_root) as opened:
+    with opening(ref_or_file, incoming=incoming, store_root=store_root) as opened:
         tasks = {task.pid: task for task in criu.read(opened.members).tasks}
         if pid is not None and pid not in tasks:
             raise UsageError(f"{opened.label} has no process {pid}")

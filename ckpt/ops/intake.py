@@ -11,7 +11,7 @@ from typing import Final, Self
 from ckpt.criu import bindings
 from ckpt.criu.pageserver import CHUNK_BYTES, PageTap, header_of
 from ckpt.criu.pagestream import PageSink, PageWriter, check_page_size
-from ckpt.errors import Bug, FeatureMissing, TransferFailed
+from ckpt.errors import Bug, DumpFailed, FeatureMissing, TransferFailed
 from ckpt.ops import faults
 
 _END_LIMIT_S: Final = 60.0
@@ -70,7 +70,7 @@ class PageIntake:
         self._thread.join(_END_LIMIT_S)
         # A sink that took no more (a full disk) is why CRIU's dump failed.
         if isinstance(error, Exception) and self._error is not None and self._error is not self._told:
-            raise self._error from error
+            raise _explained(self._error) from error
 
     def break_off(self) -> None:
         """The dump is not wanted any more: CRIU loses its page server and gives up, instead of sending what nobody waits for."""
@@ -80,7 +80,7 @@ class PageIntake:
         """Wait until everything that CRIU gave is taken. Raises what broke."""
         self._thread.join()
         if self._error is not None:
-            raise self._error
+            raise _explained(self._error)
 
     def _take(self) -> None:
         buffer = memoryview(bytearray(CHUNK_BYTES))
@@ -104,3 +104,8 @@ class PageIntake:
         except (TransferFailed, Bug) as error:
             self._told = error
             raise
+
+
+def _explained(error: BaseException) -> BaseException:
+    """As what became of the dump: nothing was to go to another host."""
+    return DumpFailed(error.message, hint=error.hint) if isinstance(error, TransferFailed) else error

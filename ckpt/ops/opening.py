@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.archive import reader
+from ckpt.archive import reader, trust
 from ckpt.archive.members import Members
 from ckpt.archive.opened import ArchiveMembers
 from ckpt.errors import TargetNotFound
@@ -35,12 +35,16 @@ class Opened:
 
 
 @contextmanager
-def opening(ref_or_file: str, *, store_root: Path = DEFAULT_ROOT) -> Iterator[Opened]:
+def opening(ref_or_file: str, *, incoming: trust.Incoming = trust.ANYBODY, store_root: Path = DEFAULT_ROOT) -> Iterator[Opened]:
     """Open a checkpoint of the store, else an archive file. What is written as a path (with a "/") is a file.
+
+    Args:
+        incoming: its identities open an encrypted archive.
 
     Raises:
         TargetNotFound: it is neither.
         ArchiveInvalid: the file is no archive of a checkpoint.
+        KeyProblem, DigestMismatch: it is encrypted, and cannot be opened.
     """
     path = Path(ref_or_file)
     if "/" not in ref_or_file:
@@ -56,6 +60,6 @@ def opening(ref_or_file: str, *, store_root: Path = DEFAULT_ROOT) -> Iterator[Op
             return
     if not path.is_file():
         raise TargetNotFound(f"there is no archive {ref_or_file!r}")
-    with ArchiveMembers(path) as members:
-        seen = reader.look(members)
-        yield Opened(ref_or_file, seen.manifest, members, path, None, members.archive_bytes, members.compression)
+    with ArchiveMembers(path, identities=incoming.identities) as archive:
+        seen = reader.look(archive)
+        yield Opened(ref_or_file, seen.manifest, archive, path, None, archive.archive_bytes, archive.compression)

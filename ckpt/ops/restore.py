@@ -47,6 +47,8 @@ class Source:
     checkpoint: Checkpoint | None = None
     lease_fd: int = -1
     """The lock that keeps `checkpoint` in the store."""
+    signed: bool = False
+    """A signature was asked for, and is there."""
 
     @property
     def made_here(self) -> bool:
@@ -132,7 +134,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     stats: Figures = {}
     if source.checkpoint is not None:
-        took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, emit=emit, label=source.label)
+        took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
     faults.point("verified")
     job = Job.create(
@@ -292,7 +294,7 @@ def _from_store(
         with _until_restored(draft, options):
             if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
                 emit(Notice(label, f"signed by {signer}"))
-            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd), options, catalog, emit, keep=keep)
+            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd, bool(signer)), options, catalog, emit, keep=keep)
 
 
 def _from_archive(

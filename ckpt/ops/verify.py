@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ckpt.archive import foreign, layout
+from ckpt.archive import foreign, layout, seal, trust
 from ckpt.archive import manifest as manifests
 from ckpt.archive.codec import open_stream
 from ckpt.archive.members import Members
@@ -24,9 +24,6 @@ from ckpt.ops.opening import Opened, opening
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT
-
-CheckSignature = Callable[[bytes, bytes], str]
-"""(manifest, signature) -> who signed; raises DigestMismatch or KeyProblem."""
 
 
 @dataclass(slots=True)
@@ -45,7 +42,7 @@ def verify(
     *,
     all: bool = False,
     deep: bool = False,
-    check_signature: CheckSignature | None = None,
+    incoming: trust.Incoming = trust.ANYBODY,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
 ) -> list[Outcome]:
@@ -54,7 +51,7 @@ def verify(
     Args:
         all: everything in the store.
         deep: parse every CRIU image, the pages' sizes, the configuration and the tars too.
-        check_signature: asked about the signature where there is one; without it the signature is only mentioned.
+        incoming: opens what is encrypted, and says whose signature it must have; without a demand a signature is only mentioned.
 
     Returns:
         An outcome each; the error of a damaged one is a DigestMismatch (or ArchiveInvalid, when it is no archive).
@@ -73,7 +70,7 @@ def verify(
     for ref in refs:
         began = time.monotonic()
         try:
-            checkpoint, report = _verify(ref, deep, check_signature, store_root, emit)
+            checkpoint, report = _verify(ref, deep, incoming, store_root, emit)
         except CkptError as error:
             if not (all and isinstance(error, TargetNotFound)):  # removed meanwhile
                 outcomes.append(failure(ref, error))
@@ -91,9 +88,9 @@ def verify(
     return outcomes
 
 
-def _verify(ref: str, deep: bool, signature: CheckSignature | None, root: Path, emit: Emit) -> tuple[Checkpoint | None, Report]:
+def _verify(ref: str, deep: bool, incoming: trust.Incoming, root: Path, emit: Emit) -> tuple[Checkpoint | None, Report]:
     report = Report()
-    with opening(ref, store_root=root) as opened:
+    with opening(ref, incoming=incoming, store_root=root) as opened:
         total = sum(opened.members.size_bytes(name) for name in opened.members.names())
 
         def on_bytes(count: int) -> None:
@@ -101,28 +98,19 @@ def _verify(ref: str, deep: bool, signature: CheckSignature | None, root: Path, 
             emit(BytesMoved(ref, "verify", report.bytes, total))
 
         if opened.checkpoint is None:
-            digests = _file_digests(opened, on_bytes)
+            digests = _file_digests(opened, incoming, on_bytes)
             report.members = len(digests)
             if opened.has_manifest:
                 _compare(digests, opened.manifest.digests, report)
         else:
-            report.problems += _stored(opened, root, on_bytes)
+            report.problems += Catalog(root).check(opened.checkpoint)
             report.members = len(opened.manifest.digests)
             report.digests = "wrong" if report.problems else "equal"
             report.bytes = report.bytes or total
-        _signature(opened, signature, report)
+        _signature(opened, incoming, report)
         if deep:
             report.problems += list(_deep(opened))
         return opened.checkpoint, report
-
-
-def _stored(opened: Opened, root: Path, on_bytes: Callable[[int], None]) -> list[str]:
-    assert opened.checkpoint is not None
-    found = layout.digest_members(opened.path, on_bytes)
-    found.pop(layout.SIGNATURE, None)
-    report = Report()
-    _compare(found, opened.manifest.digests, report)
-    return report.problems
 
 
 def _compare(found: dict[str, str], wanted: dict[str, str], report: Report) -> None:
@@ -133,12 +121,13 @@ def _compare(found: dict[str, str], wanted: dict[str, str], report: Report) -> N
     report.digests = "wrong" if report.problems else "equal"
 
 
-def _file_digests(opened: Opened, on_bytes: Callable[[int], None]) -> dict[str, str]:
+def _file_digests(opened: Opened, incoming: trust.Incoming, on_bytes: Callable[[int], None]) -> dict[str, str]:
     """Digests of an archive's members, read as an import reads it: from the beginning to the end, past every checksum of the compressor."""
     digests: dict[str, str] = {}
     sizes: dict[str, int] = {}
     with opened.path.open("rb") as file:
-        stream = open_stream(file)
+        content = seal.reading(file, incoming.identities)
+        stream = open_stream(content)
         tar = TarStream(stream, DEFAULT_LIMITS)
         for member in tar:
             sizes[member.name] = member.size_bytes
@@ -146,8 +135,9 @@ def _file_digests(opened: Opened, on_bytes: Callable[[int], None]) -> dict[str, 
             for piece in tar.data():
                 digest.update(piece)
                 on_bytes(len(piece))
-            if not member.name.endswith("/") and member.name not in (layout.MANIFEST, layout.SIGNATURE):
+            if not member.name.endswith("/") and member.name not in layout.UNDIGESTED:
                 digests[member.name] = layout.DIGEST_PREFIX + digest.hexdigest()
+        seal.finish(content)
         if opened.has_manifest:
             stream.require_as_written(tar.entries)
     if sizes != {name: opened.members.size_bytes(name) for name in opened.members.names()}:
@@ -155,16 +145,20 @@ def _file_digests(opened: Opened, on_bytes: Callable[[int], None]) -> dict[str, 
     return digests
 
 
-def _signature(opened: Opened, check: CheckSignature | None, report: Report) -> None:
-    if layout.SIGNATURE not in opened.members.names():
+def _signature(opened: Opened, incoming: trust.Incoming, report: Report) -> None:
+    there = layout.SIGNATURE in opened.members.names()
+    report.signature = "not checked" if there else "none"
+    if incoming.demand is None or layout.MANIFEST not in opened.members.names():
+        if incoming.demand is not None and incoming.demand.required:
+            report.problems.append("the checkpoint is not signed")
         return
-    report.signature = "not checked"
-    if check is not None:
-        try:
-            report.signature = check(_read(opened.members, layout.MANIFEST), _read(opened.members, layout.SIGNATURE))
-        except CkptError as error:
-            report.signature = "wrong"
-            report.problems.append(error.message)
+    try:
+        who = incoming.judge(_read(opened.members, layout.MANIFEST), _read(opened.members, layout.SIGNATURE) if there else None)
+    except DigestMismatch as error:
+        report.signature = "wrong"
+        report.problems.append(error.message)
+    else:
+        report.signature = f"by {who}" if who else "none"
 
 
 # -- deep ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from aiohttp import hdrs, web
 
+from ckpt.archive import trust
 from ckpt.errors import CkptError, RemoteRefused, UsageError
 from ckpt.host.run import CommandFailed
 from ckpt.serve import answers
@@ -53,6 +54,8 @@ class Rules:
     """How long a connection may be without a whole request."""
     max_connections: int = 256
     once: bool = False
+    incoming: trust.Incoming = trust.ANYBODY
+    outgoing: trust.Outgoing = trust.OPEN
 
 
 @dataclass(frozen=True, slots=True)

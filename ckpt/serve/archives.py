@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from ckpt import __version__
-from ckpt.archive import writer
-from ckpt.archive.members import Members, StageMembers
-from ckpt.events import ignore
+from ckpt.archive import seal, trust, writer
+from ckpt.archive.members import Members
+from ckpt.events import Event, Notice
 from ckpt.model import Checkpoint
 from ckpt.ops import import_
 from ckpt.store.catalog import Catalog
@@ -22,15 +23,25 @@ from ckpt.transports.base import Location
 
 COMPRESSIONS: Final = ("none", "zstd", "gzip")
 _PIPE_BYTES: Final = 1 << 20
+_log = logging.getLogger("ckpt.serve")
 
 
-def take_in(archive: Path, name: str | None, store: Path) -> str:
+def _tell(event: Event) -> None:
+    if isinstance(event, Notice):
+        # Parts of it may be the archive's own words.
+        _log.info("%s", "".join(c if c.isprintable() else "?" for c in event.text))
+
+
+def take_in(archive: Path, name: str | None, store: Path, incoming: trust.Incoming) -> str:
     """Import an uploaded archive, by the same rules as `ckpt import`; returns the checkpoint's name in the store.
+
+    Args:
+        incoming: what opens it when it is encrypted, and whose signature it must have.
 
     Raises:
         CkptError: as ops.import_; the store is as before.
     """
-    outcome = import_.import_(Location.parse(str(archive)), name=name, store_root=store, emit=ignore)
+    outcome = import_.import_(Location.parse(str(archive)), name=name, incoming=incoming, store_root=store, emit=_tell)
     if outcome.error is not None:
         raise outcome.error
     assert outcome.checkpoint is not None
@@ -90,16 +101,24 @@ class Archive:
     """A checkpoint of the store as an archive. It cannot be removed until `close`. Blocks; raises CkptError and OSError.
 
     Args:
-        compress: without compression the size is known and any part can be had.
+        compress: None: as fits. Without compression, encryption and signature the size is known and any part can be had.
+        outgoing: whom it is encrypted to, and who signs it.
     """
 
-    def __init__(self, store: Path, ref: str, compress: str) -> None:
+    def __init__(self, store: Path, ref: str, compress: str | None, outgoing: trust.Outgoing = trust.OPEN) -> None:
         catalog = Catalog(store)
         self.checkpoint = catalog.find(ref)
-        self._compress = cast(writer.Compression, compress)
-        self._lease = catalog.lease(self.checkpoint)
-        self._stage = self._lease.__enter__()
-        self._members: Members = StageMembers(self._stage)
+        self._outgoing = outgoing
+        # Every encryption differs, and signatures of some kinds of keys do.
+        self._same = outgoing.sign_key is None and not outgoing.recipients and compress in (None, "none")
+        self._compress = cast(writer.Compression, compress or ("none" if self._same else "zstd"))
+        self._held = ExitStack()
+        self._held.enter_context(catalog.lease(self.checkpoint))
+        try:
+            self._members = outgoing.signed(self._held.enter_context(catalog.members(self.checkpoint)))
+        except BaseException:
+            self._held.close()
+            raise
         self._fd = -1
         self._thread: threading.Thread | None = None
         self._skip = 0
@@ -107,12 +126,13 @@ class Archive:
         """What ended the stream before its end."""
 
     @property
-    def etag(self) -> str:
-        return etag(self.checkpoint, self._compress)
+    def etag(self) -> str | None:
+        """None when no two streams are the same."""
+        return etag(self.checkpoint, self._compress) if self._same else None
 
     def size_bytes(self) -> int | None:
         """The archive's size; None when only its end tells."""
-        if self._compress != "none":
+        if not self._same:
             return None
         return writer.write(cast(Members, _Hollow(self._members)), cast(BinaryIO, _Nothing()), compress="none")
 
@@ -136,12 +156,14 @@ class Archive:
             self._fd = -1
         if self._thread is not None:
             self._thread.join()
-        self._lease.__exit__(None, None, None)
+        self._held.close()
 
     def _write(self, fd: int) -> None:
         try:
             with os.fdopen(fd, "wb", buffering=0) as out:
-                writer.write(self._members, cast(BinaryIO, _Later(out, self._skip)), compress=self._compress)
+                rest = cast(BinaryIO, _Later(out, self._skip))
+                with seal.encrypting(rest, self._outgoing.recipients) as stream:
+                    writer.write(self._members, stream, compress=self._compress)
         except BaseException as error:
             self.error = error
 

@@ -32,15 +32,17 @@ class Giving:
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         who = await self._service.need(request, "download")
-        compress = request.query.get("compress", "none")
-        if compress not in archives.COMPRESSIONS:
+        compress = request.query.get("compress")
+        if compress not in (None, *archives.COMPRESSIONS):
             raise UsageError(f"no compression is called {compress!r}", hint=", ".join(archives.COMPRESSIONS))
-        archive = await asyncio.to_thread(archives.Archive, self._service.rules.store, request.match_info["name"], compress)
+        rules = self._service.rules
+        archive = await asyncio.to_thread(archives.Archive, rules.store, request.match_info["name"], compress, rules.outgoing)
         try:
             size = await asyncio.to_thread(archive.size_bytes)
-            headers = {"ETag": archive.etag, "Content-Type": "application/x-tar", "Accept-Ranges": "bytes" if size else "none"}
+            headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes" if size else "none"}
             start, status = 0, 200
-            if size is not None:
+            if size is not None and archive.etag is not None:
+                headers["ETag"] = archive.etag
                 start, end = _range(request, archive.etag, size)
                 if start >= size:
                     return answers.problem(416, "range", "there is nothing from there on", headers={"Content-Range": f"bytes */{size}"})

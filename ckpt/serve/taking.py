@@ -157,7 +157,7 @@ class Taking:
         """Runs to its end, whoever waits for it."""
         try:
             async with self._imports:
-                ref = await asyncio.to_thread(archives.take_in, upload.data, upload.name, self._service.rules.store)
+                ref = await asyncio.to_thread(archives.take_in, upload.data, upload.name, self._service.rules.store, self._service.rules.incoming)
             result: dict[str, Any] = {"ref": ref}
             _log.info("upload %s of %s is %s", upload.id[:8], upload.owner[:20], ref)
         except Exception as error:

@@ -18,18 +18,16 @@ on the disk, after the rename of its pack, and goes by one rename into `tmp/`.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,8 +53,6 @@ MANIFEST: Final = Path("artifacts", "ckpt.json")
 SCHEMA: Final = 2
 SCHEMA_FILE: Final = "store.json"
 SIGNATURE: Final = Path(layout.SIGNATURE)
-MIN_PREFIX: Final = 4
-"""An id may be shortened to this many characters where that is unique."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +74,16 @@ class Listing:
 class Catalog:
     """The checkpoints below `root`. Cheap to make: no directory is touched before it is needed."""
 
-    def __init__(self, root: Path = DEFAULT_ROOT, *, key: bytes | None = None) -> None:
+    def __init__(self, root: Path = DEFAULT_ROOT, *, key: bytes | None = None, spill: Path | None = None) -> None:
         """
         Args:
             key: 32 bytes; the chunks of new checkpoints are encrypted with it, and those of old ones decrypted.
+            spill: the directory that the chunks of drafts go to, in files without a name: they are gone with their owner, and what is in
+                such a draft can be read, but not be committed.
         """
         self.root = root
         self.key = key
+        self.spill = spill
         self.entries = root / "checkpoints"
         self.drafts = root / "tmp"
         self.packs = root / "packs"
@@ -158,6 +157,8 @@ class Catalog:
             BusyError: it is being restored.
             TargetNotFound: it is gone already.
         """
+        from ckpt.store import sweep
+
         identity = checkpoint.directory.name
         names: list[str] = []
         with self.storage("remove the checkpoint"), self.locked():
@@ -170,7 +171,7 @@ class Catalog:
                 raise BusyError(f"{checkpoint.ref} is in use", hint="wait until its restore or export has ended") from None
             try:
                 with suppress(CkptError, OSError):
-                    names = self._recipe_packs(checkpoint.directory)
+                    names = sweep.packs_of(checkpoint.directory)
                 try:
                     os.rename(checkpoint.directory, gone)
                 except FileNotFoundError:
@@ -180,7 +181,7 @@ class Catalog:
             finally:
                 os.close(fd)
         # The recipe goes last: whoever finds it in `tmp/` knows what is still to be given back.
-        self._give_back(names)
+        sweep.give_back(self, names)
         shutil.rmtree(gone, ignore_errors=True)
 
     def amend(self, checkpoint: Checkpoint, change: Callable[[Entry], Entry]) -> Checkpoint:
@@ -203,52 +204,9 @@ class Catalog:
 
         Never touches a living draft, or a pack that a checkpoint needs.
         """
-        removed = self.removed()
-        names: list[str] = []
-        for name in removed:
-            with suppress(CkptError, OSError):
-                names += self._recipe_packs(self.drafts / name)
-        self._give_back(names)
-        return self.clear(removed)
+        from ckpt.store import sweep
 
-    def removed(self) -> list[str]:
-        """What is in `tmp/` of removed checkpoints, whose remover may have died before he gave back their packs."""
-        return [name for name in locks.listing(self.drafts) if "." in name and (self.drafts / name).is_dir()]
-
-    def clear(self, removed: Collection[str] = ()) -> list[str]:
-        """`sweep`, but of removed checkpoints only these."""
-        if not self.drafts.is_dir():
-            return []
-        doomed: list[tuple[Path, int]] = []
-        with self.storage("sweep the store"), self.locked():
-            for name in locks.listing(self.drafts):
-                path = self.drafts / name
-                try:
-                    if not path.is_dir() or path.is_symlink():
-                        path.unlink(missing_ok=True)
-                    elif "." in name:  # a removed checkpoint: nobody's
-                        if name in removed:
-                            doomed.append((path, -1))
-                    elif not locks.is_elsewhere(self.locks / name):
-                        doomed.append((path, locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB)))
-                        # It died between the renames of its pack and of itself: nobody can have referred to that pack.
-                        (self.packs / f"{name}.pack").unlink(missing_ok=True)
-                except BlockingIOError:
-                    continue
-            busy = {path.name for path, _ in doomed}
-            for name in locks.listing(self.locks):
-                if name in busy or locks.is_elsewhere(self.locks / name):
-                    continue
-                if not (self.drafts / name).exists() and not (self.entries / name).exists():
-                    with suppress(BlockingIOError):
-                        os.close(locks.take(self.locks / name, fcntl.LOCK_EX | fcntl.LOCK_NB))
-                        (self.locks / name).unlink(missing_ok=True)
-        for path, fd in doomed:
-            shutil.rmtree(path, ignore_errors=True)
-            if fd >= 0:
-                (self.locks / path.name).unlink(missing_ok=True)
-                os.close(fd)
-        return [path.name for path, _ in doomed]
+        return sweep.sweep(self)
 
     def collect(self, *, dry_run: bool = False, packs: Iterable[str] | None = None) -> Collected:
         """Give back the space of packs and chunks that no checkpoint and no living draft needs. Safe at any time, beside anything.
@@ -381,34 +339,9 @@ class Catalog:
         Raises:
             TargetNotFound: none, or several, with what is close.
         """
-        known = self.all()
-        exact = [c for c in known if c.manifest.name == ref]
-        if exact:
-            return exact[-1]
-        name, at, generation = ref.rpartition("@")
-        if at:
-            versions = [c for c in known if c.manifest.name == name]
-            if versions and generation == "latest":
-                return versions[-1]
-            tagged = [c for c in versions if generation in c.entry.tags]
-            if tagged:
-                return tagged[-1]
-            if versions and generation.isascii() and generation.isdigit():
-                for candidate in versions:
-                    if candidate.manifest.generation == int(generation):
-                        return candidate
-            if versions:
-                there = ", ".join(c.ref for c in versions)
-                raise TargetNotFound(f"there is no checkpoint {ref!r} in the store", hint=f"there is: {there}")
-        if len(ref) >= MIN_PREFIX and re.fullmatch(r"[0-9a-f]+", ref):
-            begins = [c for c in known if c.manifest.id.startswith(ref)]
-            if len(begins) == 1:
-                return begins[0]
-            if begins:
-                raise TargetNotFound(f"{ref!r} is ambiguous: {', '.join(f'{c.manifest.id} ({c.ref})' for c in begins)}")
-        close = difflib.get_close_matches(name or ref, sorted({c.manifest.name for c in known}))
-        hint = f"did you mean {' or '.join(close)}?" if close else "ckpt list shows what is there"
-        raise TargetNotFound(f"there is no checkpoint {ref!r} in the store", hint=hint)
+        from ckpt.store.find import find
+
+        return find(self.all(), ref)
 
     @contextmanager
     def lease(self, checkpoint: Checkpoint) -> Iterator[Path]:
@@ -483,17 +416,6 @@ class Catalog:
         if not isinstance(found, int) or found > SCHEMA:
             raise ConfigError(f"the store {self.root} was made by a newer ckpt (schema {found!r}, this one knows {SCHEMA})", hint="use a newer ckpt")
         return True
-
-    def _give_back(self, packs: list[str]) -> None:
-        """What a removed checkpoint leaves behind; what cannot be done now is done by the next collection."""
-        if packs:
-            with suppress(CkptError, OSError):
-                self.collect(packs=packs)
-
-    def _recipe_packs(self, directory: Path) -> list[str]:
-        from ckpt.store import recipe
-
-        return recipe.load_packs(directory / recipe.NAME)
 
     def _next_generation(self, name: str) -> int:
         path = self.root / "generations.json"

@@ -22,7 +22,7 @@ import numpy as np
 
 from ckpt.errors import CkptError
 from ckpt.model import Checkpoint
-from ckpt.store import durable, locks, recipe
+from ckpt.store import durable, locks, recipe, sweep
 from ckpt.store.dead import SUFFIX as DEAD
 from ckpt.store.dead import load_dead, save_dead
 from ckpt.store.draft import CLAIMS, PRIVATE
@@ -56,8 +56,8 @@ class Collected:
 def collect(catalog: Catalog, *, dry_run: bool, packs: Iterable[str] | None) -> Collected:
     """The body of `Catalog.collect`."""
     if not dry_run:
-        catalog.clear()
-    removed = catalog.removed() if packs is None and not dry_run else []
+        sweep.clear(catalog)
+    removed = sweep.removed(catalog) if packs is None and not dry_run else []
     wanted = None if packs is None else set(packs)
     known: dict[str, Needs] = {}
     _read_needs(catalog, known, wanted)
@@ -119,7 +119,7 @@ def collect(catalog: Catalog, *, dry_run: bool, packs: Iterable[str] | None) -> 
         with suppress(FileNotFoundError):
             _punch(catalog.packs / (name + SUFFIX), ranges, catalog.drafts)
     if removed:
-        catalog.clear(removed)
+        sweep.clear(catalog, removed)
     return Collected(freed, gone, chunks, claimed)
 
 

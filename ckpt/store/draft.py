@@ -231,4 +231,11 @@ class Draft:
                 json.dump({"packs": self._packs}, file)
         index = base.load(self._packs, catalog.packs, tagger, known)
         threads = max(2, min(8, os.cpu_count() or 2))
-        return Packer(PackWriter(private / PACK, tagger.id, catalog.key, threads), tagger, index)
+        if catalog.spill is None:
+            return Packer(PackWriter(private / PACK, tagger.id, catalog.key, threads), tagger, index)
+        catalog.spill.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A plain file there is swept as nobody's, should we be killed before it has lost its name.
+        nameless = catalog.spill / f"{self.id}.spill"
+        writer = PackWriter(nameless, tagger.id, catalog.key, threads)
+        nameless.unlink()
+        return Packer(writer, tagger, index)

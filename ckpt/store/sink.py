@@ -179,8 +179,6 @@ class Sink:
 
     def zeros(self, count: int) -> None:
         """Append `count` zero bytes without anybody making them."""
-        if self._block is None:
-            self._check()
         while count:
             block = self._room()
             if block.filled % PAGE_BYTES == 0 and count >= PAGE_BYTES:
@@ -247,6 +245,8 @@ class Sink:
             thread.join()
 
     def _room(self) -> _Block:
+        if self._closed:
+            raise ValueError(f"the sink of {self.name} is closed")
         if self._block is None:
             self._check()
             if self._made < BLOCKS and self._free.empty():
@@ -272,8 +272,6 @@ class Sink:
         if self._error is not None:
             with self._storage():
                 raise self._error
-        if self._closed and self._block is None and not self._threads:
-            raise ValueError("the sink is closed")
 
     def _pack(self) -> None:
         while (block := self._to_pack.get()) is not None:

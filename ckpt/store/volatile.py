@@ -1,11 +1,15 @@
 """A place for what must not be on a disk in clear: drafts in memory (tmpfs or ramfs), 0700, swept as the store's own are.
 
+Only the small members need room there. What goes through a draft's sinks (memory pages, files) is on the store's disk, encrypted with a key that is
+nowhere but in our memory, in a file that has no name.
+
 Memory may still be swapped out: docs/security.md says what to do about that.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import Final
@@ -17,8 +21,11 @@ PLACES: Final = (Path("/run/ckpt-sealed"), Path("/dev/shm/ckpt-sealed"))  # noqa
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 
 
-def catalog() -> Catalog:
+def catalog(store_root: Path | None = None) -> Catalog:
     """Where drafts can be made in memory: of the places that are, the one with the most room.
+
+    Args:
+        store_root: of the store on whose disk sinks may put what they take, encrypted; None: all is in memory.
 
     Raises:
         FeatureMissing: there is none that is in memory and ours alone.
@@ -28,7 +35,8 @@ def catalog() -> Catalog:
         places = " nor ".join(str(place.parent) for place in PLACES)
         raise FeatureMissing(f"neither {places} is in memory (tmpfs): what is to be encrypted would be on a disk in clear",
                              hint="mount a tmpfs there, or save it to the store first and export that")  # fmt: skip
-    return Catalog(max(usable, key=_free_bytes))
+    spill = None if store_root is None else Catalog(store_root).drafts
+    return Catalog(max(usable, key=_free_bytes), key=secrets.token_bytes(32), spill=spill)
 
 
 def sweep() -> list[str]:

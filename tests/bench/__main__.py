@@ -60,7 +60,8 @@ class Bench:
     def _expected_s(self, case: Case, way: str) -> float:
         """By what it took before; without that by its size (as an idle machine of two cores needs)."""
         took = [record.took_s for record in self.records if (record.case, record.way) == (case, way)]
-        per_gib = {"podman": 26.0}.get(way, 12.0) * (2.5 if case.link_mbit else 1.0) * {"store": 1.5, "dedup": 8.0}.get(case.kind, 1.0)
+        per_gib = {"podman": 26.0}.get(way, 12.0) * (2.5 if case.link_mbit else 1.0)
+        per_gib *= {"store": 1.5, "dedup": 8.0, "archive": 4.0}.get(case.kind, 1.0)
         return max(took) if took else 8.0 + per_gib * case.memory_mib / 1024
 
     def todo(self) -> list[tuple[int, Case, str]]:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["migrate", "store", "dedup", "own"]
+Kind = Literal["migrate", "store", "dedup", "archive", "own"]
 
 MIGRATE_FLAGS: dict[str, tuple[str, ...]] = {"ckpt": (), "precopy": ("--precopy",), "postcopy": ("--postcopy",)}
 """Our ways to migrate, and their flags. One whose flag this ckpt does not know is skipped."""
-WAYS: dict[Kind, tuple[str, ...]] = {"migrate": ("podman", *MIGRATE_FLAGS), "store": ("podman", "ckpt"), "dedup": ("ckpt",), "own": ("criu", "ckpt")}
+WAYS: dict[Kind, tuple[str, ...]] = {
+    "migrate": ("podman", *MIGRATE_FLAGS), "store": ("podman", "ckpt"), "dedup": ("ckpt",), "archive": ("ckpt",), "own": ("criu", "ckpt"),
+}  # fmt: skip
 GENERATIONS = 10
 DIRTIED = 0.05
 """Of the memory, between two checkpoints of a "dedup" case."""
@@ -22,8 +24,8 @@ class Case:
     """One kind of workload and what is done with it.
 
     Args:
-        kind: "migrate": to the other host; "store": checkpoint and restore on one host; "dedup": an archive of each kind, then
-            checkpoint after checkpoint; "own": checkpoint and restore of a process of 1 MiB, beside criu alone.
+        kind: "migrate": to the other host; "store": checkpoint and restore on one host; "dedup": an archive of each kind, then checkpoint after
+            checkpoint; "archive": archives written and looked into; "own": checkpoint and restore of a process of 1 MiB, beside criu alone.
         runtime: podman's OCI runtime, or "process" for a process tree without a container.
         memory_mib: of the workload (memhog: half of it incompressible).
         dirty_mb_s: megabytes that it rewrites a second.
@@ -93,6 +95,7 @@ def quick(sizes: Sizes, name: str = "quick", repeat: tuple[int, int] = (3, 1)) -
             Entry(Case("migrate", "crun", sizes.main, link_mbit=SLOW_MBIT), ("podman", "precopy"), once),
             Entry(Case("store", "crun", sizes.store, 0), WAYS["store"], some),
             Entry(Case("dedup", "crun", sizes.store), WAYS["dedup"], once),
+            Entry(Case("archive", "crun", sizes.large, 0), WAYS["archive"], once),
             Entry(Case("migrate", "crun", sizes.large), OURS, once),
         ),
         sizes,
@@ -113,6 +116,7 @@ def full(sizes: Sizes, repeat: int = 5) -> Plan:
             ),
             Entry(Case("store", runtime, sizes.store, 0), WAYS["store"], repeat),
             Entry(Case("dedup", runtime, sizes.store), WAYS["dedup"], repeat),
+            Entry(Case("archive", runtime, sizes.large, 0), WAYS["archive"], 1),
         ]
     entries.append(Entry(OWN, WAYS["own"], repeat))
     entries += [Entry(Case("migrate", "crun", size), ALL, repeat) for size in (256, 512, 1024, sizes.large)]

@@ -38,7 +38,7 @@ def measure(case: Case, way: str, wheel: Path) -> tuple[Figures, dict[str, int]]
         Skipped: there is no such way.
     """
     with lab_for(case, wheel=wheel) as lab, PeakWatcher(lab) as peaks:
-        figures = {"migrate": _migrate, "store": _store, "dedup": _dedup, "own": _own}[case.kind](lab, case, way)
+        figures = {"migrate": _migrate, "store": _store, "dedup": _dedup, "archive": _archive, "own": _own}[case.kind](lab, case, way)
     return {key: round(value, 4) for key, value in figures.items()}, dict(sorted(peaks.peak_bytes.items()))
 
 
@@ -151,6 +151,30 @@ def _dedup(lab: Lab, case: Case, way: str) -> Figures:
     hog.whole()
     figures |= {"first_s": took[0], "later_s": median(took[1:]), "first_bytes": sizes[0], "last_bytes": sizes[-1], "growth": sizes[-1] / sizes[0]}
     return figures
+
+
+def _archive(lab: Lab, case: Case, way: str) -> Figures:
+    """`export_s`, `sealed_s`: a checkpoint of the store as an archive, and encrypted; the better of two each. `inspect_s`,
+    `checkpointctl_s`: a look into the archive, by ckpt and by checkpointctl, the better of three."""
+    host, limit = lab.a, limit_s(case)
+    hog = Hog(host, case)
+    hog.start()
+    hog.wait(50)
+    host.run(["ckpt", "checkpoint", hog.target], timeout_s=limit)
+    host.run(["sh", "-c", "umask 077; age-keygen -o /root/key.txt"])
+    recipient = host.run(["age-keygen", "-y", "/root/key.txt"]).stdout.strip()
+    plain = ["ckpt", "export", hog.name, "-o", "/root/plain.tar.zst"]
+    sealed = ["ckpt", "export", hog.name, "-o", "/root/sealed.age", "--encrypt", f"age:{recipient}"]
+    took: dict[str, list[float]] = {}
+    for _ in range(2):
+        for figure, argv in (("export_s", plain), ("sealed_s", sealed)):
+            host.run(["rm", "-f", argv[4]])
+            took.setdefault(figure, []).append(_timed(lambda argv=argv: host.run(argv, timeout_s=limit)))  # type: ignore[misc]
+    for _ in range(3):
+        for figure, program in (("inspect_s", "ckpt"), ("checkpointctl_s", "checkpointctl")):
+            argv = [program, "inspect", "/root/plain.tar.zst"]
+            took.setdefault(figure, []).append(_timed(lambda argv=argv: host.run(argv, timeout_s=limit)))  # type: ignore[misc]
+    return {figure: min(times) for figure, times in took.items()}
 
 
 def _timed(act: Callable[[], object]) -> float:

@@ -16,7 +16,8 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(medians: Medians, sizes: Sizes) -> list[Table]:
-    made = [_migrations(medians), _stores(medians), _dedups(medians), _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
+    stores = [_stores(medians), _dedups(medians), _archives(medians)]
+    made = [_migrations(medians), *stores, _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
     return [table for table in made if table[2]]
 
 
@@ -104,6 +105,16 @@ def _dedups(medians: Medians) -> Table:
             rows.append([_case(case), way, _runs(medians, case, way), *times, *sizes, _ratio(found.get("growth"))])
     head = ["container", "way", "runs", "podman's archive", "archive", "first checkpoint", "later ones", "store after one", "after all", "ratio"]
     return f"{GENERATIONS} checkpoints of a running container, {DIRTIED:.0%} of its memory dirtied between them", head, rows
+
+
+def _archives(medians: Medians) -> Table:
+    rows = []
+    for case, way in medians.keys():
+        if case.kind == "archive":
+            found = medians.figures(case, way)
+            times = [_seconds(found.get(key)) for key in ("export_s", "sealed_s", "inspect_s", "checkpointctl_s")]
+            rows.append([f"{case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), *times])
+    return "Archives of a checkpoint in the store", ["container", "way", "runs", "export", "encrypted", "inspect", "checkpointctl inspect"], rows
 
 
 def _own(medians: Medians) -> Table:

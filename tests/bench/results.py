@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -144,8 +145,8 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
     for runtime in ("crun", "runc"):
         main, small = Case("migrate", runtime, sizes.main), Case("migrate", runtime, sizes.small)
         slow, store = Case("migrate", runtime, sizes.main, link_mbit=SLOW_MBIT), Case("store", runtime, sizes.store, 0)
-        dedup = Case("dedup", runtime, sizes.store)
-        if not {main, slow, store, dedup} & {case for case, _ in medians.keys()}:
+        dedup, archive = Case("dedup", runtime, sizes.store), Case("archive", runtime, sizes.large, 0)
+        if not {main, slow, store, dedup, archive} & {case for case, _ in medians.keys()}:
             continue
 
         def ratio(text: str, limit: float, case: Case, way: str, figure: str, base: str | None = None, runtime: str = runtime) -> Bar:
@@ -172,6 +173,10 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
         def growth(dedup: Case = dedup) -> float | None:
             return medians.get(dedup, "ckpt", "growth")
 
+        def between(mine: str, other: str, archive: Case = archive) -> float | None:
+            this, that = medians.get(archive, "ckpt", mine), medians.get(archive, "ckpt", other)
+            return this / that if this is not None and that else None
+
         found += [
             ratio("stop-and-copy, downtime", 1 / 4, main, "ckpt", "downtime_s"),
             ratio("post-copy, downtime", 1 / 50, main, "postcopy", "downtime_s"),
@@ -187,6 +192,8 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
             ratio("restore --lazy, first tick", 1 / 8, store, "ckpt", "lazy_back_s", "back_s"),
             times(f"{GENERATIONS} checkpoints, {DIRTIED:.0%} dirtied between them", "of the size after the first", 1.7, dedup, "ckpt", growth),
             times("checkpoint to the empty store, command", "of an archive's (podman's or ckpt's)", 1.3, dedup, "ckpt", to_archive),
+            times("export, encrypted", "of one that is not", 1.3, archive, "ckpt", partial(between, "sealed_s", "export_s")),
+            times("inspect of an archive", "of checkpointctl's", 1 / 20, archive, "ckpt", partial(between, "inspect_s", "checkpointctl_s")),
         ]
     mine, theirs = medians.get(OWN, "ckpt", "checkpoint_s"), medians.get(OWN, "criu", "checkpoint_s")
     more_ms = (mine - theirs) * 1000 if mine is not None and theirs is not None else None

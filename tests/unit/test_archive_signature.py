@@ -25,7 +25,9 @@ from ckpt.model import DumpOptions, RestoreOptions, Target
 from ckpt.ops.checkpoint import checkpoint
 from ckpt.ops.export import export
 from ckpt.ops.import_ import import_
+from ckpt.ops.inspect import inspect
 from ckpt.ops.restore import restore
+from ckpt.ops.verify import verify
 from ckpt.store import volatile
 from ckpt.store.catalog import Catalog
 from tests.contract import fake
@@ -310,6 +312,31 @@ def test_encrypted_of_a_running_workload_is_staged_in_memory(world: World, keys:
     (back,) = restore([], import_from=at(file), options=RestoreOptions(), store_root=world.root, emit=ignore, incoming=incoming)
     assert back.ok, back.error
     assert world.state(web) == "running"
+
+
+@pytest.mark.parametrize("compress", ["zstd", "gzip", "none"])
+def test_an_encrypted_archive_is_looked_at_and_verified_where_it_lies(world: World, keys: Path, compress: str) -> None:  # noqa: F811
+    world.engine.start("web")
+    (saved,) = checkpoint([Target.parse("web")], options=OPTIONS, store_root=world.root, emit=ignore, outgoing=trust.Outgoing(sign_key=keys / "ops"))
+    outgoing = trust.Outgoing(seal.recipients([f"age:{keys}/ops.pub"]))
+    file = world.directory / "web.age"
+    export("web", at(file), compress=compress, options=OPTIONS, outgoing=outgoing, store_root=world.root, emit=ignore)
+    identities = seal.identities([keys / "ops"])
+    seen = inspect(str(file), identities=identities, store_root=world.root)
+    assert saved.checkpoint is not None and seen.manifest.digests == saved.checkpoint.manifest.digests
+    with pytest.raises(KeyProblem):
+        inspect(str(file), store_root=world.root)
+    incoming = trust.Incoming(identities, demand(keys, local=True))
+    for ref in (str(file), "web"):
+        (good,) = verify([ref], incoming=incoming, store_root=world.root, emit=ignore)
+        assert good.ok and good.stats["signature"] == "ops@example" and good.stats["digests"] == "equal", good
+        (bad,) = verify([ref], incoming=trust.Incoming(identities, demand(keys, "stranger", local=True)), store_root=world.root, emit=ignore)
+        assert isinstance(bad.error, DigestMismatch) and bad.stats["signature"] == "wrong"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    (altered,) = verify([str(file)], incoming=incoming, store_root=world.root, emit=ignore)
+    assert isinstance(altered.error, DigestMismatch)
 
 
 def test_without_memory_to_stage_in_nothing_is_begun(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

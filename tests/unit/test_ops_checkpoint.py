@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from ckpt.ops.list_ import broken, list_
 from ckpt.ops.restore import restore
 from ckpt.ops.result import Outcome
 from ckpt.ops.rm import rm
+from ckpt.ops.unpack import unpack
+from ckpt.store.catalog import Catalog
 from ckpt.transports.base import Location
 from tests.contract import fake
 
@@ -267,6 +270,20 @@ def test_a_damaged_checkpoint_touches_nothing(world: World) -> None:
     (back,) = world.back("web")
     assert isinstance(back.error, DigestMismatch)
     assert world.state(web) == "exited", "it must not have been removed"
+
+
+def test_memory_under_a_signature_is_compared_before_it_runs_lazily(streaming: World, tmp_path: Path) -> None:
+    """A chunk's check sum finds damage; only the manifest's digests say whose memory it is."""
+    streaming.engine.start("web")
+    (outcome,) = streaming.save("web")
+    assert outcome.checkpoint
+    digests = {**outcome.checkpoint.manifest.digests, "checkpoint/pages-65537.img": "sha256:" + "0" * 64}
+    changed = replace(outcome.checkpoint, manifest=replace(outcome.checkpoint.manifest, digests=digests))
+    catalog = Catalog(streaming.root)
+    unpack(catalog, changed, tmp_path / "lazy", lazy=True, emit=ignore, label="web")
+    with pytest.raises(DigestMismatch, match="pages-65537"):
+        unpack(catalog, changed, tmp_path / "signed", lazy=True, signed=True, emit=ignore, label="web")
+    unpack(catalog, outcome.checkpoint, tmp_path / "again", lazy=True, signed=True, emit=ignore, label="web")
 
 
 def test_a_restore_without_room_touches_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,20 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyrage
 import pytest
 
-from ckpt.archive import foreign, layout, manifest, writer
+from ckpt.archive import foreign, layout, manifest, seal, trust, writer
 from ckpt.archive.members import StageMembers
+from ckpt.archive.signature import Demand
 from ckpt.cli.main import main
 from ckpt.criu import contents, memory
 from ckpt.criu.bindings import load
-from ckpt.errors import ArchiveInvalid, DigestMismatch, EngineUnavailable, FeatureMissing, UsageError
+from ckpt.errors import ArchiveInvalid, DigestMismatch, EngineUnavailable, FeatureMissing, KeyProblem, UsageError
 from ckpt.events import ignore
 from ckpt.model import Manifest, RestoreOptions
 from ckpt.ops import diff, inspect, verify
 from ckpt.ops.import_ import import_
 from ckpt.ops.restore import restore
 from ckpt.store.catalog import Catalog
+from ckpt.transports.base import Location
 from tests.unit import dumps
 from tests.unit.dumps import HEAP, PAGE, STACK
 
@@ -181,7 +184,8 @@ def test_verify_all_names_the_damaged_one(stage: Path, tmp_path: Path, capsys: p
     assert main(["--store", str(root), "verify", "--all"]) == DigestMismatch.exit_code
     out, err = capsys.readouterr()
     assert out.startswith("web@2: ok") and "web@1" not in out
-    assert [line for line in err.splitlines() if line.startswith("error")] == ["error: web@1: checkpoint/core-1.img was changed or damaged"]
+    (said,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert said.startswith("error: web@1: checkpoint/core-1.img was changed or damaged")
 
 
 def short(stage: Path) -> None:
@@ -238,18 +242,41 @@ def test_a_damaged_archive_and_none(stage: Path, tmp_path: Path) -> None:
         verify.verify([], store_root=tmp_path / "store", emit=ignore)
 
 
-def test_the_signature_is_handed_over(stage: Path, tmp_path: Path) -> None:
-    (stage / layout.SIGNATURE).write_bytes(b"signed")
+def test_a_signature_is_mentioned_and_judged(stage: Path, tmp_path: Path) -> None:
+    (stage / layout.SIGNATURE).write_bytes(b"no signature")
+    (tmp_path / "signers").write_text("")
     ref = archive(stage, tmp_path / "web.tar.zst")
-    seen: list[bytes] = []
-
-    def check(data: bytes, signature: bytes) -> str:
-        seen.extend((data, signature))
-        raise DigestMismatch("the signature is wrong")
-
-    (outcome,) = verify.verify([ref], check_signature=check, store_root=tmp_path / "store", emit=ignore)
-    assert seen == [(stage / layout.MANIFEST).read_bytes(), b"signed"]
+    (outcome,) = verify.verify([ref], store_root=tmp_path / "store", emit=ignore)
+    assert outcome.ok and outcome.stats["signature"] == "not checked"
+    incoming = trust.Incoming((), Demand(tmp_path / "signers"))
+    (outcome,) = verify.verify([ref], incoming=incoming, store_root=tmp_path / "store", emit=ignore)
     assert not outcome.ok and outcome.stats["signature"] == "wrong"
+    (stage / layout.SIGNATURE).unlink()
+    (outcome,) = verify.verify([archive(stage, tmp_path / "unsigned")], incoming=incoming, store_root=tmp_path / "store", emit=ignore)
+    assert not outcome.ok and "not signed" in str(outcome.stats["problems"])
+
+
+@pytest.mark.parametrize("compress", ["zstd", "none", "gzip"])
+def test_an_encrypted_archive_is_looked_into_with_its_key(stage: Path, tmp_path: Path, compress: Any) -> None:
+    key = pyrage.x25519.Identity.generate()
+    (tmp_path / "key").write_text(str(key))
+    (tmp_path / "key").chmod(0o600)
+    sealed = tmp_path / "web.age"
+    with sealed.open("wb") as out, seal.encrypting(out, seal.recipients([f"age:{key.to_public()}"])) as inside:
+        writer.write(StageMembers(stage), inside, compress=compress)
+    with pytest.raises(KeyProblem):
+        inspect.inspect(str(sealed), store_root=tmp_path)
+    incoming = trust.Incoming(seal.identities([tmp_path / "key"]))
+    seen = inspect.inspect(str(sealed), environment=True, incoming=incoming, store_root=tmp_path)
+    assert seen.sealed and seen.indexed == (compress != "gzip") and seen.words[1].argv == ("redis", "-p", "80")
+    (found,) = inspect.search(str(sealed), "secret", incoming=incoming)
+    assert found.address == HEAP + PAGE - 3
+    (outcome,) = verify.verify([str(sealed)], deep=True, incoming=incoming, store_root=tmp_path, emit=ignore)
+    assert outcome.ok, outcome.error
+    with sealed.open("r+b") as file:
+        file.truncate(sealed.stat().st_size - 20)
+    (outcome,) = verify.verify([str(sealed)], incoming=incoming, store_root=tmp_path, emit=ignore)
+    assert not outcome.ok
 
 
 # Diff
@@ -340,7 +367,7 @@ def test_kubernetes(tmp_path: Path, writer_name: str, manager: str) -> None:
     assert main(["inspect", ref]) == 0
     (outcome,) = verify.verify([ref], deep=True, store_root=tmp_path / "store", emit=ignore)
     assert outcome.ok and outcome.stats["digests"] == "none"
-    done = import_(Path(ref), store_root=tmp_path / "store", emit=ignore)
+    done = import_(Location.of(Path(ref)), store_root=tmp_path / "store", emit=ignore)
     assert done.checkpoint is not None
     found: Manifest = done.checkpoint.manifest
     assert (found.foreign, found.engine, found.name) == (writer_name, "cri", "counter")

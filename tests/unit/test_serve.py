@@ -565,3 +565,39 @@ def test_wrong_usage(tmp_path: Path, words: list[str]) -> None:
     done = ckpt(tmp_path / "store", *words)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") <= 3, done
     assert not (tmp_path / "store").exists()
+
+
+# -- what the configuration says of archives -----------------------------------------------------------------------
+
+
+def test_downloads_are_encrypted_and_uploads_opened(start: Start, archive: bytes, tmp_path: Path) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    from ckpt.archive import seal, trust
+
+    identity = pyrage.x25519.Identity.generate()
+    key = tmp_path / "key"
+    key.write_text(str(identity) + "\n")
+    key.chmod(0o600)
+    outgoing = trust.Outgoing(seal.recipients((f"age:{identity.to_public()}",), None))
+    server = start(outgoing=outgoing, incoming=trust.Incoming(seal.identities((key,), None)))
+    client = server.client(server.token(uses=9))
+    assert client.send(archive).json()["ref"] == "web@1", "clear ones are taken, too"
+    given = client.request("GET", "/checkpoints/web")
+    assert given.status == 200 and seal.is_sealed(given.body[:64]) and "ETag" not in given.headers
+    assert given.headers["Accept-Ranges"] == "none" and "Content-Length" not in given.headers
+    assert client.request("GET", "/checkpoints/web", {"Range": "bytes=10-"}).status == 200
+    assert client.send(given.body).json()["ref"] == "web@2"
+    stranger = start(tmp_path / "other")
+    refused = stranger.client(stranger.token()).send(given.body)
+    assert (refused.status, refused.json()["code"]) == (422, "key")
+
+
+def test_unsigned_uploads(start: Start, archive: bytes, tmp_path: Path) -> None:
+    from ckpt.archive import signature, trust
+
+    signers = tmp_path / "signers"
+    signers.write_text("")
+    server = start(incoming=trust.Incoming((), signature.Demand(signers, required=True, local=True)))
+    refused = server.client(server.token()).send(archive)
+    assert refused.status == 422 and refused.json()["code"] in ("digest-mismatch", "key"), refused.body
+    assert Catalog(server.store).all() == []

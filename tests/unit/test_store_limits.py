@@ -77,6 +77,9 @@ def test_a_sink_that_is_broken_off_does_not_count(tmp_path: Path) -> None:
     assert draft.digests == {}
     with draft.sink(PAGES) as sink:
         sink.write(noise(10, 1))
+    for closed in (sink.write, lambda data: sink.zeros(len(data))):
+        with pytest.raises(ValueError, match="closed"):
+            closed(b"more")
     half = draft.sink("ctr.log")
     half.write(b"never closed")
     with pytest.raises(ValueError, match="still open"):

@@ -86,7 +86,8 @@ def _facts(row: Row) -> list[tuple[str, str]]:
 def _archive(archive: Row) -> str:
     if not archive["bytes"]:
         return ""
-    return f"{units.size(archive['bytes'])}, {archive['compression']}" + (", indexed" if archive["indexed"] else "")
+    words = [units.size(archive["bytes"]), archive["compression"], *(word for word in ("indexed", "encrypted") if archive[word])]
+    return ", ".join(words)
 
 
 def _tree(row: Row, environment: bool) -> Iterator[str]:

@@ -127,7 +127,12 @@ def inspection_row(inspection: Inspection) -> Row:
         "stats": plain(inspection.stats),
         "path": inspection.path,
         "signed": inspection.signed,
-        "archive": {"bytes": inspection.archive_bytes, "compression": inspection.compression, "indexed": inspection.indexed},
+        "archive": {
+            "bytes": inspection.archive_bytes,
+            "compression": inspection.compression,
+            "indexed": inspection.indexed,
+            "encrypted": inspection.sealed,
+        },
         "tasks": plain(contents.tasks) if contents else [],
         "mounts": plain(contents.mounts) if contents else [],
         "open_kinds": plain(contents.kinds) if contents else {},
