@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MAGIC: Final = ((b"BZh", "bzip2"), (b"\x1f\x8b\x08", "gzip"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _GZIP_HEAD: Final = b"\x1f\x8b\x08\0\0\0\0\0\x04\x03"
 """Of zlib and of pigz -n at level 1 (RFC 1952): no flags, no time, fastest, Unix."""
+_AHEAD_BYTES: Final = 256 << 10
 _XZ_MEMORY: Final = 256 << 20
 
 
@@ -169,7 +170,18 @@ class Stream:
         engine: _Engine | None = make()
         pending = b""
 
+        held, at = b"", 0
+
         def read(size: int) -> bytes:
+            # Each call of an engine copies what it has not taken yet: a hundred thousand calls for a header would take minutes.
+            nonlocal held, at
+            if at == len(held):
+                held, at = more(max(size, _AHEAD_BYTES)), 0
+            found = held[at : at + size]
+            at += len(found)
+            return found
+
+        def more(size: int) -> bytes:
             nonlocal engine, pending
             try:
                 while engine is not None:

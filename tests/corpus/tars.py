@@ -171,18 +171,6 @@ def no_end() -> bytes:
     return foreign(members()).rstrip(b"\0")
 
 
-@attack("too many members", BOMBS)
-def too_many() -> bytes:
-    head = bytearray(pack((info("checkpoint/0000000.img"), b""))[:512])
-    blocks = []
-    for number in range(100_100):
-        head[11:18] = b"%07d" % number
-        head[148:156] = b" " * 8
-        head[148:156] = b"%06o\0 " % sum(head)
-        blocks.append(bytes(head))
-    return gzip.compress(b"".join(blocks) + bytes(1024), 1)
-
-
 def _zstd(data: bytes, level: int = 3) -> bytes:
     import zstandard
 

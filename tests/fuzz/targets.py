@@ -136,7 +136,7 @@ def zstd_headers(data: bytes) -> None:
 
 
 def _indexes() -> list[bytes]:
-    return [b"x" * 40 + index.tail([index.Entry("config.dump", 0, 512, 3, 1), index.Entry("spec.dump", 1024, 1536, 2, 1)], [(40, 3072)])]
+    return [b"x" * 40 + index.tail([index.Entry("config.dump", 0, 512, 3, 1), index.Entry("spec.dump", 1024, 1536, 2, 1)], [(40, 3072, 0)])]
 
 
 @target(_indexes)
