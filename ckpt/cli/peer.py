@@ -10,7 +10,8 @@ from ckpt.cli.common import Session, verb
 @verb("peer")
 @click.option("--join", "path", metavar="SOCKET", help="Carry content for the peer that listens on this socket.")
 @click.option("--ask", is_flag=True, help="Answer questions only.")
-def command(session: Session, path: str | None, ask: bool) -> int:
+@click.option("--guest", is_flag=True, help="Who asks is not root here: this host's policy judges what comes.")
+def command(session: Session, path: str | None, ask: bool, guest: bool) -> int:
     """Serve a ckpt on another host, on stdin and stdout."""
     session.need_root()
     session.reporter.results = False  # stdout belongs to the protocol
@@ -21,7 +22,7 @@ def command(session: Session, path: str | None, ask: bool) -> int:
     from ckpt.ops import migrate_dest
     from ckpt.peer import server
 
-    handlers = migrate_dest.handlers(session.store_root)
+    handlers = migrate_dest.handlers(session.store_root, trusted=not guest, allow=session.settings.allow)
     if ask:
         handlers = {name: handler for name, handler in handlers.items() if name in migrate_dest.QUESTIONS}
     return server.main(handlers, concurrent=migrate_dest.CONCURRENT)

@@ -79,7 +79,7 @@ def asked_for(stage: Path, manifest: Manifest, engine: NamedEngine, options: Res
     found: list[Want] = []
     if manifest.engine == "podman":
         _same_container_image(manifest, config)
-        taken = bool(options.name) and any(c.id == manifest.container_id for c in engine.find(manifest.container_id))
+        taken = bool(options.name) and _is_anothers(manifest, engine)
         found += wants_podman.of_podman(config, spec, profile, taken=taken)
         found += _volumes(config, manifest, engine, options)
     else:
@@ -88,6 +88,19 @@ def asked_for(stage: Path, manifest: Manifest, engine: NamedEngine, options: Res
     if engine.probe().criu and (checkpoint / "pstree.img").exists():  # a restore may begin with a sketch, which has no CRIU images yet
         found += _of_images(checkpoint, spec, profile)
     return _distinct(found)
+
+
+def _is_anothers(manifest: Manifest, engine: NamedEngine) -> bool:
+    """Whether a container with the checkpoint's id is here that is not the one that was saved: then its directories are not the checkpoint's own.
+
+    Who knows the id (256 random bits), the name and the container image of a container here is taken for one who saved it.
+    """
+    for container in engine.find(manifest.container_id):
+        if container.id == manifest.container_id:
+            known = engine.describe(container).container_image
+            same_image = known is not None and manifest.container_image is not None and known.id == manifest.container_image.id
+            return not (container.name == manifest.name and same_image)
+    return False
 
 
 def require(stage: Path, manifest: Manifest, engine: NamedEngine, options: RestoreOptions, label: str, *, where: str) -> None:

@@ -69,7 +69,8 @@ def permitted(original: str | None, allow: Collection[str], *, store: Path) -> A
         raise RemoteRefused(f"this key does not allow {permission}")
     if permission == "download":
         _in_store(made[-2:], store)
-    return Allowed(permission, [name, "--store", str(store), *made])
+    guest = ["--guest"] if name == "peer" else []
+    return Allowed(permission, [name, "--store", str(store), *guest, *made])
 
 
 def _options(words: Sequence[str], known: Collection[str], *, places: int) -> list[str]:

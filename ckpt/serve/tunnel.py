@@ -30,7 +30,7 @@ UNDO_LIMIT_S: Final = 300.0
 def start_peer(store: Path, end: socket.socket, *, ask: bool) -> Process:
     """A `ckpt peer` that speaks on `end` (still the caller's to close). Raises CommandFailed."""
     parent = str(Path(ckpt.__file__).resolve().parents[1])
-    words = [sys.executable or "/usr/bin/python3", "-I", "-c", _BODY, parent, "peer", "--store", str(store), *(["--ask"] if ask else [])]
+    words = [sys.executable or "/usr/bin/python3", "-I", "-c", _BODY, parent, "peer", "--guest", "--store", str(store), *(["--ask"] if ask else [])]
     env = {key: value for key, value in os.environ.items() if key.startswith("CKPT_")}
     return spawn(words, stdin=end.fileno(), stdout=end.fileno(), stderr=None, env=env, new_session=True)
 
