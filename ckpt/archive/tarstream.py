@@ -128,7 +128,7 @@ class TarStream:
             if info.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = _name(data.removesuffix(b"\0"))
             else:
-                pax |= _pax(data)
+                pax |= pax_records(data)
         member = self._member(info, pax, long_name)
         self.entries.append(index.Entry(member.name, begin, self._stream.count, member.size_bytes, max(0, int(info.mtime))))
         return member
@@ -181,7 +181,7 @@ class TarStream:
                 raise ArchiveInvalid("the archive goes on after its end")
 
 
-def _pax(data: bytes) -> dict[str, str]:
+def pax_records(data: bytes) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE\\n` of an extended header (POSIX pax)."""
     found: dict[str, str] = {}
     position = 0

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Final, cast
 
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
+from ckpt.archive.untagged import Untagged
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, EarlyRestore, Engine, HeldRestore, StartsEarly
@@ -170,8 +171,10 @@ def receive_container_image(session: Session, args: dict[str, Any]) -> dict[str,
     process = engine.load_container_image()
     assert process.stdin is not None and process.stderr is not None and arrival.draft is not None
     arrival.job.write("container-image", loaded_image=image.id)
+    untagged = Untagged(cast(BinaryIO, process.stdin))
     try:
-        session.receive_files(arrival.draft.stage, allow=lambda path: path == _IMAGE_MEMBER, sinks={_IMAGE_MEMBER: cast(BinaryIO, process.stdin)})
+        session.receive_files(arrival.draft.stage, allow=lambda path: path == _IMAGE_MEMBER, sinks={_IMAGE_MEMBER: cast(BinaryIO, untagged)})
+        untagged.close()
         process.stdin.close()
         process.wait(timeout=300)
     except BaseException:
