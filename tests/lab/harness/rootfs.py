@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,8 +33,6 @@ PACKAGES = (
 )
 FROM_SID = ("criu", "libcriu2", "python3-pycriu", "libcompel1", "libnl-3-200")
 # fmt: on
-FROM_PYPI = ("pyrage",)
-"""What ckpt needs and Debian does not have."""
 FILES = {
     "usr/sbin/policy-rc.d": "#!/bin/sh\nexit 101\n",  # no service may start while packages are installed
     # The clock of a test machine may be off; nothing here is trusted beyond the archive's signature.
@@ -50,7 +47,7 @@ RECIPE = 1
 
 
 def rootfs_digest() -> str:
-    return digest(json.dumps([SUITE, BASE, PACKAGES, FROM_SID, FROM_PYPI, FILES, SID_FILES, RECIPE], sort_keys=True).encode())
+    return digest(json.dumps([SUITE, BASE, PACKAGES, FROM_SID, FILES, SID_FILES, RECIPE], sort_keys=True).encode())
 
 
 def rootfs_ready() -> bool:
@@ -104,10 +101,5 @@ def _build(root: Path) -> None:
                 raise
             time.sleep(5)
     _step([*install, *(f"{name}/sid" for name in FROM_SID)])
-    # By this machine's pip: it knows the way to the index, the new root may not.
-    found = sorted((root / "usr/lib").glob("python3.*"), key=lambda path: int(path.name.partition(".")[2]))[-1].name
-    packages = root / "usr/local/lib" / found / "dist-packages"
-    wheels = ["--python-version", found.removeprefix("python"), "--only-binary=:all:", "--no-deps", "--no-compile", "--root-user-action=ignore"]
-    _step([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wheels, "--target", str(packages), *FROM_PYPI])
     _step([*chroot, "apt-get", "clean"])
     shutil.rmtree(root / "var/lib/apt/lists", ignore_errors=True)
