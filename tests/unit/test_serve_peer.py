@@ -320,8 +320,8 @@ ALL = ("upload", "download", "migrate")
 @pytest.mark.parametrize(
     ("command", "permission", "words"),
     [
-        ("ckpt peer", "migrate", ["peer"]),
-        ("ckpt peer --join /tmp/ckpt-streams-ab12/socket", "migrate", ["peer", "--join", "/tmp/ckpt-streams-ab12/socket"]),
+        ("ckpt peer", "migrate", ["peer", "--guest"]),
+        ("ckpt peer --join /tmp/ckpt-streams-ab12/socket", "migrate", ["peer", "--guest", "--join", "/tmp/ckpt-streams-ab12/socket"]),
         ("ckpt import -", "upload", ["import", "--", "-"]),
         ("ckpt import --name=web -", "upload", ["import", "--name", "web", "--", "-"]),
         ("ckpt import -n web -", "upload", ["import", "--name", "web", "--", "-"]),
