@@ -77,6 +77,7 @@ def lab() -> Iterator[Lab]:
                         "events.py",
                         "model.py",
                         "peer",
+                        "store",
                         "transports",
                         "host",
                     ):
