@@ -45,7 +45,10 @@ def test_export_and_import_on_the_other_host(lab: Lab) -> None:
     lab.a.run(["ckpt", "checkpoint", f"pid:{pid}"])
     lab.a.run(["sh", "-c", f"ckpt export counter-{pid} -o - | ssh b ckpt import -"])
     at = ticks(lab.a)[-1]
-    lab.b.run(["ckpt", "restore", f"counter-{pid}"])
+    # A process tree is in no container: from elsewhere it is let in by name only.
+    refused = lab.b.run(["ckpt", "restore", f"counter-{pid}"], check=False)
+    assert refused.returncode == 34 and "--allow process:host" in refused.stderr
+    lab.b.run(["ckpt", "restore", "--allow", "process:host", f"counter-{pid}"])
     wait_until(lambda: ticks(lab.b)[-1] > at, "it counts there")
     whole(lab.b)
 
