@@ -17,6 +17,7 @@ from typing import BinaryIO, Final, cast
 
 from ckpt.archive import age, armor
 from ckpt.archive.age import Identity, Recipient, Sink, Source, Stanza
+from ckpt.archive.behind import Behind
 from ckpt.errors import ArchiveInvalid, DigestMismatch, KeyProblem, UsageError
 from ckpt.host import run
 
@@ -196,7 +197,13 @@ def encrypting(out: Sink, to: Sequence[Recipient]) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, out)
         return
     sealed = age.Encrypting(out, to)
-    yield cast(BinaryIO, sealed)
+    behind = Behind(sealed.write)  # encrypted and sent while the next of it is compressed
+    try:
+        yield cast(BinaryIO, behind)
+    except BaseException:
+        behind.abort()
+        raise
+    behind.finish()
     sealed.finish()
 
 
