@@ -6,6 +6,7 @@ import io
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 _PIECES: Final = 2
@@ -48,6 +49,9 @@ class Behind(io.RawIOBase):
     def abort(self) -> None:
         """Forget what was not put yet."""
         self._error = self._error or BrokenPipeError("broken off")
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()  # room for the end, also when the thread takes nothing any more
         self._queue.put(None)
         self._thread.join(_LEAVE_S)  # it may hang on a dead link, whose owner ends it
 

@@ -50,3 +50,28 @@ def test_broken_off_while_the_other_end_takes_nothing() -> None:
     threading.Timer(0.2, gate.set).start()
     behind.abort()
     assert len(taken) <= 1
+
+
+@pytest.mark.timeout(20)
+def test_broken_off_while_the_queue_is_full_and_the_link_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt.archive.behind._LEAVE_S", 0.2)
+    gate, begun = threading.Event(), threading.Event()
+
+    def dead(piece: bytes) -> None:
+        begun.set()
+        gate.wait()
+
+    behind = Behind(dead)
+    behind.write(b"x")
+    assert begun.wait(10)
+    for _ in range(2):
+        behind.write(b"x")  # the queue is full now
+    leaving = threading.Thread(target=behind.abort, daemon=True)
+    leaving.start()
+    leaving.join(5)
+    left = not leaving.is_alive()
+    gate.set()
+    leaving.join(5)
+    behind._thread.join(5)
+    assert left, "it waits for a link that is dead"
+    assert not behind._thread.is_alive()
