@@ -88,7 +88,14 @@ def rewind(
         mark.tag([present.manifest.id], [BEFORE], [], store_root=store_root)
         mark.note([present.manifest.id], f"what ran before the rewind to {target.ref}", store_root=store_root)
         faults.point("rewind-saved")
-    outcome = restoring.restore([target.manifest.id], options=options, store_root=store_root, emit=emit)[0]
+    try:
+        outcome = restoring.restore([target.manifest.id], options=options, store_root=store_root, emit=emit)[0]
+    except BaseException as error:
+        said = error if isinstance(error, CkptError) else RestoreFailed("it was broken off")
+        undone = _undone(said, target, present, store_root, emit)
+        if isinstance(error, CkptError) or _running(target) is None:
+            raise undone from error
+        raise
     if outcome.error is not None:
         raise _undone(outcome.error, target, present, store_root, emit)
     if present is not None and discard:

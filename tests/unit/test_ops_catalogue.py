@@ -15,6 +15,7 @@ from ckpt.events import ignore
 from ckpt.host import filesystem
 from ckpt.model import Container, DumpOptions, Manifest, RestoreOptions, Target
 from ckpt.ops import mark
+from ckpt.ops import restore as restoring
 from ckpt.ops.checkpoint import checkpoint
 from ckpt.ops.list_ import list_
 from ckpt.ops.prune import Pruned, prune
@@ -266,3 +267,24 @@ def test_jobs_of_a_store_that_other_hosts_share_stay_here(tmp_path: Path, monkey
 def test_kinds_of_file_systems(tmp_path: Path) -> None:
     assert filesystem.kind(Path("/proc/self/not/there")) == "proc" and filesystem.kind(tmp_path)
     assert not filesystem.is_shared(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), CkptError("no restore can begin")])
+def test_a_rewind_that_is_broken_off_brings_the_present_back(world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    web = world.engine.start("web")
+    world.write(web, "one")
+    world.save("web")
+    world.write(web, "two")
+    real, calls = restoring.restore, 0
+
+    def broken(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise error
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(restoring, "restore", broken)
+    with pytest.raises(type(error) if isinstance(error, KeyboardInterrupt) else RestoreFailed):
+        world.rewind("web@1")
+    assert world.engine.describe(web).state == "running" and world.written(web) == "two"
