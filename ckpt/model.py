@@ -92,6 +92,12 @@ class Container:
     terminal: bool = False
     created_s: float = 0.0
     auto_remove: bool = False
+    requires: tuple[str, ...] = ()
+    """Ids of containers that must be there before it (podman-run(1): --requires, shared namespaces, its pod's infra container)."""
+    pod: str = ""
+    """Id of its pod."""
+    units: tuple[str, ...] = ()
+    """systemd units that own it and would start it cold."""
 
 
 @dataclass(frozen=True, slots=True)

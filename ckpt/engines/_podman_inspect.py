@@ -47,6 +47,7 @@ def container_from_inspect(data: dict[str, Any]) -> Container:
     graph = (data.get("GraphDriver") or {}).get("Data") or {}
     networks = (data.get("NetworkSettings") or {}).get("Networks") or {}
     mounts = data.get("Mounts") or []
+    labels = dict(config.get("Labels") or {})
     rootfs = RootFs(
         Path(graph["MergedDir"]) if graph.get("MergedDir") else None,
         Path(graph["UpperDir"]) if graph.get("UpperDir") else None,
@@ -66,8 +67,11 @@ def container_from_inspect(data: dict[str, Any]) -> Container:
         ports=ports_of(host.get("PortBindings")),
         networks=tuple(networks),
         addresses=tuple(n[key] for n in networks.values() for key in ("IPAddress", "GlobalIPv6Address") if n.get(key)),
-        labels=dict(config.get("Labels") or {}),
+        labels=labels,
         terminal=bool(config.get("Tty")),
         created_s=seconds(str(data.get("Created", ""))),
         auto_remove=bool(host.get("AutoRemove")),
+        requires=tuple(map(str, data.get("Dependencies") or ())),
+        pod=str(data.get("Pod") or ""),
+        units=(labels["PODMAN_SYSTEMD_UNIT"],) if labels.get("PODMAN_SYSTEMD_UNIT") else (),
     )

@@ -47,6 +47,11 @@ def history(root: Path) -> Path:
     return own(root) / "history"
 
 
+def hibernations(root: Path) -> Path:
+    """What was saved of this host, for the time after its next start, to the store at `root`."""
+    return own(root) / "hibernate"
+
+
 def store_of(job_directory: Path) -> Path:
     """The root of the store that a job concerns."""
     place = job_directory.parent.parent
