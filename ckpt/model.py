@@ -98,6 +98,8 @@ class Container:
     """Id of its pod."""
     units: tuple[str, ...] = ()
     """systemd units that own it and would start it cold."""
+    infra: bool = False
+    """It only holds its pod's namespaces; there is nothing in it to save."""
 
 
 @dataclass(frozen=True, slots=True)
