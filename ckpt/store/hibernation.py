@@ -22,8 +22,8 @@ from ckpt.store.job import new_id
 
 SCHEMA: Final = 1
 Action = Literal["save", "stop", "ignore"]
-Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual"]
-"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`."""
+Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual", "crash"]
+"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`; "crash": made at boot, nothing was saved."""
 
 OPEN: Final = ("planned", "saving")
 SAVED: Final = "saved"
@@ -84,7 +84,7 @@ class Hibernation:
         made = cls(above / new_id())
         made.directory.mkdir(mode=0o700)
         made.acquire()
-        made.write("planned", schema=SCHEMA, kind=kind, **identity(), items=[asdict(item) for item in items], **facts)
+        made.write("planned", schema=SCHEMA, kind=kind, **{**identity(), **facts}, items=[asdict(item) for item in items])
         for directory in (made.directory, above):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             os.fsync(fd)
