@@ -132,6 +132,8 @@ class Capabilities:
     """A restore can be begun before its dump is (engines.base.StartsEarly)."""
     startable: bool = False
     """Its containers can be started cold and stopped (engines.base.Startable)."""
+    remakes: bool = False
+    """A restore with `RestoreOptions.cold` makes a container again that is gone."""
     container_images: bool = False
     volumes: bool = False
 
@@ -214,6 +216,10 @@ class RestoreOptions:
     """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
+    tcp_close: bool = False
+    """Established TCP connections come back closed: the workload finds them reset, its peers hear so at their next word."""
+    cold: bool = False
+    """Without its processes: made again as the checkpoint says, with its files, and started anew (`Capabilities.remakes`)."""
     timeout_s: float = 200.0
 
 

@@ -151,6 +151,14 @@ class Startable(Protocol):
 
 
 @runtime_checkable
+class ChecksHealth(Protocol):
+    """What an engine offers besides whose containers may bring a check of their health (`healthcheck` in config.dump)."""
+
+    def healthy(self, container: Container) -> bool:
+        """Run that check once, in the container."""
+
+
+@runtime_checkable
 class HasProfile(Protocol):
     """What an engine offers besides whose defaults for containers are known."""
 
