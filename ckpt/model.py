@@ -151,6 +151,10 @@ class DumpOptions:
     """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
     sealed: bool = False
     """The stage is in memory and will be encrypted: nothing that is not on a disk already may get there in clear."""
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
+    override_label: bool = False
+    """Do it even if a label of the container forbids it (ops/consent.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +213,8 @@ class RestoreOptions:
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
     timeout_s: float = 200.0
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
 from ckpt.engines import _hold
+from ckpt.engines._exec import exec_in
 from ckpt.engines._podman_held import (
     SHM_TAR,
     STUB,
@@ -260,6 +261,18 @@ class Podman:
                 f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
                 hint=f"podman pull {name}, or bring it along: ckpt migrate",
             )
+
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        return exec_in(container, argv, timeout_s, env=env, mark=mark, alone=alone)
 
     def profile(self) -> Profile:
         from ckpt.engines import _podman_profile
