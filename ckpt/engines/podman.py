@@ -11,7 +11,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -24,6 +24,7 @@ from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
 from ckpt.engines import _hold, _podman_apparmor
+from ckpt.engines._exec import exec_in
 from ckpt.engines._podman_held import (
     SHM_TAR,
     STUB,
@@ -305,6 +306,18 @@ class Podman:
 
     def healthy(self, container: Container) -> bool:
         return podman("healthcheck", "run", container.id, check=False).ok
+
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        return exec_in(container, argv, timeout_s, env=env, mark=mark, alone=alone)
 
     def profile(self) -> Profile:
         from ckpt.engines import _podman_profile
