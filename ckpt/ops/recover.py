@@ -29,7 +29,7 @@ from ckpt.errors import CkptError
 from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
-from ckpt.ops import knobs
+from ckpt.ops import journald, knobs
 from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -229,6 +229,8 @@ def remove(job: Job) -> None:
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)
+        if record.kind in ("checkpoint", "restore") or record.settled_by:
+            journald.record(record)  # a migration's command tells of it by itself, with its figures
     for path in list(job.directory.iterdir()) if job.directory.is_dir() else []:
         if path.name in ("journal.jsonl", "lock"):
             continue
