@@ -176,6 +176,8 @@ class Carriage:
     """How many connections; from 2 on, and with `direct`, they carry content alone, beside the one for calls."""
     direct: bool = False
     """By TLS straight to the other host instead of through ssh."""
+    shared_limit: Path | None = None
+    """The file by which several processes share that limit (peer/rate.py); None: it is this one's own."""
 
 
 @dataclass(frozen=True, slots=True)

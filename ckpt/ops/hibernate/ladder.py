@@ -27,13 +27,11 @@ from ckpt.host.run import CommandFailed
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, proof
 from ckpt.ops import restore as restoring
-from ckpt.ops.hibernate import leavings
+from ckpt.ops.hibernate import guards, leavings
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung
 from ckpt.store.catalog import Catalog
 from ckpt.store.hibernation import Hibernation, Item
 
-RESUMED: Final = Path("/run/ckpt/resumed")
-"""A file UNIT in there keeps an autostart unit from starting what came back already (its drop-in's ConditionPathExists=)."""
 SETTLE_S: Final = 0.5
 """How long one must have lived to be back."""
 HEALTH_LIMIT_S: Final = 15.0
@@ -128,7 +126,7 @@ class Climb:
                 self.emit(Notice(self.label, f"removed {what}"))
         if self.item.units and systemd.running():
             for unit in self.item.units:
-                (RESUMED / unit).unlink(missing_ok=True)
+                (guards.RESUMED / unit).unlink(missing_ok=True)
                 systemd.control("start", "--no-block", unit)
             return None
         engine = self.engine()
@@ -233,13 +231,12 @@ class Climb:
         systemd.journal(f"{self.label}: {how}" + (f" ({self.error.message})" if self.error is not None else ""), priority=priority, **fields)
 
     def keep_unit_from_starting(self) -> None:
-        """Say in /run that a unit's container runs already."""
-        for unit in self.item.units:
+        """Say that a unit's container runs already."""
+        if self.item.units:
             try:
-                RESUMED.mkdir(mode=0o755, parents=True, exist_ok=True)
-                (RESUMED / unit).touch()
+                guards.mark_resumed(self.item.units)
             except OSError as error:
-                self.warnings.append(f"{unit} may start it again: {error}")
+                self.warnings.append(f"{', '.join(self.item.units)} may start it again: {error}")
 
     def give_scope(self) -> None:
         """Put a process tree into a unit of its own: in that of the resume it would end with it."""

@@ -19,7 +19,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import systemd
 from ckpt.model import Checkpoint
 from ckpt.ops import faults, parallel, recover, warm
-from ckpt.ops.hibernate import canary
+from ckpt.ops.hibernate import canary, guards
 from ckpt.ops.hibernate.ladder import HOW, SETTLE_S, Climb, running
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung, load
 from ckpt.store import place
@@ -211,6 +211,7 @@ class _Resume:
         hibernation.write(
             "resumed", resumed_in=here["boot_id"], how={how: sum(one.how == how for one in back) for how in sorted({one.how for one in back})}
         )
+        guards.resume_over()
         return back, self.song
 
     def _settle(self, ids: set[str]) -> None:
