@@ -98,6 +98,8 @@ class Container:
     """Id of its pod."""
     units: tuple[str, ...] = ()
     """systemd units that own it and would start it cold."""
+    infra: bool = False
+    """It only holds its pod's namespaces; there is nothing in it to save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,10 @@ class DumpOptions:
     """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
     sealed: bool = False
     """The stage is in memory and will be encrypted: nothing that is not on a disk already may get there in clear."""
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
+    override_label: bool = False
+    """Do it even if a label of the container forbids it (ops/consent.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +225,8 @@ class RestoreOptions:
     cold: bool = False
     """Without its processes: made again as the checkpoint says, with its files, and started anew (`Capabilities.remakes`)."""
     timeout_s: float = 200.0
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def parse(values: Mapping[str, Any], source: str) -> HibernateSettings:
             raise ConfigError(f"{source}: {name} and {given[key]} say the same thing", hint="keep one of them")
         given[key] = name
         try:
-            if words and value not in words:
+            if words and (not isinstance(value, str) or value not in words):
                 raise ValueError("must be one of " + ", ".join(words))
             found[_FIELDS.get(key, key)] = _KEYS[key](words[value] if words else value)
         except ValueError as error:
