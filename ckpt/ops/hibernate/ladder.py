@@ -208,10 +208,9 @@ class Climb:
             self.keep_unit_from_starting()
             self.give_scope()
             faults.point("hibernate-healthy")
-        if how == "cold" and self.error is None and self.note:
-            self.error = StartedCold(f"{self.label} was started cold: {self.note}")
-        elif how == "cold" and self.error is not None:
-            self.error = StartedCold(f"{self.label} was started cold: {self.error.message}", hint=self.error.hint, log=self.error.log)
+        if how == "cold" and (why := self.note or self._first_failure()):
+            hint, log = (self.error.hint, self.error.log) if self.error is not None else (None, None)
+            self.error = StartedCold(f"{self.label} was started cold: {why}", hint=hint, log=log)
         elif how == "failed" and self.error is None:
             self.error = RestoreFailed(f"{self.label} is not back: there is no rung left to try")
         elif how in ("restored", "restored-closed"):
@@ -229,6 +228,11 @@ class Climb:
             "CKPT_ERROR": self.error.message if self.error is not None else None,
         }
         systemd.journal(f"{self.label}: {how}" + (f" ({self.error.message})" if self.error is not None else ""), priority=priority, **fields)
+
+    def _first_failure(self) -> str:
+        """Why the first rung did not hold, also when an earlier resume tried it; "" when none failed."""
+        failures = [row.get("error") for row in self.tried if not row.get("ok")]
+        return next((str(error.get("message") or "") for error in failures if isinstance(error, dict)), "")
 
     def keep_unit_from_starting(self) -> None:
         """Say that a unit's container runs already."""
