@@ -9,7 +9,7 @@ import click
 
 from ckpt.cli import completion
 from ckpt.cli.carriage import access, server_options
-from ckpt.cli.common import CompressionChoice, Duration, Rate, Session, ssh_option, timeout_option, verb
+from ckpt.cli.common import CompressionChoice, Duration, Rate, Session, hooks_option, override_option, ssh_option, timeout_option, verb
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
@@ -62,6 +62,8 @@ AUTO_CONVERGE_ROUNDS = 16
 )
 @click.option("--streams", type=click.IntRange(1, 16), default=1, metavar="N", help="Carry content over so many connections (default 1).")
 @click.option("--direct", is_flag=True, help="Carry content by TLS straight to the other host (ports 49152 to 49215), not through ssh.")
+@hooks_option
+@override_option
 @ssh_option
 @server_options
 @timeout_option
