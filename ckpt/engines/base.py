@@ -132,11 +132,46 @@ class StartsEarly(Protocol):
 
 
 @runtime_checkable
+class Startable(Protocol):
+    """What an engine with `Capabilities.startable` offers besides: its containers can be started anew, and ended, without a checkpoint."""
+
+    def start(self, container: Container) -> Container:
+        """Start it cold, as its engine does after a boot: from its beginning, with the root file system that it has.
+
+        Raises:
+            RestoreFailed: it could not be started; it is as before.
+        """
+
+    def stop(self, container: Container, timeout_s: float) -> None:
+        """End it as its engine does: its stop signal, and SIGKILL after `timeout_s`. Returns when it has ended; nothing for one that has.
+
+        Raises:
+            StateUnknown: it is still there.
+        """
+
+
+@runtime_checkable
+class ChecksHealth(Protocol):
+    """What an engine offers besides whose containers may bring a check of their health (`healthcheck` in config.dump)."""
+
+    def healthy(self, container: Container) -> bool:
+        """Run that check once, in the container."""
+
+
+@runtime_checkable
 class HasProfile(Protocol):
     """What an engine offers besides whose defaults for containers are known."""
 
     def profile(self) -> Profile:
         """What this host gives to a container that asks for nothing."""
+
+
+@runtime_checkable
+class DescribesMany(Protocol):
+    """What an engine offers besides that can be asked for several containers in one call."""
+
+    def describe_many(self, containers: Sequence[Container]) -> list[Container]:
+        """`Engine.describe` of each; those that are gone by now are left out."""
 
 
 class CarriesContainerImages(Protocol):

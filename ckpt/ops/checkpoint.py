@@ -104,11 +104,15 @@ def save(
     *,
     step: str = "store",
     drafts: Catalog | None = None,
+    looked: checks.Looked | None = None,
+    guarded: bool = True,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
 
     Args:
         drafts: where the draft is made, when not in the store.
+        looked: what a look a moment ago found, with nothing in the way; without it that look is had now.
+        guarded: by a guard of its own; without it the caller has one for all that it does, and asks the engine itself what became of them.
 
     Raises:
         BusyError: it does not run.
@@ -118,8 +122,12 @@ def save(
     ready(container, label)
     labels = consent.require(container, "checkpoint", override=options.override_label, emit=emit)
     hooks = hooking.gather(label, engine, labels, container=container, enabled=options.hooks, emit=emit)
-    # A hook may close what cannot be saved: it is looked for after it then.
-    chosen = options if hooks.any("pre-checkpoint") else decided(engine, container, label, options, emit)
+    if hooks.any("pre-checkpoint"):
+        chosen = options  # a hook may close what cannot be saved: it is looked for after it then
+    elif looked is None:
+        chosen = decided(engine, container, label, options, emit)
+    else:
+        chosen = replace(looked.options, timeout_s=options.timeout_s)
     # These ask CRIU and the engine, so not while the container is frozen.
     host, can = capture.host_facts(), engine.probe()
     streams = can.pages and intake.possible(host.criu_version)
@@ -132,7 +140,7 @@ def save(
         leave_running=chosen.leave_running,
         **({"overridden": labels.overridden} if labels.overridden else {}),
     )
-    guard = recover.start_guard(job)
+    guard = recover.start_guard(job) if guarded else None
     hooks.job = job
     attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams, hooks)
     try:
@@ -145,7 +153,7 @@ def save(
         faults.point("stored")
     except BaseException as error:
         raise attempt.undo(error) from error
-    return attempt.finish(kept, figures)
+    return attempt.finish(kept, figures, look=guarded)
 
 
 @dataclass(slots=True)
@@ -276,7 +284,7 @@ class _Attempt:
         if self.draft is not None:
             self.draft.discard()
 
-    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str]) -> Outcome:
+    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str], *, look: bool = True) -> Outcome:
         """The checkpoint is safe: end the source. From here on nothing is undone."""
         with recover.uninterrupted():
             self.job.write("commit", checkpoint_id=kept.manifest.id if kept else "", freeze_s=round(self.freeze_s, 6))
@@ -307,8 +315,9 @@ class _Attempt:
                 self.discard()
             recover.close(self.job, self.guard)
         now = self.container
-        with suppress(CkptError):
-            now = self.engine.describe(self.container)
+        if look:
+            with suppress(CkptError):
+                now = self.engine.describe(self.container)
         sizes: dict[str, float | int | str] = {"size_bytes": kept.manifest.size_bytes} if kept else {}
         warnings = tuple(self.hooks.warnings)
         return Outcome(
