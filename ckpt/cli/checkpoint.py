@@ -10,7 +10,7 @@ import click
 
 from ckpt.cli import protection
 from ckpt.cli.carriage import carrier, destination
-from ckpt.cli.common import Session, all_and_latest, dump_options, one_way, state_options, targets_argument, verb
+from ckpt.cli.common import Session, all_and_latest, dump_options, hooks_option, one_way, override_option, state_options, targets_argument, verb
 from ckpt.cli.export import compress_options
 from ckpt.cli.render.rows import Row
 from ckpt.errors import CkptError, UsageError
@@ -43,6 +43,8 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
 @compress_options
 @protection.outgoing_options
 @state_options()
+@hooks_option
+@override_option
 @click.option("-k", "--keep", is_flag=True, help="Accepted for podman's sake: the store always keeps CRIU's logs.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag for the checkpoint: NAME@TAG. Repeatable.")
 @click.option("--note", default="", metavar="TEXT", help="A note for the checkpoint.")

@@ -10,6 +10,7 @@ from ckpt.cli.common import LazyGroup, global_options
 
 VERBS: Final = {
     "save": "ckpt.cli.hibernate_save",
+    "resume": "ckpt.cli.hibernate_resume",
     "status": "ckpt.cli.hibernate_status",
 }
 

@@ -11,7 +11,7 @@ import click
 from ckpt.cli import carriage, completion, protection
 from ckpt.cli.carriage import carrier_options, digest_option
 from ckpt.cli.checkpoint import microseconds
-from ckpt.cli.common import Session, all_and_latest, one_way, state_options, verb
+from ckpt.cli.common import Session, all_and_latest, hooks_option, one_way, state_options, verb
 from ckpt.cli.render.rows import Row
 from ckpt.errors import UsageError
 from ckpt.model import RestoreOptions
@@ -42,6 +42,7 @@ from ckpt.model import RestoreOptions
 @click.option("--allow", multiple=True, metavar="KIND:VALUE", help="What a checkpoint from elsewhere may have: cap:SYS_ADMIN. Can be repeated.")
 @click.option("--lazy", is_flag=True, help="Resume at once, memory follows.")
 @state_options(restoring=True)
+@hooks_option
 @click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
 @click.option("--ignore-static-mac", is_flag=True, help="Take a new MAC address.")
 @click.option("--print-stats", is_flag=True, help="Print podman's JSON of times (microseconds) and pages instead of names.")

@@ -11,18 +11,20 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Final, cast
 
-from ckpt.archive.layout import CONFIG
+from ckpt.archive.layout import CONFIG, SPEC
 from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
-from ckpt.engines import _hold
+from ckpt.engines import _hold, _podman_apparmor
+from ckpt.engines._exec import exec_in
 from ckpt.engines._podman_held import (
     SHM_TAR,
     STUB,
@@ -90,9 +92,8 @@ class Podman:
         if os.geteuid() != 0:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
-        return Capabilities(
-            True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True, lazy=True, early=True, startable=True
-        )
+        can = Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
+        return replace(can, pages=True, lazy=True, early=True, startable=True, remakes=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -265,11 +266,14 @@ class Podman:
         )
         if not options.checked or options.name:
             self._refuse(manifest, options)
+        _podman_apparmor.ensure(stage / SPEC, lambda: self._load_profile(manifest))
+        if options.cold:
+            self._forget_runtime(manifest)
         try:
             if not options.ignore_volumes:
                 attempt.make_volumes(volume_ready)
             self._pack_stub(job.directory / STUB, stage, manifest, options)
-            _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy)
+            _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy, tcp_close=options.tcp_close, cold=options.cold)
             attempt.start(job.directory / STUB)
             attempt.mounted()
         except BaseException:
@@ -291,6 +295,34 @@ class Podman:
                 f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
                 hint=f"podman pull {name}, or bring it along: ckpt migrate",
             )
+
+    def _load_profile(self, manifest: Manifest) -> None:
+        """Make podman load its AppArmor profile: it does so for each container that it makes."""
+        image = manifest.container_image.id if manifest.container_image else ""
+        made = podman("container", "create", "--network", "none", "--pull", "never", image, "true", check=False).text.split()
+        if made:
+            podman("container", "rm", "--force", made[-1], check=False)
+
+    def _forget_runtime(self, manifest: Manifest) -> None:
+        """Remove what a runtime still keeps of a container that podman does not know (any more): it would not make one of that id."""
+        runtime = which(manifest.runtime or "crun")
+        if runtime is not None and not any(c.id == manifest.container_id for c in self.containers()):
+            run([runtime, "delete", "--force", manifest.container_id], check=False, timeout_s=QUERY_TIMEOUT_S)
+
+    def healthy(self, container: Container) -> bool:
+        return podman("healthcheck", "run", container.id, check=False).ok
+
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        return exec_in(container, argv, timeout_s, env=env, mark=mark, alone=alone)
 
     def profile(self) -> Profile:
         from ckpt.engines import _podman_profile

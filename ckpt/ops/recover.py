@@ -29,7 +29,7 @@ from ckpt.errors import CkptError
 from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
-from ckpt.ops import knobs
+from ckpt.ops import journald, knobs
 from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -119,8 +119,12 @@ def settle(job: Job) -> str:
                 job.write("running", by="guard")
             elif _is_old(job):
                 remove(job)
+                return "left"
+            _run_hooks(job, registry.by_name(str(facts["engine"])), "post-restore")
             return "left"
-        _finish(job, kind, registry.by_name(str(facts.get("engine", ""))), facts)
+        engine = registry.by_name(str(facts.get("engine", "")))
+        _finish(job, kind, engine, facts)
+        _run_hooks(job, engine, "post-restore" if kind == "restore" else "post-checkpoint")
         if facts.get("lazy"):
             job.write("serving", by="guard")
             _served(job)  # what follows is its keeper's
@@ -132,6 +136,10 @@ def settle(job: Job) -> str:
     engine = registry.by_name(str(facts.get("engine", "")))
     engine.rollback(job)
     lazy.end(job.directory)
+    if kind in ("checkpoint", "migrate-source"):
+        _run_hooks(job, engine, *(["checkpoint-failed"] if kind == "checkpoint" else ["checkpoint-failed", "migrate-failed"]))
+    else:
+        _run_hooks(job, engine, "restore-failed")
     job.write("rolled-back", by="guard")
     if kind == "migrate-source":
         announce_home(engine, Container(engine.name, str(facts.get("container_id", "")), str(facts.get("name", "")), "running"))
@@ -227,6 +235,8 @@ def remove(job: Job) -> None:
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)
+        if record.kind in ("checkpoint", "restore") or record.settled_by:
+            journald.record(record)  # a migration's command tells of it by itself, with its figures
     for path in list(job.directory.iterdir()) if job.directory.is_dir() else []:
         if path.name in ("journal.jsonl", "lock"):
             continue
@@ -301,6 +311,15 @@ def uninterrupted() -> Iterator[None]:
         for number in held:
             signal.raise_signal(number)  # waits for the mask, as the others do
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_hooks(job: Job, engine: Engine, *phases: str) -> None:
+    """Run what the job's hooks still owe to the workload (ops/hooks.py), if any ran."""
+    if job.facts.get("hooked"):
+        from ckpt.ops import hooks
+
+        for text in hooks.settle(job, engine, *phases):
+            sys.stderr.write(f"{text}\n")  # of a guard: into guard.log
 
 
 def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> None:

@@ -21,8 +21,8 @@ from ckpt.store.journal import Journal
 
 SCHEMA: Final = 1
 Action = Literal["save", "stop", "ignore"]
-Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual"]
-"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`."""
+Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual", "crash"]
+"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`; "crash": made at boot, nothing was saved."""
 
 OPEN: Final = ("planned", "saving")
 SAVED: Final = "saved"
@@ -82,7 +82,7 @@ class Hibernation(Journal):
         made = cls(above / new_id())
         made.directory.mkdir(mode=0o700)
         made.acquire()
-        made.write("planned", schema=SCHEMA, kind=kind, **identity(), items=[asdict(item) for item in items], **facts)
+        made.write("planned", schema=SCHEMA, kind=kind, **{**identity(), **facts}, items=[asdict(item) for item in items])
         made.sync_directory()
         return made
 
