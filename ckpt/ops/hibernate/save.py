@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,47 +142,53 @@ class _Saving:
         return self.wish.parallel or self.settings.parallel_shutdown
 
     def run(self) -> Saved:
-        hibernation, chosen = self.hibernation, self.plan.chosen
-        todo = {target: one for target, one in chosen.items() if one.action != "ignore"}
+        todo = {target: one for target, one in self.plan.chosen.items() if one.action != "ignore"}
         try:
-            hibernation.write("saving")
-            faults.point("hibernate-saving")
-            units = [unit for item in self.plan.items() for unit in item.units if item.action == "save"]
-            for text in guards.guard_units(units):
-                self.emit(Notice("", text, warning=True))
-            for target, error in self.plan.problems.items():
-                self._failed(target, error)
-            for layer in reversed(self.plan.layers):
-                works = {target: partial(self._one, todo[target]) for target in layer if target in todo and target not in self.outcomes}
-                for target, result in run_all(works, width=self.width, deadline_s=self.deadline_s, stop=self.halt, on_done=self._told).items():
-                    if isinstance(result, Dropped):
-                        self._failed(target, result, "dropped")
-                if self.halt.is_set():
-                    break
+            self._all(todo)
+            failed = [outcome for outcome in self.outcomes.values() if not outcome.ok]
+            given_up = bool(failed) and not self.wish.lenient
+            if failed and self.wish.at_shutdown and self.settings.on_failure == "stop":
+                self._stop_the_rest([todo[outcome.target] for outcome in failed])
+            if not given_up:
+                faults.point("hibernate-all")
+                self.hibernation.write(SAVED)
         except BaseException as error:
             if self.wish.at_shutdown:
                 with suppress(OSError):
-                    hibernation.write(SAVED, error=str(error)[: recover.ERROR_CAP] or type(error).__name__)
+                    self.hibernation.write(SAVED, error=str(error)[: recover.ERROR_CAP] or type(error).__name__)
                 raise
             said = self._back(error)
-            if isinstance(said, StateUnknown) or isinstance(error, (OSError, CkptError)):
+            if isinstance(said, StateUnknown) or isinstance(error, (CkptError, OSError)):
                 raise said from error
             raise
-        for target in todo:
-            if target not in self.outcomes:
-                self._failed(target, Dropped("it was not begun: another one could not be saved"), "dropped")
-        failed = [outcome for outcome in self.outcomes.values() if not outcome.ok]
-        if failed and not self.wish.lenient:
+        if given_up:
             raise self._back(failed[0].error)
-        if failed and self.wish.at_shutdown and self.settings.on_failure == "stop":
-            self._stop_the_rest([todo[outcome.target] for outcome in failed])
-        faults.point("hibernate-all")
-        hibernation.write(SAVED)
         faults.point("hibernate-saved")
         if not self.wish.at_shutdown:
             self._forget_old()
         systemd.notify(f"{sum(outcome.ok for outcome in self.outcomes.values())} of {len(todo)} workloads are saved")
-        return Saved(hibernation.id, tuple(self.outcomes[target] for target in todo), not failed)
+        return Saved(self.hibernation.id, tuple(self.outcomes[target] for target in todo), not failed)
+
+    def _all(self, todo: Mapping[str, Chosen]) -> None:
+        """Everything, layer by layer; each has its outcome then."""
+        self.hibernation.write("saving")
+        faults.point("hibernate-saving")
+        for text in guards.guard_units([unit for item in self.plan.items() for unit in item.units if item.action == "save"]):
+            self.emit(Notice("", text, warning=True))
+        for target, error in self.plan.problems.items():
+            self._failed(target, error)
+        for layer in reversed(self.plan.layers):
+            works = {target: partial(self._one, todo[target]) for target in layer if target in todo and target not in self.outcomes}
+            for target, result in run_all(works, width=self.width, deadline_s=self.deadline_s, stop=self.halt, on_done=self._told).items():
+                if isinstance(result, Dropped):
+                    self._failed(target, result, "dropped")
+                elif isinstance(result, BaseException) and not isinstance(result, Exception):
+                    raise result
+            if self.halt.is_set():
+                break
+        for target in todo:
+            if target not in self.outcomes:
+                self._failed(target, Dropped("it was not begun: another one could not be saved"), "dropped")
 
     # -- one workload ----------------------------------------------------------------------------------------------------
 
