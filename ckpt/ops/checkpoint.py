@@ -33,8 +33,9 @@ from ckpt.errors import (
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, faults, intake, knobs, recover, resolve, warm
+from ckpt.ops import capture, consent, faults, intake, knobs, recover, resolve, warm
 from ckpt.ops import check as checks
+from ckpt.ops import hooks as hooking
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -105,25 +106,30 @@ def save(
     *,
     step: str = "store",
     drafts: Catalog | None = None,
+    looked: checks.Looked | None = None,
+    guarded: bool = True,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
 
     Args:
         drafts: where the draft is made, when not in the store.
+        looked: what a look a moment ago found, with nothing in the way; without it that look is had now.
+        guarded: by a guard of its own; without it the caller has one for all that it does, and asks the engine itself what became of them.
 
     Raises:
         BusyError: it does not run.
         DumpFailed, NoSpace, FeatureMissing: it runs on as before.
         StateUnknown: it could not be made sure that it runs on.
     """
-    attempt = prepare(engine, container, label, options, catalog, emit, drafts=drafts)
+    attempt = prepare(engine, container, label, options, catalog, emit, drafts=drafts, looked=looked, guarded=guarded)
     try:
         attempt.hold()
         attempt.go_on()
+        attempt.gone_on()
         attempt.keep(keep, step)
     except BaseException as error:
         raise attempt.undo(error) from error
-    return attempt.finish()
+    return attempt.finish(look=guarded)
 
 
 def prepare(
@@ -135,19 +141,28 @@ def prepare(
     emit: Emit,
     *,
     drafts: Catalog | None = None,
+    looked: checks.Looked | None = None,
+    guarded: bool = True,
     group_job: str = "",
 ) -> Attempt:
     """Look whether it can be dumped, and make its job; nothing of the container is touched.
 
     Args:
+        drafts, looked, guarded: as in `save`.
         group_job: the job that decides for this one.
 
     Raises:
         CkptError: as `save`.
     """
     ready(container, label)
-    chosen = settle(engine, container, label, options, emit)
-    checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    labels = consent.require(container, "checkpoint", override=options.override_label, emit=emit)
+    hooks = hooking.gather(label, engine, labels, container=container, enabled=options.hooks, emit=emit)
+    if hooks.any("pre-checkpoint"):
+        chosen = options  # a hook may close what cannot be saved: it is looked for after it then
+    elif looked is None:
+        chosen = decided(engine, container, label, options, emit)
+    else:
+        chosen = replace(looked.options, timeout_s=options.timeout_s)
     # These ask CRIU and the engine, so not while the container is frozen.
     host, can = capture.store_free_bytes(capture.host_facts(), catalog.root), engine.probe()
     streams = can.pages and intake.possible(host.criu_version)
@@ -158,15 +173,18 @@ def prepare(
         container_id=container.id,
         name=container.name or container.id,
         leave_running=chosen.leave_running,
+        **({"overridden": labels.overridden} if labels.overridden else {}),
         **({action.GROUP: group_job} if group_job else {}),
     )
-    guard = recover.start_guard(job)
-    return Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams, host, can.version, in_group=bool(group_job))
+    guard = recover.start_guard(job) if guarded else None
+    hooks.job = job
+    in_group = bool(group_job)
+    return Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams, host, can.version, hooks, in_group=in_group)
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One dump on its way, and how to undo it: `begin`, `hold`, `go_on`, `keep`, `finish`; `undo` after a failure of any but the last."""
+    """One dump on its way, and how to undo it: `begin`, `hold`, `go_on`, `gone_on`, `keep`, `finish`; `undo` after a failure of any but the last."""
 
     engine: NamedEngine
     container: Container
@@ -180,6 +198,7 @@ class Attempt:
     """CRIU can send its pages to a page server; otherwise it writes them as files."""
     host: HostFacts
     version: str
+    hooks: hooking.Hooks
     draft: Draft | None = None
     dumped: bool = False
     held: HeldDump | None = None
@@ -196,6 +215,9 @@ class Attempt:
 
     def begin(self) -> None:
         """All that can be done before it is frozen."""
+        if self.hooks.any("pre-checkpoint"):
+            self.hooks.before("pre-checkpoint")
+            self.options = decided(self.engine, self.container, self.label, self.options, self.emit)
         self.draft = self.catalog.begin(self.container.name or self.container.id)
         self.job.write("dumping", draft=self.draft.id)
         faults.point("dumping")
@@ -231,6 +253,12 @@ class Attempt:
         with recover.uninterrupted():
             self.thaw()
             self.job.write("resumed")
+
+    def gone_on(self) -> None:
+        """With leave_running: what has to wait until it really runs."""
+        if not self.options.leave_running:
+            return
+        self.hooks.after("post-checkpoint", host=False)
         self._bring_stats()
         faults.point("resumed")
 
@@ -308,6 +336,8 @@ class Attempt:
                 self.discard()
                 self.job.release()  # the guard goes on trying
                 return _unsure(worse, error, self.label)
+            if self.job.facts.get("hooked"):
+                self.hooks.after("checkpoint-failed", error=error, inside=self.hooks.begun)
             said = explained(error, self.label, self._whereabouts(), dumped=self.dumped)
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
@@ -325,7 +355,7 @@ class Attempt:
             with suppress(TargetNotFound):
                 self.catalog.remove(self.kept)
 
-    def finish(self) -> Outcome:
+    def finish(self, *, look: bool = True) -> Outcome:
         """The checkpoint is safe: end the source. From here on nothing is undone."""
         kept, figures = self.kept, self.figures
         with recover.uninterrupted():
@@ -349,15 +379,22 @@ class Attempt:
                 return Outcome(self.label, False, checkpoint=kept, container=self.container, error=worse)
             faults.point("ended")
             stats = capture.dump_stats(kept.directory if kept else self.needed_draft().stage, *self._stats_files())
+            if self.hooks.host:
+                self.hooks.facts |= {"checkpoint": kept.ref} if kept else {}
+                self.hooks.after("post-checkpoint", inside=False)
             self.job.write("done")
             if kept is None:
                 self.discard()
             recover.close(self.job, self.guard)
         now = self.container
-        with suppress(CkptError):
-            now = self.engine.describe(self.container)
+        if look:
+            with suppress(CkptError):
+                now = self.engine.describe(self.container)
         sizes: dict[str, float | int | str] = {"size_bytes": kept.manifest.size_bytes} if kept else {}
-        return Outcome(self.label, True, kept, now, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures})
+        warnings = tuple(self.hooks.warnings)
+        return Outcome(
+            self.label, True, kept, now, warnings=warnings, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures}
+        )
 
     def _stats_files(self) -> list[Path]:
         """Where CRIU leaves its statistics: the work directory that the engine gave it, in the job's."""
@@ -381,6 +418,13 @@ def ready(container: Container, label: str) -> None:
         "created": "there is nothing to save yet; start it first",
     }
     raise BusyError(f"{label} is {container.state}, not running", where=f"{label} is {container.state}, untouched", hint=hints.get(container.state))
+
+
+def decided(engine: NamedEngine, container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:
+    """The options as `settle` has them, and nothing stands in the way of a dump. Raises what `check` finds."""
+    chosen = settle(engine, container, label, options, emit)
+    checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    return chosen
 
 
 def settle(engine: NamedEngine, container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:

@@ -253,6 +253,7 @@ class _Saving:
             if self.options.leave_running:
                 self._do("going on", {label: attempt.go_on for label, attempt in self.attempts.items()})
                 freezer.thaw(self.knobs)
+                self._do("gone on", {label: attempt.gone_on for label, attempt in self.attempts.items()})
             self._do("kept", {label: partial(attempt.keep, self._keep) for label, attempt in self.attempts.items()})
             faults.point("group-stored")
             groupjob.propose(self.catalog.root, self._record())
@@ -574,13 +575,14 @@ class _Restoring:
     def run(self) -> list[Outcome]:
         with ExitStack() as stack:
             sources = {
-                label: stack.enter_context(restoring.from_store(label, one, self.options, self.catalog, self.emit, self.incoming))
+                label: stack.enter_context(restoring.stored(label, one, self.options, self.catalog, self.emit, self.incoming))
                 for label, one in self.chosen.items()
             }
             own = _Job(self.catalog, groupjob.RESTORE, self.name)
             try:
                 self._do({label: partial(self._prepare, own, label, source) for label, source in sources.items()})
                 own.job.write("restoring", jobs=[attempt.job.id for attempt in self.attempts.values()])
+                self._do({label: attempt.make_room for label, attempt in self.attempts.items()})
                 for wave in self.waves:
                     # What is held already blocks packets for its addresses (host/traffic), and CRIU those within its network.
                     self._do({label: self.attempts[label].hold for label in wave})

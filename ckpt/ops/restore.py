@@ -23,7 +23,8 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
@@ -102,7 +103,7 @@ def restore(
         return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep, incoming))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
-        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
+        outcomes.append(_guarded(label, partial(from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
     return outcomes
 
 
@@ -153,6 +154,8 @@ def prepare(
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
+    if options.cold and not can.remakes:
+        raise UsageError(f"{engine.name} cannot make a container again without restoring it")
     if options.lazy:
         if not can.lazy:
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
@@ -162,6 +165,7 @@ def prepare(
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
+    hooks = hooking.gather(source.label, engine, consent.Labels(), enabled=options.hooks, emit=emit, facts=_hook_facts(source, options))
     stats: Figures = {}
     if source.checkpoint is not None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
@@ -176,11 +180,12 @@ def prepare(
         copy=options.name is not None,
         **({action.GROUP: group_job} if group_job else {}),
     )
-    return Attempt(engine, source, options, job, recover.start_guard(job), emit, stats, old)
+    hooks.job = job
+    return Attempt(engine, source, options, job, recover.start_guard(job), emit, stats, hooks, old)
 
 
 class Attempt:
-    """One restore on its way, and how to undo it: `hold`, `release`, `close`; `undo` after a failure of one of the first two."""
+    """One restore on its way, and how to undo it: `make_room`, `hold`, `release`, `close`; `undo` after a failure of any but the last."""
 
     def __init__(
         self,
@@ -191,6 +196,7 @@ class Attempt:
         guard: Process | None,
         emit: Emit,
         stats: Figures,
+        hooks: hooking.Hooks,
         old: Container | None,
     ) -> None:
         self.engine = engine
@@ -205,18 +211,27 @@ class Attempt:
         self.keeper: lazy.Keeper | None = None
         self.warnings: list[str] = []
         self.stats = stats
+        self.hooks = hooks
         self.committed = False
+        self.room = False
         self.container: Container | None = None
 
-    def hold(self) -> None:
-        """Make room for it, restore, held, and compare what is there with what was dumped."""
-        from ckpt.archive import rootfs
-
+    def make_room(self) -> None:
+        """All that comes before the restore itself."""
+        self.hooks.before("pre-restore")
         if self.old is not None:
             # The checkpoint is whole, so what is removed can come back from it.
             self.job.write("removing", removed_id=self.old.id)
             self.engine.remove(self.old)
             faults.point("removed")
+        self.room = True
+
+    def hold(self) -> None:
+        """Restore, held, and compare what is there with what was dumped."""
+        from ckpt.archive import rootfs
+
+        if not self.room:
+            self.make_room()
         stage, manifest, options = self.source.draft.stage, self.source.manifest, self.options
         began = time.monotonic()
         self.emit(StepStarted(self.source.label, "restore"))
@@ -265,12 +280,15 @@ class Attempt:
         """Let it run: from here on nothing is undone."""
         assert self.held is not None
         with recover.uninterrupted():
-            self.job.write("commit")
+            # Should we die before they ran, the guard runs the hooks.
+            self.job.write(
+                "commit", **({"hooked": "post-restore", "hooked_inside": True, "hook_facts": self.hooks.facts} if self.options.hooks else {})
+            )
             self.committed = True
             faults.point("restore-commit")
             with announce.during(self.held.init_pid) as told:
                 self.container = self.held.resume()
-            self.job.write("serving" if self.keeper else "done", container_id=self.container.id)
+            self.job.write("serving" if self.keeper else "resumed", container_id=self.container.id)
             faults.point("resumed")
         if told.problem:
             self.warn([told.problem])
@@ -282,6 +300,8 @@ class Attempt:
         Args:
             keep: keep CRIU's logs.
         """
+        assert self.container is not None
+        self._greet(self.container)
         if keep:
             recover.keep_logs(self.job, self.source.label)
         if self.keeper is None:
@@ -290,6 +310,20 @@ class Attempt:
             recover.hand_over(self.job, self.guard)
             self.keeper.serve()
         return Outcome(self.source.label, True, self.source.checkpoint, self.container, warnings=tuple(self.warnings), stats=self.stats)
+
+    def _greet(self, container: Container) -> None:
+        """It runs: run the hooks that wait for that. Broken off, the restore is complete all the same."""
+        if self.options.hooks:
+            self.hooks.labels = hooking.soft_labels(container, self.source.label, self.emit)
+            self.hooks.container = container
+        try:
+            if self.hooks.any("post-restore"):
+                self.hooks.after("post-restore", container=container)
+                self.warnings += self.hooks.warnings
+        finally:
+            if self.keeper is None:
+                self.job.write("done", container_id=container.id)
+        faults.point("greeted")
 
     def warn(self, texts: Sequence[str]) -> None:
         self.warnings += texts
@@ -311,6 +345,8 @@ class Attempt:
                 self.job.write("failed", error=worse.message)
                 self.job.release()  # the guard goes on trying
                 return StateUnknown(f"the restore of {self.source.label} failed, and so did its undoing: {worse.message}", log=worse.log)
+            if self.job.facts.get("hooked"):
+                self.hooks.after("restore-failed", error=error, inside=False)
             log = recover.keep_logs(self.job, self.source.label)
             self.job.write("rolled-back", error=str(error)[: recover.ERROR_CAP])
             recover.close(self.job, self.guard)
@@ -329,7 +365,7 @@ class Attempt:
 
 
 @contextmanager
-def from_store(
+def stored(
     label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, incoming: trust.Incoming
 ) -> Iterator[Source]:
     """A checkpoint of the store as a source; it stays there as long as the block lasts.
@@ -345,10 +381,11 @@ def from_store(
             yield Source(label, checkpoint.manifest, draft, checkpoint, fd, bool(signer))
 
 
-def _from_store(
+def from_store(
     label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
 ) -> Outcome:
-    with from_store(label, checkpoint, options, catalog, emit, incoming) as source:
+    """Restore one checkpoint of the store. Raises as `bring_back`."""
+    with stored(label, checkpoint, options, catalog, emit, incoming) as source:
         return bring_back(source, options, catalog, emit, keep=keep)
 
 
@@ -457,7 +494,7 @@ def _as_dumped(options: RestoreOptions, source: Source) -> RestoreOptions:
     return replace(
         options,
         existing_volumes=volumes,
-        tcp_established=manifest.tcp_established if options.tcp_established is None else options.tcp_established,
+        tcp_established=False if options.tcp_close else manifest.tcp_established if options.tcp_established is None else options.tcp_established,
         file_locks=manifest.file_locks if options.file_locks is None else options.file_locks,
         shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
     )
@@ -468,6 +505,15 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return work()
     except CkptError as error:
         return failure(label, error)
+
+
+def _hook_facts(source: Source, options: RestoreOptions) -> dict[str, str]:
+    manifest = source.manifest
+    return {
+        "name": options.name or manifest.name,
+        "container_id": "" if options.name else manifest.container_id,
+        "checkpoint": source.checkpoint.ref if source.checkpoint else manifest.id,
+    }
 
 
 def _count(manifest: Manifest, options: RestoreOptions) -> str:
