@@ -32,7 +32,7 @@ from ckpt.ops.hibernate.settings import HibernateSettings, Rung
 from ckpt.store.catalog import Catalog
 from ckpt.store.hibernation import Hibernation, Item
 
-SETTLE_S: Final = 0.5
+SETTLE_S: Final = 0.3
 """How long one must have lived to be back."""
 HEALTH_LIMIT_S: Final = 15.0
 """How long its own check of its health may say no."""

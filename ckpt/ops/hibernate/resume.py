@@ -99,7 +99,7 @@ def resume(
         guard = recover.start_guard(found)
         if found.state in OVER:
             return Resumed(reason=f"hibernation {found.id} is over already")
-        back, song = _Resume(found, store_root, settings, rungs, width or settings.parallel_shutdown, emit).run()
+        back, song = _Resume(found, store_root, settings, rungs, width or settings.parallel_boot, emit).run()
     finally:
         recover.dismiss(guard)
         found.release()
@@ -352,6 +352,7 @@ class _Resume:
 def _containers(engine: str) -> Sequence[Container]:
     """All of an engine's; none when it cannot be asked, which each of them will meet again, and say."""
     try:
+        registry.by_name(engine).probe()  # remembers what does not change, before many ask for it at once
         return registry.by_name(engine).containers()
     except CkptError:
         return ()
