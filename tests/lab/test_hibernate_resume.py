@@ -82,7 +82,7 @@ def connections(host: Host) -> str:
 def test_all_come_back_after_a_boot(lab: Lab) -> None:
     """Of every kind one, one whose restore fails, killed again and again; nothing runs twice, nothing is lost."""
     host = lab.a
-    connected = "mkfifo /p; nc -l -p 77 >/dev/null & while sleep 1; do :; done >/p & (sleep 1; exec nc 127.0.0.1 77 </p) & true"
+    connected = "echoserver 77 & (until netstat -tln | grep -q :77; do sleep 0.1; done; exec echoclient 127.0.0.1 77 /data/echoed) & true"
     start_counter(host, "web", "-v", "vol1:/vol", before=f"echo kept > /data/state; echo volume > /vol/file; {connected}")
     host.run(["mkdir", "/root/mnt"])
     host.write_file("/root/mnt/open", "x")
