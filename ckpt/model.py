@@ -222,6 +222,8 @@ class RestoreOptions:
     """Of these "replace" keeps the content all the same: others have them mounted too."""
     checked: bool = False
     """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
+    terse: bool = False
+    """Of the restored container the caller needs id, name and first process only: an engine that would have to ask for the rest does not."""
     allow: tuple[str, ...] = ()
     """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False

@@ -323,7 +323,8 @@ class PodmanHeldRestore:
             undo_restore(attempt.job)
             raise error
         _hold.disarm(attempt.job)
-        return self.engine.describe(Container("podman", attempt.container_id, attempt.name, "running"))
+        found = Container("podman", attempt.container_id, attempt.name, "running", pid=self.init_pid or None, runtime=attempt.manifest.runtime)
+        return found if attempt.options.terse and self.init_pid else self.engine.describe(found)
 
     def abort(self) -> None:
         undo_restore(self.attempt.job)

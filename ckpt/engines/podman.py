@@ -365,6 +365,10 @@ class Podman:
         if image.name and not podman("image", "exists", image.name, check=False).ok:
             podman("image", "tag", image.id, image.name)
 
+    def has_named(self, image: ContainerImage) -> bool:
+        found = podman("image", "inspect", "--format", "{{.Id}}", "--", image.name or image.id, check=False)
+        return found.ok and found.text.strip() == image.id
+
     def remove_container_image(self, image_id: str) -> None:
         podman("image", "rm", "--force", image_id, check=False)
 
@@ -373,9 +377,11 @@ class Podman:
         return podman("image", "exists", image_id, check=False).ok
 
     def remove(self, container: Container) -> None:
-        if self.describe(container).state in ("running", "paused"):
-            raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
-        podman("container", "rm", container.id)
+        result = podman("container", "rm", container.id, check=False)
+        if not result.ok:  # podman looks itself whether it runs
+            if self.describe(container).state in ("running", "paused"):
+                raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
+            raise CkptError(f"podman cannot remove {container.name}: {result.error_text.strip() or result.returncode}")
 
     def volume_users(self, name: str) -> list[str]:
         return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()
