@@ -98,6 +98,8 @@ class Container:
     """Id of its pod."""
     units: tuple[str, ...] = ()
     """systemd units that own it and would start it cold."""
+    infra: bool = False
+    """It only holds its pod's namespaces; there is nothing in it to save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,8 @@ class Capabilities:
     """A restore can be begun before its dump is (engines.base.StartsEarly)."""
     startable: bool = False
     """Its containers can be started cold and stopped (engines.base.Startable)."""
+    remakes: bool = False
+    """A restore with `RestoreOptions.cold` makes a container again that is gone."""
     container_images: bool = False
     volumes: bool = False
 
@@ -153,6 +157,10 @@ class DumpOptions:
     """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
     sealed: bool = False
     """The stage is in memory and will be encrypted: nothing that is not on a disk already may get there in clear."""
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
+    override_label: bool = False
+    """Do it even if a label of the container forbids it (ops/consent.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +220,13 @@ class RestoreOptions:
     """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
+    tcp_close: bool = False
+    """Established TCP connections come back closed: the workload finds them reset, its peers hear so at their next word."""
+    cold: bool = False
+    """Without its processes: made again as the checkpoint says, with its files, and started anew (`Capabilities.remakes`)."""
     timeout_s: float = 200.0
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
 
 
 @dataclass(frozen=True, slots=True)

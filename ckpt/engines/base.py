@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from ckpt.archive.wants import Profile
-from ckpt.host.run import Process
+from ckpt.host.run import Process, Result
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
 
@@ -151,11 +151,27 @@ class Startable(Protocol):
 
 
 @runtime_checkable
+class ChecksHealth(Protocol):
+    """What an engine offers besides whose containers may bring a check of their health (`healthcheck` in config.dump)."""
+
+    def healthy(self, container: Container) -> bool:
+        """Run that check once, in the container."""
+
+
+@runtime_checkable
 class HasProfile(Protocol):
     """What an engine offers besides whose defaults for containers are known."""
 
     def profile(self) -> Profile:
         """What this host gives to a container that asks for nothing."""
+
+
+@runtime_checkable
+class DescribesMany(Protocol):
+    """What an engine offers besides that can be asked for several containers in one call."""
+
+    def describe_many(self, containers: Sequence[Container]) -> list[Container]:
+        """`Engine.describe` of each; those that are gone by now are left out."""
 
 
 class CarriesContainerImages(Protocol):
@@ -194,3 +210,33 @@ class CarriesVolumes(Protocol):
 
     def drop_volumes(self, job: Job) -> None:
         """Remove the volumes of `make_volume`, unless a container uses them by now. Idempotent."""
+
+
+@runtime_checkable
+class ExecsInside(Protocol):
+    """What an engine offers besides that can run a command inside of a running container."""
+
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        """Run a command inside, as the user and with the environment of the container's first process.
+
+        Args:
+            env: added to that environment.
+            mark: of host.marked, by which what it starts is found again.
+            alone: it is over when all that it started is over too: nothing of it is in a dump that follows.
+
+        Returns:
+            Its exit status, whatever it is, and its output (both streams, cut) as `stdout`.
+
+        Raises:
+            CommandFailed: it could not be started, or was not over in time: then it was killed, with what it started.
+            EngineUnavailable: there is no runtime.
+        """

@@ -31,8 +31,9 @@ from ckpt.errors import (
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, faults, intake, recover, resolve, warm
+from ckpt.ops import capture, consent, faults, intake, recover, resolve, warm
 from ckpt.ops import check as checks
+from ckpt.ops import hooks as hooking
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -103,11 +104,15 @@ def save(
     *,
     step: str = "store",
     drafts: Catalog | None = None,
+    looked: checks.Looked | None = None,
+    guarded: bool = True,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
 
     Args:
         drafts: where the draft is made, when not in the store.
+        looked: what a look a moment ago found, with nothing in the way; without it that look is had now.
+        guarded: by a guard of its own; without it the caller has one for all that it does, and asks the engine itself what became of them.
 
     Raises:
         BusyError: it does not run.
@@ -115,8 +120,14 @@ def save(
         StateUnknown: it could not be made sure that it runs on.
     """
     ready(container, label)
-    chosen = settle(engine, container, label, options, emit)
-    checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    labels = consent.require(container, "checkpoint", override=options.override_label, emit=emit)
+    hooks = hooking.gather(label, engine, labels, container=container, enabled=options.hooks, emit=emit)
+    if hooks.any("pre-checkpoint"):
+        chosen = options  # a hook may close what cannot be saved: it is looked for after it then
+    elif looked is None:
+        chosen = decided(engine, container, label, options, emit)
+    else:
+        chosen = replace(looked.options, timeout_s=options.timeout_s)
     # These ask CRIU and the engine, so not while the container is frozen.
     host, can = capture.host_facts(), engine.probe()
     streams = can.pages and intake.possible(host.criu_version)
@@ -127,9 +138,11 @@ def save(
         container_id=container.id,
         name=container.name or container.id,
         leave_running=chosen.leave_running,
+        **({"overridden": labels.overridden} if labels.overridden else {}),
     )
-    guard = recover.start_guard(job)
-    attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
+    guard = recover.start_guard(job) if guarded else None
+    hooks.job = job
+    attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams, hooks)
     try:
         manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
         attempt.dumped = True
@@ -140,7 +153,7 @@ def save(
         faults.point("stored")
     except BaseException as error:
         raise attempt.undo(error) from error
-    return attempt.finish(kept, figures)
+    return attempt.finish(kept, figures, look=guarded)
 
 
 @dataclass(slots=True)
@@ -157,6 +170,7 @@ class _Attempt:
     guard: Process | None
     streams: bool
     """CRIU can send its pages to a page server; otherwise it writes them as files."""
+    hooks: hooking.Hooks
     draft: Draft | None = None
     dumped: bool = False
     held: HeldDump | None = None
@@ -169,6 +183,9 @@ class _Attempt:
 
     def dump(self, host: HostFacts, version: str) -> Manifest:
         """Dump and complete the stage. With leave_running the workload goes on before the digests are made."""
+        if self.hooks.any("pre-checkpoint"):
+            self.hooks.before("pre-checkpoint")
+            self.options = decided(self.engine, self.container, self.label, self.options, self.emit)
         self.draft = self.catalog.begin(self.container.name or self.container.id)
         self.job.write("dumping", draft=self.draft.id)
         faults.point("dumping")
@@ -188,6 +205,7 @@ class _Attempt:
             with recover.uninterrupted():
                 self.thaw()
                 self.job.write("resumed")
+            self.hooks.after("post-checkpoint", host=False)
             self._bring_stats()
             faults.point("resumed")
         manifest = capture.describe(
@@ -251,6 +269,8 @@ class _Attempt:
                 self.discard()
                 self.job.release()  # the guard goes on trying
                 return _unsure(worse, error, self.label)
+            if self.job.facts.get("hooked"):
+                self.hooks.after("checkpoint-failed", error=error, inside=self.hooks.begun)
             said = explained(error, self.label, self._whereabouts(), dumped=self.dumped)
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
@@ -264,7 +284,7 @@ class _Attempt:
         if self.draft is not None:
             self.draft.discard()
 
-    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str]) -> Outcome:
+    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str], *, look: bool = True) -> Outcome:
         """The checkpoint is safe: end the source. From here on nothing is undone."""
         with recover.uninterrupted():
             self.job.write("commit", checkpoint_id=kept.manifest.id if kept else "", freeze_s=round(self.freeze_s, 6))
@@ -287,15 +307,22 @@ class _Attempt:
                 return Outcome(self.label, False, checkpoint=kept, container=self.container, error=worse)
             faults.point("ended")
             stats = capture.dump_stats(kept.directory if kept else self.needed_draft().stage, *self._stats_files())
+            if self.hooks.host:
+                self.hooks.facts |= {"checkpoint": kept.ref} if kept else {}
+                self.hooks.after("post-checkpoint", inside=False)
             self.job.write("done")
             if kept is None:
                 self.discard()
             recover.close(self.job, self.guard)
         now = self.container
-        with suppress(CkptError):
-            now = self.engine.describe(self.container)
+        if look:
+            with suppress(CkptError):
+                now = self.engine.describe(self.container)
         sizes: dict[str, float | int | str] = {"size_bytes": kept.manifest.size_bytes} if kept else {}
-        return Outcome(self.label, True, kept, now, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures})
+        warnings = tuple(self.hooks.warnings)
+        return Outcome(
+            self.label, True, kept, now, warnings=warnings, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures}
+        )
 
     def _stats_files(self) -> list[Path]:
         """Where CRIU leaves its statistics: the work directory that the engine gave it, in the job's."""
@@ -319,6 +346,13 @@ def ready(container: Container, label: str) -> None:
         "created": "there is nothing to save yet; start it first",
     }
     raise BusyError(f"{label} is {container.state}, not running", where=f"{label} is {container.state}, untouched", hint=hints.get(container.state))
+
+
+def decided(engine: NamedEngine, container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:
+    """The options as `settle` has them, and nothing stands in the way of a dump. Raises what `check` finds."""
+    chosen = settle(engine, container, label, options, emit)
+    checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    return chosen
 
 
 def settle(engine: NamedEngine, container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:

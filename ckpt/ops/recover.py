@@ -118,8 +118,12 @@ def settle(job: Job) -> str:
                 job.write("running", by="guard")
             elif _is_old(job):
                 remove(job)
+                return "left"
+            _run_hooks(job, registry.by_name(str(facts["engine"])), "post-restore")
             return "left"
-        _finish(job, kind, registry.by_name(str(facts.get("engine", ""))), facts)
+        engine = registry.by_name(str(facts.get("engine", "")))
+        _finish(job, kind, engine, facts)
+        _run_hooks(job, engine, "post-restore" if kind == "restore" else "post-checkpoint")
         if facts.get("lazy"):
             job.write("serving", by="guard")
             _served(job)  # what follows is its keeper's
@@ -131,6 +135,10 @@ def settle(job: Job) -> str:
     engine = registry.by_name(str(facts.get("engine", "")))
     engine.rollback(job)
     lazy.end(job.directory)
+    if kind in ("checkpoint", "migrate-source"):
+        _run_hooks(job, engine, *(["checkpoint-failed"] if kind == "checkpoint" else ["checkpoint-failed", "migrate-failed"]))
+    else:
+        _run_hooks(job, engine, "restore-failed")
     job.write("rolled-back", by="guard")
     if kind == "migrate-source":
         announce_home(engine, Container(engine.name, str(facts.get("container_id", "")), str(facts.get("name", "")), "running"))
@@ -295,6 +303,15 @@ def uninterrupted() -> Iterator[None]:
         for number in held:
             signal.raise_signal(number)  # waits for the mask, as the others do
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_hooks(job: Job, engine: Engine, *phases: str) -> None:
+    """Run what the job's hooks still owe to the workload (ops/hooks.py), if any ran."""
+    if job.facts.get("hooked"):
+        from ckpt.ops import hooks
+
+        for text in hooks.settle(job, engine, *phases):
+            sys.stderr.write(f"{text}\n")  # of a guard: into guard.log
 
 
 def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> None:

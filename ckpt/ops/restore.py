@@ -23,7 +23,8 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
@@ -102,7 +103,7 @@ def restore(
         return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep, incoming))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
-        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
+        outcomes.append(_guarded(label, partial(from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
     return outcomes
 
 
@@ -124,6 +125,8 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
+    if options.cold and not can.remakes:
+        raise UsageError(f"{engine.name} cannot make a container again without restoring it")
     if options.lazy:
         if not can.lazy:
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
@@ -132,6 +135,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
+    hooks = hooking.gather(source.label, engine, consent.Labels(), enabled=options.hooks, emit=emit, facts=_hook_facts(source, options))
     stats: Figures = {}
     if source.checkpoint is not None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
@@ -146,8 +150,10 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         copy=options.name is not None,
     )
     guard = recover.start_guard(job)
-    attempt = _Attempt(engine, source, options, job, guard, emit, stats)
+    attempt = _Attempt(engine, source, options, job, guard, emit, stats, hooks)
+    hooks.job = job
     try:
+        hooks.before("pre-restore")
         if old is not None:
             # The checkpoint is whole, so what is removed can come back from it.
             job.write("removing", removed_id=old.id)
@@ -157,6 +163,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         container = attempt.release()
     except BaseException as error:
         raise attempt.undo(error) from error
+    attempt.greet(container)
     if keep:
         recover.keep_logs(job, source.label)
     if attempt.keeper is None:
@@ -171,7 +178,15 @@ class _Attempt:
     """One restore on its way, and how to undo it."""
 
     def __init__(
-        self, engine: NamedEngine, source: Source, options: RestoreOptions, job: Job, guard: Process | None, emit: Emit, stats: Figures
+        self,
+        engine: NamedEngine,
+        source: Source,
+        options: RestoreOptions,
+        job: Job,
+        guard: Process | None,
+        emit: Emit,
+        stats: Figures,
+        hooks: hooking.Hooks,
     ) -> None:
         self.engine = engine
         self.source = source
@@ -183,6 +198,7 @@ class _Attempt:
         self.keeper: lazy.Keeper | None = None
         self.warnings: list[str] = []
         self.stats = stats
+        self.hooks = hooks
         self.committed = False
 
     def hold(self) -> None:
@@ -237,17 +253,34 @@ class _Attempt:
         """Let it run: from here on nothing is undone."""
         assert self.held is not None
         with recover.uninterrupted():
-            self.job.write("commit")
+            # Should we die before they ran, the guard runs the hooks.
+            self.job.write(
+                "commit", **({"hooked": "post-restore", "hooked_inside": True, "hook_facts": self.hooks.facts} if self.options.hooks else {})
+            )
             self.committed = True
             faults.point("restore-commit")
             with announce.during(self.held.init_pid) as told:
                 container = self.held.resume()
-            self.job.write("serving" if self.keeper else "done", container_id=container.id)
+            self.job.write("serving" if self.keeper else "resumed", container_id=container.id)
             faults.point("resumed")
         if told.problem:
             self.warn([told.problem])
         self.emit(Thawed(self.source.label, max(0.0, time.time() - self.source.manifest.created_s)))
         return container
+
+    def greet(self, container: Container) -> None:
+        """It runs: run the hooks that wait for that. Broken off, the restore is complete all the same."""
+        if self.options.hooks:
+            self.hooks.labels = hooking.soft_labels(container, self.source.label, self.emit)
+            self.hooks.container = container
+        try:
+            if self.hooks.any("post-restore"):
+                self.hooks.after("post-restore", container=container)
+                self.warnings += self.hooks.warnings
+        finally:
+            if self.keeper is None:
+                self.job.write("done", container_id=container.id)
+        faults.point("greeted")
 
     def warn(self, texts: Sequence[str]) -> None:
         self.warnings += texts
@@ -269,6 +302,8 @@ class _Attempt:
                 self.job.write("failed", error=worse.message)
                 self.job.release()  # the guard goes on trying
                 return StateUnknown(f"the restore of {self.source.label} failed, and so did its undoing: {worse.message}", log=worse.log)
+            if self.job.facts.get("hooked"):
+                self.hooks.after("restore-failed", error=error, inside=False)
             log = recover.keep_logs(self.job, self.source.label)
             self.job.write("rolled-back", error=str(error)[: recover.ERROR_CAP])
             recover.close(self.job, self.guard)
@@ -286,9 +321,10 @@ class _Attempt:
         return error
 
 
-def _from_store(
+def from_store(
     label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
 ) -> Outcome:
+    """Restore one checkpoint of the store. Raises as `bring_back`."""
     with catalog.lease_fd(checkpoint) as fd:
         draft = catalog.begin(checkpoint.manifest.name)
         with _until_restored(draft, options):
@@ -394,7 +430,7 @@ def _as_dumped(options: RestoreOptions, source: Source) -> RestoreOptions:
     return replace(
         options,
         existing_volumes=volumes,
-        tcp_established=manifest.tcp_established if options.tcp_established is None else options.tcp_established,
+        tcp_established=False if options.tcp_close else manifest.tcp_established if options.tcp_established is None else options.tcp_established,
         file_locks=manifest.file_locks if options.file_locks is None else options.file_locks,
         shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
     )
@@ -405,6 +441,15 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return work()
     except CkptError as error:
         return failure(label, error)
+
+
+def _hook_facts(source: Source, options: RestoreOptions) -> dict[str, str]:
+    manifest = source.manifest
+    return {
+        "name": options.name or manifest.name,
+        "container_id": "" if options.name else manifest.container_id,
+        "checkpoint": source.checkpoint.ref if source.checkpoint else manifest.id,
+    }
 
 
 def _count(manifest: Manifest, options: RestoreOptions) -> str:

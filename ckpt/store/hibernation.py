@@ -2,7 +2,8 @@
 
 Directory `hibernate/ID/` beside the jobs (this host's own, see place): `journal.jsonl`, one JSON object a line, on the disk before the step
 that it announces; `lock`, flock of the living owner. Lines with `item` are about one workload, the others about the whole.
-The first line has `state` "planned", `schema`, `kind`, `machine_id`, `boot_id`, `kernel` and `items`: what shall become of each.
+The first line has `state` "planned", `schema`, `kind`, `machine_id`, `boot_id`, `kernel` and `items`: what shall become of each; `carried`
+(target -> its facts) are those of `items` that an earlier hibernation has saved. Lines with `more` bring further items.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from ckpt.store.journal import Journal
 
 SCHEMA: Final = 1
 Action = Literal["save", "stop", "ignore"]
-Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual"]
-"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`."""
+Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual", "crash"]
+"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`; "crash": made at boot, nothing was saved."""
 
 OPEN: Final = ("planned", "saving")
 SAVED: Final = "saved"
@@ -81,7 +82,7 @@ class Hibernation(Journal):
         made = cls(above / new_id())
         made.directory.mkdir(mode=0o700)
         made.acquire()
-        made.write("planned", schema=SCHEMA, kind=kind, **identity(), items=[asdict(item) for item in items], **facts)
+        made.write("planned", schema=SCHEMA, kind=kind, **{**identity(), **facts}, items=[asdict(item) for item in items])
         made.sync_directory()
         return made
 
@@ -89,30 +90,42 @@ class Hibernation(Journal):
     def every(cls, root: Path) -> list[Hibernation]:
         """All of them, oldest first; those whose plan never reached the disk are left out."""
         try:
-            found = sorted(path for path in place.hibernations(root).iterdir() if path.is_dir())
+            found = [cls(path) for path in place.hibernations(root).iterdir() if path.is_dir()]
         except FileNotFoundError:
             return []
-        return [one for path in found if (one := cls(path)).entries()]
+        return sorted((one for one in found if one.entries()), key=lambda one: (float(one.plan.get("t", 0.0)), one.id))
 
     @classmethod
     def newest(cls, root: Path) -> Hibernation | None:
         """The one made last."""
         return (cls.every(root) or [None])[-1]  # type: ignore[list-item]
 
+    def extend(self, items: Sequence[Item]) -> None:
+        """Plan more, or some of them anew: from now on it is being saved (again).
+
+        Raises:
+            OSError: the disk.
+        """
+        self.write("saving", more=[asdict(item) for item in items])
+
     @property
     def items(self) -> tuple[Item, ...]:
         """What was planned, in its order. Raises CkptError when the journal makes no sense."""
         try:
-            return tuple(
+            entries = self.entries()
+            rows = [*(entries or [{}])[0].get("items", []), *(row for entry in entries for row in entry.get("more", []))]
+            found = [
                 Item(**{**row, "after": tuple(row.get("after", ())), "units": tuple(row.get("units", ())), "labels": dict(row.get("labels", {}))})
-                for row in self.plan.get("items", [])
-            )
+                for row in rows
+            ]
+            return tuple({item.target: item for item in found}.values())
         except (TypeError, ValueError, AttributeError) as error:
             raise CkptError(f"the journal of hibernation {self.id} makes no sense: {error}", hint=f"look at {self.directory}") from error
 
     def states(self) -> dict[str, ItemState]:
         """Where each planned workload stands, by target."""
-        found = {item.target: ItemState() for item in self.items}
+        carried = dict(self.plan.get("carried", {}))
+        found = {item.target: ItemState(SAVED, dict(carried[item.target])) if item.target in carried else ItemState() for item in self.items}
         for entry in self.entries():
             target = entry.get("item")
             if target in found:
