@@ -193,6 +193,14 @@ class CarriesContainerImages(Protocol):
         """Remove a container image that nothing uses; best effort."""
 
 
+@runtime_checkable
+class SharesVolumes(Protocol):
+    """What an engine offers besides whose containers can have a named volume together."""
+
+    def volume_users(self, name: str) -> list[str]:
+        """Ids of the containers that have it, running or not."""
+
+
 class CarriesVolumes(Protocol):
     """What an engine with named volumes offers besides: they are filled before the container comes."""
 

@@ -63,6 +63,7 @@ def run(
     env: Mapping[str, str] | None = None,
     input: bytes = b"",
     alone: bool = False,
+    pass_fds: Sequence[int] = (),
 ) -> Result:
     """Run a program to its end, whatever it does; its output (both streams in one, `stdout`) is cut at OUTPUT_CAP_BYTES.
 
@@ -76,7 +77,7 @@ def run(
     """
     deadline_s = time.monotonic() + timeout_s
     args = tuple(os.fspath(arg) for arg in argv)
-    process = spawn(argv, stdin=PIPE, stdout=PIPE, stderr=subprocess.STDOUT, env={**(env or {}), VARIABLE: mark}, new_session=True)
+    process = spawn(argv, stdin=PIPE, stdout=PIPE, stderr=subprocess.STDOUT, env={**(env or {}), VARIABLE: mark}, new_session=True, pass_fds=pass_fds)
     assert process.stdin is not None and process.stdout is not None
     kept = bytearray()
     reader = threading.Thread(target=_read, args=(process.stdout, kept), daemon=True)

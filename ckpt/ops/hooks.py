@@ -24,7 +24,7 @@ from ckpt.errors import CkptError, ConfigError
 from ckpt.events import Emit, Notice, ignore
 from ckpt.host import marked
 from ckpt.host.run import CommandFailed, Result
-from ckpt.model import Container
+from ckpt.model import Container, Severity
 from ckpt.ops import consent, faults
 from ckpt.ops.consent import InsideHook, Labels
 from ckpt.store.job import Job
@@ -40,6 +40,8 @@ LINE_CAP: Final = 200
 _NAMED: Final = re.compile(r"\d\d-[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _LEFT_BEHIND: Final = re.compile(r"~$|\.(bak|orig|rej|swp|dpkg-[a-z]+|rpm[a-z]+)$")
 _DEFAULT_TIMEOUT_S: Final = 30.0
+HOST_LIMIT_S: Final = 300.0
+"""How long a source waits for a destination whose own hooks run, of which it knows nothing."""
 _SETTLE_S: Final = 10.0
 
 log = logging.getLogger("ckpt.hooks")
@@ -159,6 +161,26 @@ class Hooks:
             if problem := self._run_on_host(path, phase, mark):
                 self.warn(f"the hook {path.name} ({phase}) {problem}")
 
+    def succeeded_there(self) -> None:
+        """A migration went well: what it runs on the source, where the workload is gone."""
+        if self.job is not None and self.job.facts.get("hooked"):
+            self.after("post-checkpoint", inside=False)
+            self.after("post-migrate", inside=False)
+            self.job.write(self.job.state, hooked="")
+
+    def failed_there(self, error: BaseException) -> None:
+        """A migration was rolled back: the counterparts of what ran on the source, where the workload goes on."""
+        before = self.job.facts.get("hooked") if self.job is not None else None
+        if before == "pre-checkpoint":
+            self.after("checkpoint-failed", error=error, inside=self.begun)
+        if before:
+            self.after("migrate-failed", error=error, inside=False)
+
+    def limit_s(self, phase: Phase) -> float:
+        """How long all that runs in a phase may take."""
+        hook = self.inside(phase)
+        return HOST_LIMIT_S + ((hook.timeout_s or _timeout_s()) if hook is not None else 0.0)
+
     def warn(self, text: str) -> None:
         self.warnings.append(text)
         self.emit(Notice(self.label, text, warning=True))
@@ -225,11 +247,16 @@ def gather(
     if not enabled:
         if labels.hooks or (HOOKS_DIR.is_dir() and any(is_hook(path) for path in HOOKS_DIR.iterdir())):
             emit(Notice(label, "hooks are left out (--no-hooks)"))
-        return Hooks(label, engine, Labels(), (), {}, emit)
+        return none(label)
     known = {"target": label, "engine": engine.name if engine is not None else "", **(facts or {})}
     if container is not None:
         known |= {"container_id": container.id, "name": container.name}
     return Hooks(label, engine, labels, of_host(), known, emit, container, job)
+
+
+def none(label: str) -> Hooks:
+    """No hooks."""
+    return Hooks(label, None, Labels(), (), {}, ignore)
 
 
 def soft_labels(container: Container, label: str, emit: Emit) -> Labels:
@@ -270,6 +297,8 @@ def settle(job: Job, engine: Engine, *phases: str) -> list[str]:
         labels = soft_labels(container, label, ignore) if container is not None and inside else Labels()
         hooks = Hooks(label, engine, labels, of_host(), known, ignore, container)
         for phase in phases:
+            if phase == "checkpoint-failed" and facts["hooked"] != "pre-checkpoint":
+                continue
             hooks.facts["error"] = "ckpt was interrupted" if phase.endswith("-failed") else ""
             hooks.after(cast(Phase, phase), inside=runs and inside)
         warnings = hooks.warnings
@@ -279,9 +308,9 @@ def settle(job: Job, engine: Engine, *phases: str) -> list[str]:
     return warnings
 
 
-def described(labels: Labels, directory: Path | None = None) -> list[tuple[str, str, str]]:
+def described(labels: Labels, directory: Path | None = None) -> list[tuple[Severity, str, str]]:
     """What `check` says of hooks and labels, as (severity, detail, hint)."""
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[Severity, str, str]] = []
     try:
         if found := of_host(directory):
             rows.append(("ok", f"on this host: {', '.join(path.name for path in found)}", ""))
@@ -290,7 +319,7 @@ def described(labels: Labels, directory: Path | None = None) -> list[tuple[str, 
         if passed_over:
             rows.append(("warning", f"in {where}, but no hook: {', '.join(passed_over[:5])}", "a hook is executable and called NN-name"))
     except ConfigError as error:
-        rows.append(("error", error.message, error.hint or ""))
+        rows.append(("warning", error.message, error.hint or ""))
     except OSError:
         pass
     for phase, hook in labels.hooks.items():
