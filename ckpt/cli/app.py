@@ -17,6 +17,7 @@ VERBS: Final = {
     "migrate": "ckpt.cli.migrate",
     "drain": "ckpt.cli.drain",
     "undrain": "ckpt.cli.undrain",
+    "watch": "ckpt.cli.watch",
     "check": "ckpt.cli.check",
     "list": "ckpt.cli.list_",
     "inspect": "ckpt.cli.inspect",

@@ -77,7 +77,7 @@ def select(
         TargetNotFound, EngineUnavailable: what was named is not there.
         UsageError: a filter or a label makes no sense; tells of all labels.
     """
-    wanted = _parse(filters)
+    wanted = parse_filters(filters)
     if targets and filters:
         raise UsageError("name targets, or choose them by --filter, not both")
     notices: list[str] = []
@@ -85,7 +85,7 @@ def select(
     problems: list[str] = []
     chosen: dict[tuple[str, str], Chosen] = {}
     for engine, container, tree in pairs:
-        if _matches(container, wanted):
+        if matches(container, wanted):
             one = _decide(engine, container, tree, settings, default, named=bool(targets), problems=problems)
             chosen.setdefault((engine.name, container.id), one)
     if problems and not lenient:
@@ -211,7 +211,8 @@ def _known() -> frozenset[str]:
     return frozenset(found)
 
 
-def _parse(filters: Sequence[str]) -> dict[str, list[str]]:
+def parse_filters(filters: Sequence[str]) -> dict[str, list[str]]:
+    """Filters as `select` takes them, by key. Raises UsageError."""
     found: dict[str, list[str]] = {}
     for text in filters:
         key, equals, value = text.partition("=")
@@ -226,7 +227,9 @@ def _parse(filters: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _matches(container: Container, wanted: dict[str, list[str]]) -> bool:
+def matches(container: Container, wanted: dict[str, list[str]]) -> bool:
+    """Whether a container is meant by what `parse_filters` gave."""
+
     def label(text: str) -> bool:
         key, equals, value = text.partition("=")
         return container.labels.get(key) == value if equals else key in container.labels
