@@ -113,7 +113,7 @@ def command(
     limit_s = timeout_s if timeout_s is not None else session.settings.timeout_s
     options = RestoreOptions(publish=publish, timeout_s=limit_s, allow=(*session.settings.allow, *allow), **given)
     if group is not None:
-        from ckpt.ops import group as together
+        from ckpt.ops import group_restore as together
 
         outcomes = together.bring_back_group(
             group, options=options, store_root=session.store_root, emit=session.emit, keep=keep, incoming=incoming
