@@ -22,6 +22,7 @@ VERBS: Final = {
     "inspect": "ckpt.cli.inspect",
     "verify": "ckpt.cli.verify",
     "diff": "ckpt.cli.diff",
+    "snapshot": "ckpt.cli.snapshot",
     "rewind": "ckpt.cli.rewind",
     "copy": "ckpt.cli.copy",
     "prune": "ckpt.cli.prune",

@@ -23,7 +23,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, isolation, lazy, policy, proof, recover, warm
 from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
@@ -123,6 +123,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
     can = engine.probe()
     if not can.usable:
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
+    options = isolation.settled(options, manifest, can)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
     if options.cold and not can.remakes:
@@ -132,6 +133,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
+    isolation.require(source.checkpoint.directory if source.checkpoint else source.draft.stage, options, manifest)
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")

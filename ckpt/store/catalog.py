@@ -134,7 +134,7 @@ class Catalog:
             if data is None:
                 data = manifest_file.dumps(final)
                 durable.write_file(draft.stage / MANIFEST, data)
-            entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data))
+            entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data), pinned=draft.pinned)
             entries.write(draft.stage, entry)
             place = self.entries / draft.id
             draft.share()  # from its first moment in the store it can be leased
