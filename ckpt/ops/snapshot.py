@@ -162,6 +162,7 @@ def verify_chain(case: str, *, incoming: trust.Incoming = trust.ANYBODY, store_r
     problems: list[str] = []
     signers: set[str] = set()
     before: Link | None = None
+    last: Checkpoint | None = None
     for number in range(1, max([*there, *listed]) + 1):
         expected, here = listed.get(number), there.get(number, [])
         name = f"number {number}"
@@ -181,6 +182,11 @@ def verify_chain(case: str, *, incoming: trust.Incoming = trust.ANYBODY, store_r
             problems.append(f"{name} ({chosen.ref}) names one before it: it is not the first")
         elif number > 1 and (before is None or chosen.manifest.evidence.previous != before.digest):
             problems.append(f"{name} ({chosen.ref}) does not follow number {number - 1}: the one it names is another")
+        if fitting and expected is not None and not chosen.entry.foreign and chosen.manifest.id != expected.id:
+            problems.append(f"{name} ({chosen.ref}) was exchanged: it is in the place of {chosen.manifest.id}, and was taken as {expected.id}")
+        if last is not None and last.manifest.name == chosen.manifest.name and last.manifest.generation >= chosen.manifest.generation:
+            problems.append(f"{name} ({chosen.ref}) and number {number - 1} ({last.ref}) were exchanged, or are out of order")
+        last = chosen
         if before is not None and now.taken_s < before.taken_s:
             problems.append(f"{name} ({chosen.ref}) was taken before number {number - 1}")
         try:
