@@ -98,6 +98,8 @@ class Container:
     """Id of its pod."""
     units: tuple[str, ...] = ()
     """systemd units that own it and would start it cold."""
+    restarts: bool = False
+    """Its engine starts it anew by itself as soon as it ends (podman-run(1): --restart)."""
     infra: bool = False
     """It only holds its pod's namespaces; there is nothing in it to save."""
 
@@ -128,6 +130,8 @@ class Capabilities:
     """A dump can send its memory pages to a page server."""
     lazy: bool = False
     """A restored workload can run at once, its memory brought behind it."""
+    takes_frozen: bool = False
+    """A dump takes a tree whose cgroup is frozen, and leaves it so."""
     early: bool = False
     """A restore can be begun before its dump is (engines.base.StartsEarly)."""
     startable: bool = False
@@ -216,6 +220,8 @@ class RestoreOptions:
     pod: str | None = None
     existing_volumes: Literal["refuse", "keep", "replace"] = "refuse"
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
+    kept_volumes: tuple[str, ...] = ()
+    """Of these "replace" keeps the content all the same: others have them mounted too."""
     checked: bool = False
     """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
     allow: tuple[str, ...] = ()
@@ -354,6 +360,8 @@ class Entry:
     """"sha256:HEX" of the manifest's bytes: a manifest that was damaged, or is another's, is not read."""
     pinned: bool = False
     """Neither `prune` nor `rm --all` takes it."""
+    group: str = ""
+    """NAME@N of the group that it is part of (ckpt/store/groups.py)."""
 
     @property
     def foreign(self) -> bool:

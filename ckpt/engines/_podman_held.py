@@ -148,6 +148,8 @@ class PodmanHeldDump:
 
     def end(self) -> None:
         _hold.end_before_verdict(self.job, self.container.pid, self.container.name)
+        if self.container.restarts:
+            _podman("container", "update", "--restart", "no", self.container.id)
         self.job.decide("0")
         code = _hold.runtime_exit(self.job, UNDO_LIMIT_S)
         gone = _hold.wait_gone(self.container.pid or 0, UNDO_LIMIT_S) if self.container.pid else True
@@ -190,7 +192,7 @@ class PodmanRestore:
             existed = run([podman, "volume", "exists", name], check=False).ok
             if existed and self.options.existing_volumes == "refuse":
                 raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or restore with --ignore-volumes to use it as it is")
-            if existed and (self.options.existing_volumes == "keep" or self._shared(podman, name)):
+            if existed and (self.options.existing_volumes == "keep" or name in self.options.kept_volumes):
                 continue
             if not existed:
                 self.job.write("volume", created_volumes=[*self.job.facts.get("created_volumes", []), name])
@@ -221,10 +223,6 @@ class PodmanRestore:
         except OSError as error:
             raise RestoreFailed(f"no network namespace can be made for {self.name}: {error}") from error
         return {"config.dump": changed, "spec.dump": isolated.spec(spec, self.network, mounts)}
-
-    def _shared(self, podman: str, volume: str) -> bool:
-        users = run([podman, "ps", "-a", "-q", "--no-trunc", "--filter", f"volume={volume}"], check=False).text.split()
-        return any(user != self.manifest.container_id for user in users)
 
     def start(self, stub: Path) -> None:
         """Start `podman container restore --import` on the stub."""

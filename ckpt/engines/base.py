@@ -167,6 +167,14 @@ class HasProfile(Protocol):
 
 
 @runtime_checkable
+class StaysEnded(Protocol):
+    """What an engine offers besides that starts containers anew by itself when they end."""
+
+    def stay_ended(self, container: Container) -> None:
+        """Let this one alone when it ends, until it is restored. Best effort, never raises."""
+
+
+@runtime_checkable
 class DescribesMany(Protocol):
     """What an engine offers besides that can be asked for several containers in one call."""
 
@@ -191,6 +199,14 @@ class CarriesContainerImages(Protocol):
 
     def remove_container_image(self, image_id: str) -> None:
         """Remove a container image that nothing uses; best effort."""
+
+
+@runtime_checkable
+class SharesVolumes(Protocol):
+    """What an engine offers besides whose containers can have a named volume together."""
+
+    def volume_users(self, name: str) -> list[str]:
+        """Ids of the containers that have it, running or not."""
 
 
 class CarriesVolumes(Protocol):

@@ -64,7 +64,7 @@ class OciRuntime:
             return Capabilities(False, f"{self.name} does not run: {error}")
         if os.geteuid() != 0:
             return Capabilities(False, f"checkpointing a container of {self.name} requires root", version)
-        return Capabilities(True, "", version, (self.name,), hold=True, clone=True, pages=True, lazy=True, startable=True)
+        return Capabilities(True, "", version, (self.name,), hold=True, clone=True, pages=True, lazy=True, startable=True, takes_frozen=True)
 
     def containers(self) -> list[Container]:
         return [self._container(row) for row in self._rows() if not bundles.managed(Path(row.get("bundle") or "/"))]

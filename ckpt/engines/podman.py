@@ -12,7 +12,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -93,7 +93,7 @@ class Podman:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
         can = Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
-        return replace(can, pages=True, lazy=True, early=True, isolates=True, startable=True, remakes=True)
+        return replace(can, pages=True, lazy=True, early=True, isolates=True, startable=True, remakes=True, takes_frozen=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -124,6 +124,11 @@ class Podman:
         if not result.ok:
             raise TargetNotFound(f"podman has no container {container.name or container.id}")
         return container_from_inspect(json.loads(result.stdout)[0])
+
+    def stay_ended(self, container: Container) -> None:
+        # What it comes back from has the policy that it had (config.dump). Podman before 5.1 cannot change it.
+        with suppress(CommandFailed, EngineUnavailable):
+            podman("container", "update", "--restart", "no", container.id)
 
     def describe_many(self, containers: Sequence[Container]) -> list[Container]:
         if not containers:
@@ -286,11 +291,11 @@ class Podman:
 
     def _refuse(self, manifest: Manifest, options: RestoreOptions) -> None:
         """Raise for a restore that podman could not do, or that could not be undone without harm to another container."""
-        present = self.containers()
-        if not options.name and any(c.id == manifest.container_id for c in present):
+        # No `podman ps`: it waits for every container that is being restored, and those of a group wait for this one.
+        if not options.name and podman("container", "exists", manifest.container_id, check=False).ok:
             raise BusyError(f"podman already has a container with the id of {manifest.name}", hint="remove it first, or restore a copy with -n NAME")
         wanted = options.name or manifest.name
-        if any(c.name == wanted for c in present):
+        if podman("container", "exists", wanted, check=False).ok:
             raise BusyError(f"podman already has a container called {wanted}", hint="choose another name with -n NAME, or remove that one")
         if manifest.container_image and not self.has_container_image(manifest.container_image.id):
             name = manifest.container_image.name
@@ -379,6 +384,9 @@ class Podman:
         if self.describe(container).state in ("running", "paused"):
             raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
         podman("container", "rm", container.id)
+
+    def volume_users(self, name: str) -> list[str]:
+        return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()
 
     def start(self, container: Container) -> Container:
         result = podman("container", "start", container.id, check=False, timeout_s=START_LIMIT_S)

@@ -23,7 +23,7 @@ from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, Usa
 from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import Container, ContainerImage, Manifest, RestoreOptions
-from ckpt.ops import ahead_dest, faults, lazy, policy, proof, recover
+from ckpt.ops import ahead_dest, faults, journald, lazy, policy, proof, recover
 from ckpt.ops import hooks as hooking
 from ckpt.ops.consent import Labels
 from ckpt.ops.moments import Moment
@@ -428,6 +428,7 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     faults.point("destination-running")
     arrival.drop_draft()
     arrival.pid = container.pid
+    journald.tell(f"{container.name or container.id} came here and runs", phase="receive", result="running", id=arrival.job.id, target=container.name)
     ran_after_s = None if go.at_s is None else go.at_s - asked_s
     return {"container_id": container.id, "pid": container.pid, "warning": told.problem, "ran_after_s": ran_after_s}
 

@@ -10,6 +10,7 @@ migrations only the uncommitted are touched, because the other end has a say in 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,17 +23,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import ckpt
-from ckpt.criu import lazy, tree
+from ckpt.criu import action, lazy, tree
 from ckpt.engines import registry
-from ckpt.engines.base import Engine
+from ckpt.engines.base import Engine, StaysEnded
 from ckpt.errors import CkptError
 from ckpt.host import announce, netns, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
-from ckpt.ops import knobs
+from ckpt.ops import groupjob, journald, knobs
 from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.store.journal import Journal
 
 FINAL: Final = ("done", "rolled-back")
 """Journal states after which nothing is left to do."""
@@ -57,8 +59,8 @@ def guard_argv(directory: Path) -> list[str]:
     return [sys.executable or "/usr/bin/python3", "-I", "-c", _GUARD, parent, str(directory)]
 
 
-def start_guard(job: Job) -> Process | None:
-    """Start the guard of a job that this process owns. None when it cannot be started: the next command's sweep is left."""
+def start_guard(job: Job | Journal) -> Process | None:
+    """Start the guard of a job, or of several, that this process owns. None when it cannot be started: the next command's sweep is left."""
     try:
         with open(job.directory / "guard.log", "ab") as log:
             return spawn(guard_argv(job.directory), cwd="/", stderr=log, new_session=True)
@@ -72,14 +74,8 @@ def store_root(job: Job) -> Path:
 
 
 def committed(job: Job) -> bool:
-    """Whether the point of no return was passed: the same reading of the journal as CRIU's action-script has."""
-    reached = False
-    for entry in job.entries():
-        if entry.get("state") == "commit":
-            reached = True
-        elif entry.get("state") in ("rolled-back", "failed"):
-            reached = False
-    return reached
+    """Whether the point of no return was passed, by the reading of the journal that CRIU's action-script has as well."""
+    return action.committed(os.fspath(job.directory))
 
 
 def source_settled(job: Job) -> bool:
@@ -109,6 +105,8 @@ def settle(job: Job) -> str:
         return "lost"
     if job.state == "serving":
         return _served(job)
+    if kind in groupjob.KINDS:
+        return _settle_group(job, facts)
     if committed(job):
         if kind == "migrate-source":
             return "left"
@@ -134,7 +132,10 @@ def settle(job: Job) -> str:
     knobs.restore(job)
     engine = registry.by_name(str(facts.get("engine", "")))
     engine.rollback(job)
+    knobs.restore(job)  # CRIU leaves a cgroup frozen that it found frozen
     lazy.end(job.directory)
+    if kind == "checkpoint" and facts.get(action.GROUP):
+        groupjob.drop(store_root(job), str(facts.get("draft", "")))
     if kind in ("checkpoint", "migrate-source"):
         _run_hooks(job, engine, *(["checkpoint-failed"] if kind == "checkpoint" else ["checkpoint-failed", "migrate-failed"]))
     else:
@@ -145,6 +146,34 @@ def settle(job: Job) -> str:
     keep_logs(job, str(facts.get("name", "")))
     remove(job)
     return "undone"
+
+
+def _settle_group(job: Job, facts: dict[str, Any]) -> str:
+    """The job that decides for several. Committed: it goes when all of those are over, for they look at its journal."""
+    root = store_root(job)
+    if not committed(job):
+        groupjob.withdraw(root, facts)
+        job.write("rolled-back", by="guard")
+        remove(job)
+        return "undone"
+    groupjob.publish(root, facts)
+    deadline = time.monotonic() + 2 * FINISH_LIMIT_S
+    for identity in map(str, facts.get("jobs", ())):
+        member = Job(job.directory.parent / Path(identity).name)
+        while member.directory.is_dir():
+            try:
+                if member.acquire():
+                    settle(member)
+            except OSError:
+                pass  # its own guard is done with it
+            finally:
+                member.release()
+            if time.monotonic() > deadline:
+                raise CkptError(f"job {identity} of group {facts.get('name')} is not over")
+            time.sleep(POLL_S)
+    job.write("done", by="guard")
+    remove(job)
+    return "finished"
 
 
 def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
@@ -191,6 +220,11 @@ def close(job: Job, guard: Process | None) -> None:
     job.release()
 
 
+def dismiss(guard: Process | None) -> None:
+    """End the guard of a journal; its owner still has the lock."""
+    _dismiss(guard)
+
+
 def hand_over(job: Job, guard: Process | None) -> None:
     """Leave a job whose restore was lazy to the keeper of its memory; the guard goes."""
     _dismiss(guard)
@@ -230,6 +264,8 @@ def remove(job: Job) -> None:
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)
+        if record.kind in ("checkpoint", "restore") or record.settled_by:
+            journald.record(record)  # a migration's command tells of it by itself, with its figures
     for path in list(job.directory.iterdir()) if job.directory.is_dir() else []:
         if path.name in ("journal.jsonl", "lock"):
             continue
@@ -319,9 +355,11 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
     """Give a committed job's waiting action-script its verdict and wait until the engine agrees."""
     if kind == "checkpoint" and facts.get("leave_running"):
         return  # it went on before the commit
+    wanted = kind == "restore"
+    if not wanted and isinstance(engine, StaysEnded):
+        engine.stay_ended(Container(engine.name, str(facts.get("container_id", "")), str(facts.get("name", "")), "running"))
     job.decide("0")
     traffic.unblock(job.directory)
-    wanted = kind == "restore"
     name, identity = str(facts.get("name", "")), str(facts.get("new_container_id") or facts.get("container_id") or "")
 
     def meant(container: Container) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from ckpt.archive import layout, trust
-from ckpt.criu import features
+from ckpt.criu import action, features
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
-from ckpt.engines.base import HeldRestore
+from ckpt.engines.base import HeldRestore, SharesVolumes
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import BusyError, CkptError, EngineUnavailable, NoSpace, RestoreFailed, StateUnknown, TargetNotFound, UsageError
 from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
@@ -115,6 +115,35 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         ArchiveInvalid, DigestMismatch: the checkpoint is damaged; nothing was touched.
         RestoreFailed: nothing of the restore is left.
     """
+    attempt = prepare(source, options, catalog, emit)
+    try:
+        attempt.hold()
+        attempt.release()
+    except BaseException as error:
+        raise attempt.undo(error) from error
+    return attempt.close(keep=keep)
+
+
+def prepare(
+    source: Source,
+    options: RestoreOptions,
+    catalog: Catalog,
+    emit: Emit,
+    *,
+    group_job: str = "",
+    together: Collection[str] = (),
+    kept_volumes: Collection[str] = (),
+) -> Attempt:
+    """Look whether it can be restored here, unpack and verify it, and make its job; nothing of the host is touched.
+
+    Args:
+        group_job: the job that decides for this one.
+        together: ids of the containers that are restored with it, if any.
+        kept_volumes: named volumes that another one of those fills.
+
+    Raises:
+        CkptError: as `bring_back`.
+    """
     manifest = source.manifest
     if manifest.foreign in ("cri-o", "containerd"):
         why = f"{source.label} was written by {manifest.foreign}: it belongs into a pod of Kubernetes, ckpt cannot restore it"
@@ -134,6 +163,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
     isolation.require(source.checkpoint.directory if source.checkpoint else source.draft.stage, options, manifest)
+    options = replace(options, kept_volumes=tuple({*kept_volumes, *_shared_volumes(engine, manifest, options, together)}))
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
@@ -150,34 +180,14 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         container_id=manifest.container_id if options.name is None else "",
         name=options.name or manifest.name,
         copy=options.name is not None,
+        **({action.GROUP: group_job} if group_job else {}),
     )
-    guard = recover.start_guard(job)
-    attempt = _Attempt(engine, source, options, job, guard, emit, stats, hooks)
     hooks.job = job
-    try:
-        hooks.before("pre-restore")
-        if old is not None:
-            # The checkpoint is whole, so what is removed can come back from it.
-            job.write("removing", removed_id=old.id)
-            engine.remove(old)
-            faults.point("removed")
-        attempt.hold()
-        container = attempt.release()
-    except BaseException as error:
-        raise attempt.undo(error) from error
-    attempt.greet(container)
-    if keep:
-        recover.keep_logs(job, source.label)
-    if attempt.keeper is None:
-        recover.close(job, guard)
-    else:
-        recover.hand_over(job, guard)
-        attempt.keeper.serve()
-    return Outcome(source.label, True, source.checkpoint, container, warnings=tuple(attempt.warnings), stats=attempt.stats)
+    return Attempt(engine, source, options, job, recover.start_guard(job), emit, stats, hooks, old)
 
 
-class _Attempt:
-    """One restore on its way, and how to undo it."""
+class Attempt:
+    """One restore on its way, and how to undo it: `make_room`, `hold`, `release`, `close`; `undo` after a failure of any but the last."""
 
     def __init__(
         self,
@@ -189,6 +199,7 @@ class _Attempt:
         emit: Emit,
         stats: Figures,
         hooks: hooking.Hooks,
+        old: Container | None,
     ) -> None:
         self.engine = engine
         self.source = source
@@ -196,17 +207,33 @@ class _Attempt:
         self.job = job
         self.guard = guard
         self.emit = emit
+        self.old = old
+        """The stopped container that it replaces."""
         self.held: HeldRestore | None = None
         self.keeper: lazy.Keeper | None = None
         self.warnings: list[str] = []
         self.stats = stats
         self.hooks = hooks
         self.committed = False
+        self.room = False
+        self.container: Container | None = None
+
+    def make_room(self) -> None:
+        """All that comes before the restore itself."""
+        self.hooks.before("pre-restore")
+        if self.old is not None:
+            # The checkpoint is whole, so what is removed can come back from it.
+            self.job.write("removing", removed_id=self.old.id)
+            self.engine.remove(self.old)
+            faults.point("removed")
+        self.room = True
 
     def hold(self) -> None:
         """Restore, held, and compare what is there with what was dumped."""
         from ckpt.archive import rootfs
 
+        if not self.room:
+            self.make_room()
         stage, manifest, options = self.source.draft.stage, self.source.manifest, self.options
         began = time.monotonic()
         self.emit(StepStarted(self.source.label, "restore"))
@@ -251,7 +278,7 @@ class _Attempt:
             checkpoint_id=source.checkpoint.manifest.id,
         )
 
-    def release(self) -> Container:
+    def release(self) -> None:
         """Let it run: from here on nothing is undone."""
         assert self.held is not None
         with recover.uninterrupted():
@@ -262,15 +289,31 @@ class _Attempt:
             self.committed = True
             faults.point("restore-commit")
             with announce.during(self.held.init_pid) as told:
-                container = self.held.resume()
-            self.job.write("serving" if self.keeper else "resumed", container_id=container.id)
+                self.container = self.held.resume()
+            self.job.write("serving" if self.keeper else "resumed", container_id=self.container.id)
             faults.point("resumed")
         if told.problem:
             self.warn([told.problem])
         self.emit(Thawed(self.source.label, max(0.0, time.time() - self.source.manifest.created_s)))
-        return container
 
-    def greet(self, container: Container) -> None:
+    def close(self, *, keep: bool) -> Outcome:
+        """It runs: end its job, or leave it to the keeper of its memory.
+
+        Args:
+            keep: keep CRIU's logs.
+        """
+        assert self.container is not None
+        self._greet(self.container)
+        if keep:
+            recover.keep_logs(self.job, self.source.label)
+        if self.keeper is None:
+            recover.close(self.job, self.guard)
+        else:
+            recover.hand_over(self.job, self.guard)
+            self.keeper.serve()
+        return Outcome(self.source.label, True, self.source.checkpoint, self.container, warnings=tuple(self.warnings), stats=self.stats)
+
+    def _greet(self, container: Container) -> None:
         """It runs: run the hooks that wait for that. Broken off, the restore is complete all the same."""
         if self.options.hooks:
             self.hooks.labels = hooking.soft_labels(container, self.source.label, self.emit)
@@ -323,16 +366,29 @@ class _Attempt:
         return error
 
 
-def from_store(
-    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
-) -> Outcome:
-    """Restore one checkpoint of the store. Raises as `bring_back`."""
+@contextmanager
+def stored(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, incoming: trust.Incoming
+) -> Iterator[Source]:
+    """A checkpoint of the store as a source; it stays there as long as the block lasts.
+
+    Raises:
+        CkptError: it is gone, or not signed by whom it must be.
+    """
     with catalog.lease_fd(checkpoint) as fd:
         draft = catalog.begin(checkpoint.manifest.name)
         with _until_restored(draft, options):
             if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
                 emit(Notice(label, f"signed by {signer}"))
-            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd, bool(signer)), options, catalog, emit, keep=keep)
+            yield Source(label, checkpoint.manifest, draft, checkpoint, fd, bool(signer))
+
+
+def from_store(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+) -> Outcome:
+    """Restore one checkpoint of the store. Raises as `bring_back`."""
+    with stored(label, checkpoint, options, catalog, emit, incoming) as source:
+        return bring_back(source, options, catalog, emit, keep=keep)
 
 
 def _from_archive(
@@ -415,6 +471,14 @@ def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions
             where = f"{container.name} is {container.state}, untouched"
             raise BusyError(f"another container is called {manifest.name!r} now", where=where, hint="remove or rename it, or restore a copy: -n NAME")
     return own
+
+
+def _shared_volumes(engine: NamedEngine, manifest: Manifest, options: RestoreOptions, together: Collection[str]) -> set[str]:
+    """Its named volumes that containers have which are not restored now: their content is theirs too."""
+    if options.name is not None or options.ignore_volumes or not isinstance(engine, SharesVolumes):
+        return set()
+    own = {manifest.container_id, *together}
+    return {name for name, _ in manifest.volumes if set(engine.volume_users(name)) - own}
 
 
 def _with_id(containers: Sequence[Container], identity: str) -> Container | None:

@@ -45,6 +45,10 @@ class Draft:
         self.origin = origin
         self.pinned = False
         """The checkpoint that becomes of it is pinned from its first moment on."""
+        self.tags: tuple[str, ...] = ()
+        """Tags, note and group that the checkpoint has from its first moment."""
+        self.note = ""
+        self.group = ""
 
     @property
     def stage(self) -> Path:

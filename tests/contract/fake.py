@@ -162,7 +162,7 @@ class FakeEngine:
 
     def probe(self) -> Capabilities:
         can = Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True)
-        return replace(can, pages=self.streams, startable=True)
+        return replace(can, pages=self.streams, startable=True, remakes=True)
 
     def containers(self) -> list[Container]:
         return [self._container(path.parent.name) for path in sorted(self.world.glob("*/container.json"))]
@@ -223,10 +223,11 @@ class FakeEngine:
                 directory.mkdir(parents=True, exist_ok=True)
                 volume_ready(volume, directory)
             rootfs_ready(upper)
-            if os.environ.get("CKPT_FAKE_BROKEN") == "restore":
+            broken = os.environ.get("CKPT_FAKE_BROKEN", "")
+            if (broken == "restore" or name in broken.split(",")) and not options.cold:
                 raise RestoreFailed(f"{name} cannot be restored: it is broken")
             labels = json.loads((stage / "config.dump").read_text()).get("labels", {})
-            pid = self._spawn(identity, int(next((stage / "checkpoint").glob("pages-*.img")).read_bytes().rstrip(b"\0")))
+            pid = self._spawn(identity, 0 if options.cold else int(next((stage / "checkpoint").glob("pages-*.img")).read_bytes().rstrip(b"\0")))
             assert wait(lambda: process_state(pid) == "T")
             self._save(identity, name=name, pid=pid, broken="", volumes=[v for v, _ in manifest.volumes], created_s=time.time(), labels=labels)
             self._hold("post-restore", job, pid)
