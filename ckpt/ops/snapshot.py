@@ -21,7 +21,7 @@ from ckpt.errors import CkptError, DigestMismatch, NoSpace, TargetNotFound, Usag
 from ckpt.events import Emit, Notice
 from ckpt.model import Checkpoint, DumpOptions, Evidence, Manifest, Target
 from ckpt.ops import checkpoint as saving
-from ckpt.ops import consent, faults, recover, resolve, warm
+from ckpt.ops import faults, recover, resolve, warm
 from ckpt.ops.result import Outcome, failure
 from ckpt.store import chain
 from ckpt.store.catalog import Catalog, Draft
@@ -82,7 +82,6 @@ def snapshot(
         )  # fmt: skip
         link = _Linked(catalog, evidence, outgoing)
         try:
-            consent.require(container, "snapshot", override=options.override_label)
             outcome = saving.save(engine, container, label, chosen, catalog, emit, link.keep)
         except CkptError as error:
             outcome = failure(label, error)
