@@ -35,6 +35,12 @@ def test_a_chain_of_snapshots_and_an_isolated_copy(lab: Lab) -> None:
     assert "3 snapshots, signed by examiner" in whole and taken[2]["stats"]["digest"] in whole
     assert host.run(["ckpt", "rm", "web@2"], check=False).returncode == 11  # pinned
 
+    # Killed on the way there: nothing of the copy is left.
+    host.run(["ckpt", "restore", "--isolated", "web@2"], env={"CKPT_FAULT": "restored:kill"}, check=False)
+    assert_clean(host)
+    left = "ls /run/netns | grep ckpt; podman volume ls -q | grep isolated; podman ps -aq --filter name=isolated"
+    assert not host.run(["sh", "-c", left], check=False).stdout
+
     # The copy runs on from where the evidence is; nothing of it can leave, and the original does not notice.
     before = cards(host)
     host.run(["ckpt", "restore", "--isolated", "web@2"])
