@@ -93,7 +93,7 @@ class Podman:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
         can = Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
-        return replace(can, pages=True, lazy=True, early=True, startable=True, remakes=True, takes_frozen=True)
+        return replace(can, pages=True, lazy=True, early=True, isolates=True, startable=True, remakes=True, takes_frozen=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -213,17 +213,24 @@ class Podman:
             _hold.disarm(job)
         return True
 
-    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest, options: RestoreOptions) -> None:
+    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest, options: RestoreOptions, changed: dict[str, dict[str, Any]]) -> None:
         import io
         import tarfile
 
         config = b"" if options.checked else self._by_id(stage, manifest)
+        own = {CONFIG: config} if config else {}
+        for name, content in changed.items():
+            known = json.loads(config) if config and name == CONFIG else {}
+            image = {key: known[key] for key in ("rootfsImageName",) if key in known}
+            own[name] = json.dumps(content | image).encode()
+        if changed:
+            own["network.status"] = b"null"
         with tarfile.open(stub, "w", format=tarfile.PAX_FORMAT) as tar:
             for name in STUB_MEMBERS:
-                if name == CONFIG and config:
+                if name in own:
                     member = tarfile.TarInfo(name)
-                    member.size = len(config)
-                    tar.addfile(member, io.BytesIO(config))
+                    member.size = len(own[name])
+                    tar.addfile(member, io.BytesIO(own[name]))
                 elif (stage / name).exists():
                     tar.add(stage / name, name, recursive=False)
             # podman looks whether this one is there, no more; the runtime is shown the stage's.
@@ -270,9 +277,10 @@ class Podman:
         if options.cold:
             self._forget_runtime(manifest)
         try:
-            if not options.ignore_volumes:
+            changed = attempt.isolate(stage, volume_ready) if options.isolated else {}
+            if not options.ignore_volumes and not options.isolated:
                 attempt.make_volumes(volume_ready)
-            self._pack_stub(job.directory / STUB, stage, manifest, options)
+            self._pack_stub(job.directory / STUB, stage, manifest, options, changed)
             _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy, tcp_close=options.tcp_close, cold=options.cold)
             attempt.start(job.directory / STUB)
             attempt.mounted()

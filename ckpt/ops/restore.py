@@ -23,7 +23,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, isolation, lazy, policy, proof, recover, warm
 from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
@@ -167,6 +167,7 @@ def prepare(
     can = engine.probe()
     if not can.usable:
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
+    options = isolation.settled(options, manifest, can)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
     if options.cold and not can.remakes:
@@ -177,6 +178,7 @@ def prepare(
         memory.require()
     old = _in_the_way(engine, manifest, options, source) if looked is None else looked.old
     options = options if looked is None else replace(options, checked=True, terse=True)
+    isolation.require(source.checkpoint.directory if source.checkpoint else source.draft.stage, options, manifest)
     options = replace(options, kept_volumes=tuple({*kept_volumes, *_shared_volumes(engine, manifest, options, together)}))
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
