@@ -192,6 +192,8 @@ class RestoreOptions:
 
     name: str | None = None
     tcp_established: bool | None = None
+    tcp_close: bool = False
+    """Established TCP connections come back closed."""
     file_locks: bool | None = None
     shell_job: bool | None = None
     ignore_rootfs: bool = False
@@ -208,6 +210,10 @@ class RestoreOptions:
     """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
+    on_demand: bool = False
+    """With `lazy`: of its memory only that follows which it touches, so that the rest stays shared with other copies."""
+    unpublished: bool = False
+    """A copy without ports of the host, unless `publish` names some: the original has its own."""
     timeout_s: float = 200.0
 
 

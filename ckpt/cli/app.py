@@ -23,6 +23,7 @@ VERBS: Final = {
     "verify": "ckpt.cli.verify",
     "diff": "ckpt.cli.diff",
     "rewind": "ckpt.cli.rewind",
+    "clone": "ckpt.cli.clone",
     "copy": "ckpt.cli.copy",
     "prune": "ckpt.cli.prune",
     "tag": "ckpt.cli.tag",

@@ -46,6 +46,8 @@ from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Fin
 from ckpt.store.job import Job
 
 QUERY_TIMEOUT_S: Final = 60.0
+PORTS: Final = ("newPortMappings", "portMappings")
+"""Of podman's config.dump: the ports of the host (libpod/container_config.go)."""
 HOLD_LIMIT_S: Final = 240.0
 """Podman gives up on a runtime that does not answer within its container-create timeout (containers.conf(5))."""
 
@@ -185,7 +187,10 @@ class Podman:
         import io
         import tarfile
 
-        config = b"" if options.checked else self._by_id(stage, manifest)
+        config = b"" if options.checked and not options.name else self._by_id(stage, manifest)
+        if options.unpublished and not options.publish:
+            told = json_object(config or (stage / CONFIG).read_bytes(), CONFIG)
+            config = json.dumps({key: value for key, value in told.items() if key not in PORTS}).encode()
         with tarfile.open(stub, "w", format=tarfile.PAX_FORMAT) as tar:
             for name in STUB_MEMBERS:
                 if name == CONFIG and config:

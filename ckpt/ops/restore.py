@@ -49,6 +49,8 @@ class Source:
     """The lock that keeps `checkpoint` in the store."""
     signed: bool = False
     """A signature was asked for, and is there."""
+    unpacked: bool = False
+    """All of it is in the draft already, for several restores at once; of the lazy ones, the last keeper removes it."""
 
     @property
     def made_here(self) -> bool:
@@ -133,7 +135,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     stats: Figures = {}
-    if source.checkpoint is not None:
+    if source.checkpoint is not None and not source.unpacked:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
     faults.point("verified")
@@ -221,8 +223,12 @@ class _Attempt:
 
     def _keeper(self) -> lazy.Keeper:
         source = self.source
+        demand = self.options.on_demand
+        if source.unpacked:
+            fds = tuple(fd for fd in (source.draft.fileno(), source.lease_fd) if fd >= 0)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=fds, draft=True, shared=True, on_demand=demand)
         if source.checkpoint is None:
-            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True, on_demand=demand)
         return lazy.Keeper(
             self.job,
             source.draft.stage,
@@ -231,6 +237,7 @@ class _Attempt:
             memory="chunks",
             criu_version=features.version_text(),
             checkpoint_id=source.checkpoint.manifest.id,
+            on_demand=demand,
         )
 
     def release(self) -> Container:
