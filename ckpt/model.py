@@ -128,6 +128,8 @@ class Capabilities:
     """A restored workload can run at once, its memory brought behind it."""
     early: bool = False
     """A restore can be begun before its dump is (engines.base.StartsEarly)."""
+    startable: bool = False
+    """Its containers can be started cold and stopped (engines.base.Startable)."""
     container_images: bool = False
     volumes: bool = False
 

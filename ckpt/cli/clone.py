@@ -8,7 +8,6 @@ import click
 
 from ckpt.cli import completion
 from ckpt.cli.common import Session, dump_options, timeout_option, verb
-from ckpt.cli.render.rows import Row
 from ckpt.model import RestoreOptions
 
 if TYPE_CHECKING:
@@ -81,8 +80,4 @@ def command(
     outcomes = use_case.clone(
         ref, wanted, dump=dump, options=options, width=parallel or 0, all_or_none=fail_fast, store_root=session.store_root, emit=session.emit
     )
-    return session.finish(outcomes, id_of="container", table=_table)
-
-
-def _table(rows: Sequence[Row]) -> list[str]:
-    return [row["name"] for row in rows]
+    return session.finish(outcomes)

@@ -89,6 +89,14 @@ def host_mounts(spec: dict[str, Any], bundle: Path) -> tuple[HostMount, ...]:
     return tuple(found)
 
 
+def missing_namespace(spec: dict[str, Any]) -> str:
+    """The path of a namespace that the container is to join (config-linux.md: namespaces) and that is not there, as after a boot; else ""."""
+    linux = spec.get("linux")
+    named = linux.get("namespaces") if isinstance(linux, dict) else None
+    paths = (str(space.get("path") or "") for space in named or [] if isinstance(space, dict))
+    return next((path for path in paths if path and not os.path.exists(path)), "")
+
+
 def mounts() -> list[tuple[Path, str, dict[str, str]]]:
     """(mount point, file system type, super block options) of this host's mounts, in order (proc_pid_mountinfo(5))."""
     found = []

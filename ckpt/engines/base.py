@@ -132,6 +132,25 @@ class StartsEarly(Protocol):
 
 
 @runtime_checkable
+class Startable(Protocol):
+    """What an engine with `Capabilities.startable` offers besides: its containers can be started anew, and ended, without a checkpoint."""
+
+    def start(self, container: Container) -> Container:
+        """Start it cold, as its engine does after a boot: from its beginning, with the root file system that it has.
+
+        Raises:
+            RestoreFailed: it could not be started; it is as before.
+        """
+
+    def stop(self, container: Container, timeout_s: float) -> None:
+        """End it as its engine does: its stop signal, and SIGKILL after `timeout_s`. Returns when it has ended; nothing for one that has.
+
+        Raises:
+            StateUnknown: it is still there.
+        """
+
+
+@runtime_checkable
 class HasProfile(Protocol):
     """What an engine offers besides whose defaults for containers are known."""
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from ckpt.archive.wants import PODMAN_CAPABILITIES, Profile
@@ -24,12 +25,13 @@ from ckpt.engines import _hold, _shim
 from ckpt.engines import _oci_bundle as bundles
 from ckpt.engines._oci_held import OciHeldDump, OciHeldRestore, OciRestore, add_config, undo_restore
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
-from ckpt.errors import BusyError, CkptError, DumpFailed, EngineUnavailable, RestoreFailed, TargetNotFound
+from ckpt.errors import BusyError, CkptError, DumpFailed, EngineUnavailable, RestoreFailed, StateUnknown, TargetNotFound
 from ckpt.host.run import CommandFailed, run, spawn, which
 from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions, State
 from ckpt.store.job import Job
 
 QUERY_TIMEOUT_S: Final = 60.0
+START_LIMIT_S: Final = 120.0
 SPEC: Final = "spec.dump"
 CONFIG: Final = "config.dump"
 _STATES: Final[dict[str, State]] = {"creating": "created", "created": "created", "running": "running", "paused": "paused", "stopped": "exited"}
@@ -61,7 +63,7 @@ class OciRuntime:
             return Capabilities(False, f"{self.name} does not run: {error}")
         if os.geteuid() != 0:
             return Capabilities(False, f"checkpointing a container of {self.name} requires root", version)
-        return Capabilities(True, "", version, (self.name,), hold=True, clone=True, pages=True, lazy=True)
+        return Capabilities(True, "", version, (self.name,), hold=True, clone=True, pages=True, lazy=True, startable=True)
 
     def containers(self) -> list[Container]:
         return [self._container(row) for row in self._rows() if not bundles.managed(Path(row.get("bundle") or "/"))]
@@ -236,6 +238,9 @@ class OciRuntime:
             if not os.path.exists(mount.source):
                 message = f"{container_id} cannot be restored: {mount.source}, mounted at {mount.destination}, is missing here"
                 raise RestoreFailed(message, where="nothing was touched", hint="host mounts do not travel: make it first")
+        if missing := bundles.missing_namespace(spec):
+            message = f"{container_id} cannot be restored: its namespace {missing} is not there (after a boot they are gone)"
+            raise RestoreFailed(message, where="nothing was touched", hint="make it first, as whoever made it does (ip netns add)")
         if not at_place and self._in_use(bundle):
             raise BusyError(f"another container uses the bundle {bundle}", hint="choose another name with -n NAME")
         attempt = OciRestore(self, job, manifest, options, container_id, bundle)
@@ -266,6 +271,41 @@ class OciRuntime:
             run([self.program(), "delete", container.id], timeout_s=QUERY_TIMEOUT_S)
         except CommandFailed as error:
             raise CkptError(f"{self.name} cannot remove {container.name}: {error.reason}") from error
+
+    def start(self, container: Container) -> Container:
+        name, bundle = container.name or container.id, container.bundle_dir
+        spec = bundles.read_spec(bundle) if bundle else {}
+        if bundle is None or not spec:
+            raise RestoreFailed(f"{name} cannot be started: its bundle {bundle or ''} has no config.json", where=f"{name} does not run")
+        if missing := bundles.missing_namespace(spec):
+            hint = "make it first, as whoever made it does (ip netns add)"
+            raise RestoreFailed(f"{name} cannot be started: its namespace {missing} is not there", where=f"{name} does not run", hint=hint)
+        status = self._state(container.id).get("status", "")
+        if status in ("running", "paused"):
+            raise BusyError(f"{name} is {status}", where=f"{name} is {status}, untouched")
+        if status:
+            self.remove(container)
+        with TemporaryDirectory(prefix="ckpt-") as directory, open(os.devnull, "r+b") as null:
+            said = Path(directory) / "runtime.log"
+            argv: list[str | os.PathLike[str]] = [self.program(), "--log", said, "run", "--detach", "--bundle", bundle, container.id]
+            # Whatever it gets here for its output the container keeps, and CRIU would meet it in the next dump.
+            process = spawn(argv, stdin=null, stdout=null, stderr=null, cwd=bundle, new_session=True)
+            if _hold.exited(process, START_LIMIT_S) != 0:
+                _hold.end_process(process)
+                run([self.program(), "delete", "--force", container.id], check=False, timeout_s=QUERY_TIMEOUT_S)
+                words = _hold.tail(said).strip().splitlines() or ["no answer in time"]
+                raise RestoreFailed(f"{self.name} cannot start {name}: {words[-1]}", where=f"{name} does not run")
+        return self.describe(container)
+
+    def stop(self, container: Container, timeout_s: float) -> None:
+        pid = int(self._state(container.id).get("pid") or 0)
+        for number, limit_s in (("TERM", timeout_s), ("KILL", _hold.UNDO_LIMIT_S)):
+            if not pid or not _hold.alive(pid):
+                return
+            run([self.program(), "kill", container.id, number], check=False, timeout_s=QUERY_TIMEOUT_S)
+            if _hold.wait_gone(pid, limit_s):
+                return
+        raise StateUnknown(f"{container.name} does not end", where=f"{container.name} is running", hint=f"{self.name} kill {container.id} KILL")
 
     def rollback(self, job: Job) -> None:
         facts = job.facts

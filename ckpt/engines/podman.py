@@ -40,7 +40,7 @@ from ckpt.engines._podman_held import (
 )
 from ckpt.engines._podman_inspect import container_from_inspect, state_of
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
-from ckpt.errors import BusyError, CkptError, EngineUnavailable, RestoreFailed, TargetNotFound, TransferFailed
+from ckpt.errors import BusyError, CkptError, EngineUnavailable, RestoreFailed, StateUnknown, TargetNotFound, TransferFailed
 from ckpt.host.run import PIPE, CommandFailed, Process, Result, run, spawn, which
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -48,6 +48,7 @@ from ckpt.store.job import Job
 QUERY_TIMEOUT_S: Final = 60.0
 PORTS: Final = ("newPortMappings", "portMappings")
 """Of podman's config.dump: the ports of the host (libpod/container_config.go)."""
+START_LIMIT_S: Final = 120.0
 HOLD_LIMIT_S: Final = 240.0
 """Podman gives up on a runtime that does not answer within its container-create timeout (containers.conf(5))."""
 
@@ -83,7 +84,7 @@ class Podman:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
         return Capabilities(
-            True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True, lazy=True, early=True
+            True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True, lazy=True, early=True, startable=True
         )
 
     def containers(self) -> list[Container]:
@@ -318,6 +319,20 @@ class Podman:
         if self.describe(container).state in ("running", "paused"):
             raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
         podman("container", "rm", container.id)
+
+    def start(self, container: Container) -> Container:
+        result = podman("container", "start", container.id, check=False, timeout_s=START_LIMIT_S)
+        if not result.ok:
+            said = (result.error_text.strip() or f"status {result.returncode}").splitlines()[-1]
+            raise RestoreFailed(f"podman cannot start {container.name}: {said}", where=f"{container.name} does not run")
+        return self.describe(container)
+
+    def stop(self, container: Container, timeout_s: float) -> None:
+        limit_s = max(0, round(timeout_s))
+        result = podman("container", "stop", "--ignore", "--time", str(limit_s), container.id, check=False, timeout_s=limit_s + QUERY_TIMEOUT_S)
+        if not result.ok:
+            said = (result.error_text.strip() or f"status {result.returncode}").splitlines()[-1]
+            raise StateUnknown(f"podman cannot stop {container.name}: {said}", where=f"{container.name} may be running", hint="podman ps")
 
     def volume_names(self) -> list[str]:
         """The named volumes here."""

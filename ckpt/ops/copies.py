@@ -12,7 +12,9 @@ MOST: Final = 256
 """Copies at once. Each has a network address, a conmon and a daemon of CRIU."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", re.ASCII)
 _RANGE: Final = re.compile(r"(-?\d{1,9})\.\.(-?\d{1,9})", re.ASCII)
-_PORT: Final = re.compile(r"(?:(?:(?P<ip>\[[0-9A-Fa-f:.]+\]|[0-9.]*):)?(?P<host>[0-9-]*):)?(?P<container>\d{1,5})(?:/(?P<protocol>tcp|udp|sctp))?", re.ASCII)
+_PORT: Final = re.compile(
+    r"(?:(?:(?P<ip>\[[0-9A-Fa-f:.]+\]|[0-9.]*):)?(?P<host>[0-9-]*):)?(?P<container>\d{1,5})(?:/(?P<protocol>tcp|udp|sctp))?", re.ASCII
+)
 
 
 def expand(text: str) -> list[str]:
@@ -90,7 +92,8 @@ def ports(given: Sequence[str], count: int) -> list[tuple[str, ...]]:
     for text in given:
         found = _PORT.fullmatch(text)
         if found is None:
-            raise UsageError(f"{text[:64]!r} is no published port", hint="8080-8087:80, one port of the host for each copy; or 80, for ones that are free")
+            hint = "8080-8087:80, one port of the host for each copy; or 80, for ones that are free"
+            raise UsageError(f"{text[:64]!r} is no published port", hint=hint)
         protocol = found["protocol"] or "tcp"
         inside = _port(found["container"], text)
         prefix, tail = (f"{found['ip']}:" if found["ip"] else ""), f"{inside}/{protocol}"

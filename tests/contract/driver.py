@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from ckpt.engines.base import Startable  # noqa: E402
 from ckpt.errors import CkptError  # noqa: E402
 from ckpt.events import Event  # noqa: E402
 from ckpt.model import DumpOptions, RestoreOptions, Target  # noqa: E402
@@ -64,6 +65,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         case "state":
             engine, container = resolve.resolve(Target.parse(arguments.what))
             return {"ok": True, "state": container.state, "container": container.id}
+        case "start":
+            return start_cold(Target.parse(arguments.what))
         case "sweep":
             return {"ok": True, "said": recover.sweep(root)}
         case "hold":
@@ -71,6 +74,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         case "hold-restore":
             return hold_restore(arguments.what, root)
     raise AssertionError(arguments.verb)
+
+
+def start_cold(target: Target) -> dict[str, Any]:
+    """The engine's own stop and start, without a checkpoint."""
+    engine, container = resolve.resolve(target)
+    able = engine.probe().startable
+    assert able == isinstance(engine, Startable)
+    if not able or not isinstance(engine, Startable):
+        return {"ok": False, "startable": False}
+    engine.stop(container, 1.0)
+    engine.stop(container, 1.0)  # it is idempotent
+    states = [c.state for c in engine.find(container.id)]
+    return {"ok": True, "stopped": states, "state": engine.start(container).state}
 
 
 def hold(target: Target, root: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,12 @@ class FakeEngine:
 
     # -- for tests -----------------------------------------------------------------------------------------------
 
-    def start(self, name: str, *, broken: str = "", volumes: tuple[str, ...] = ()) -> Container:
-        """Start a counter. `broken`: "dump" or "restore" of it fails."""
+    def start(self, name: str | Container, *, broken: str = "", volumes: tuple[str, ...] = ()) -> Container:
+        """Start a counter. `broken`: "dump" or "restore" of it fails. Given a container: the engine's `start`."""
+        if isinstance(name, Container):
+            (self.world / name.id / "ticks").unlink(missing_ok=True)
+            self._save(name.id, **{**self._load(name.id), "pid": self._spawn(name.id, -1)})
+            return self.describe(name)
         identity = secrets.token_hex(32)
         upper = self.world / identity / "upper"
         upper.mkdir(parents=True)
@@ -139,7 +144,8 @@ class FakeEngine:
         return Profile(seccomp=None, namespaces=frozenset(), masked=(), read_only=())
 
     def probe(self) -> Capabilities:
-        return Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True, pages=self.streams)
+        can = Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True)
+        return replace(can, pages=self.streams, startable=True)
 
     def containers(self) -> list[Container]:
         return [self._container(path.parent.name) for path in sorted(self.world.glob("*/container.json"))]
@@ -210,6 +216,11 @@ class FakeEngine:
             self._forget(identity)
             raise
         return FakeHeldRestore(self, job, self._container(identity))
+
+    def stop(self, container: Container, timeout_s: float) -> None:
+        if pid := self.describe(container).pid:
+            os.kill(pid, signal.SIGKILL)
+            assert wait(lambda: not process_state(pid))
 
     def remove(self, container: Container) -> None:
         if self.describe(container).state in ("running", "paused"):
