@@ -107,9 +107,9 @@ def bring(
     """
     manifest = source.manifest
     can = registry.by_name(manifest.engine).probe()
-    chosen = replace(
-        options, lazy=options.lazy and can.lazy, unpublished=True, ignore_static_ip=True, ignore_static_mac=True, tcp_established=False, tcp_close=True
-    )
+    # Two cannot have one address, and a connection has but one other end.
+    fresh = replace(options, unpublished=True, ignore_static_ip=True, ignore_static_mac=True, tcp_established=False, tcp_close=True)
+    chosen = replace(fresh, lazy=options.lazy and can.lazy)
     if chosen.lazy:
         try:
             memory.require()
@@ -187,7 +187,8 @@ def _taken(engine: Engine, copies: Sequence[Copy]) -> list[str]:
 
 
 def _there(names: Sequence[str]) -> str:
-    return f"there {'are containers' if len(names) > 1 else 'is a container'} of {'these names' if len(names) > 1 else 'this name'} already: {', '.join(names)}"
+    what = "are containers of these names" if len(names) > 1 else "is a container of this name"
+    return f"there {what} already: {', '.join(names)}"
 
 
 def _saved(container: Container, dump: DumpOptions, store_root: Path, emit: Emit) -> Checkpoint:
