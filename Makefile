@@ -15,6 +15,8 @@ SHELL := /bin/bash
 # The Python with all dependencies, made on first use outside the checkout.
 PYTHON = python=$$(python3 .ci/venv)
 PYTEST_ARGS ?=
+# Tests of the lab wait more than they work, so more of them than there are processors.
+PYTEST_WORKERS ?= $(shell echo $$(( $$(nproc) + 1 )))
 BENCH_ARGS ?=
 FUZZ_TARGETS ?=
 
@@ -33,7 +35,7 @@ test: lint
 	$(SHELLS)
 	"$$python" -m tests.lab.harness prepare
 	"$$python" -m tests.vm.harness prepare
-	"$$python" -m pytest --durations=25 tests/unit tests/contract tests/meta tests/lab tests/vm $(PYTEST_ARGS)
+	"$$python" -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations=40 tests/vm tests/lab tests/contract tests/unit tests/meta $(PYTEST_ARGS)
 
 demo:
 	$(PYTHON)

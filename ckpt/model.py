@@ -98,6 +98,8 @@ class Container:
     """Id of its pod."""
     units: tuple[str, ...] = ()
     """systemd units that own it and would start it cold."""
+    infra: bool = False
+    """It only holds its pod's namespaces; there is nothing in it to save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,8 @@ class Capabilities:
     """A restore can be begun before its dump is (engines.base.StartsEarly)."""
     startable: bool = False
     """Its containers can be started cold and stopped (engines.base.Startable)."""
+    remakes: bool = False
+    """A restore with `RestoreOptions.cold` makes a container again that is gone."""
     container_images: bool = False
     volumes: bool = False
 
@@ -174,6 +178,8 @@ class Carriage:
     """How many connections; from 2 on, and with `direct`, they carry content alone, beside the one for calls."""
     direct: bool = False
     """By TLS straight to the other host instead of through ssh."""
+    shared_limit: Path | None = None
+    """The file by which several processes share that limit (peer/rate.py); None: it is this one's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +200,6 @@ class RestoreOptions:
 
     name: str | None = None
     tcp_established: bool | None = None
-    tcp_close: bool = False
-    """Established TCP connections come back closed."""
     file_locks: bool | None = None
     shell_job: bool | None = None
     ignore_rootfs: bool = False
@@ -216,6 +220,10 @@ class RestoreOptions:
     """With `lazy`: of its memory only that follows which it touches, so that the rest stays shared with other copies."""
     unpublished: bool = False
     """A copy without ports of the host, unless `publish` names some: the original has its own."""
+    tcp_close: bool = False
+    """Established TCP connections come back closed: the workload finds them reset, its peers hear so at their next word."""
+    cold: bool = False
+    """Without its processes: made again as the checkpoint says, with its files, and started anew (`Capabilities.remakes`)."""
     timeout_s: float = 200.0
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.cli import completion
-from ckpt.cli.carriage import access, server_options
-from ckpt.cli.common import CompressionChoice, Duration, Rate, Session, ssh_option, timeout_option, verb
+from ckpt.cli import completion, moving
+from ckpt.cli.common import Session, verb
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
 from ckpt.errors import UsageError
-from ckpt.model import Carriage, Compression, PrecopyLimits, Target
+from ckpt.model import Target
 
 if TYPE_CHECKING:
     from ckpt.ops.migrate import MigrateOptions
-
-AUTO_CONVERGE_ROUNDS = 16
-"""Each step of slowing takes at least one."""
 
 
 @verb(
@@ -40,48 +38,16 @@ AUTO_CONVERGE_ROUNDS = 16
 @click.option("--continue", "job_id", metavar="ID", help="Finish a migration that was cut; the error that it ended with names the ID.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, do nothing.")
 @click.option("-n", "--name", metavar="NAME", help="Name on the destination (default: the same).")
-@click.option("--keep-source", is_flag=True, help="Keep the ended container (and its volumes) on the source.")
-@click.option("--tcp-established/--no-tcp-established", default=None, help="Keep established TCP connections (default: found out by looking).")
-@click.option("--file-locks/--no-file-locks", default=None, help="Keep file locks (default: found out by looking).")
-@click.option("--ignore-volumes", is_flag=True, help="Leave the content of named volumes behind.")
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports on the destination.")
-@click.option("--precopy", is_flag=True, help="Send the memory while it runs, in rounds, and freeze it only for what is left.")
-@click.option("--max-downtime", "max_downtime_s", type=Duration(), metavar="TIME", help="With --precopy: stop when so much is left (default 300ms).")
-@click.option("--max-rounds", type=click.IntRange(1, 100), metavar="N", help="With --precopy: at most so many rounds (default 8, or 16 if slowed).")
-@click.option("--on-exceed", type=click.Choice(["continue", "abort"]), help="With --precopy: what to do when more is to be expected in the end.")
-@click.option("--auto-converge", is_flag=True, help="With --precopy: slow it by its cgroup when it writes faster than the link carries.")
-@click.option("--postcopy", is_flag=True, help="Switch over at once, the memory follows. If the link breaks meanwhile the container may be lost.")
-@click.option("--lazy/--no-lazy", default=None, help="Let it run there before its memory is in place (default: when it is large and both hosts can).")
-@click.option("--bwlimit", "bwlimit_bytes_s", type=Rate(), metavar="RATE", help="Send at most so much a second: 50M, 100MB (default: no limit).")
-@click.option(
-    "--compress",
-    type=CompressionChoice(),
-    default=Compression(),
-    metavar="auto|zstd[:N]|none",
-    help="Compress on the way (default auto: where it carries more, measured while it runs).",
-)
-@click.option("--streams", type=click.IntRange(1, 16), default=1, metavar="N", help="Carry content over so many connections (default 1).")
-@click.option("--direct", is_flag=True, help="Carry content by TLS straight to the other host (ports 49152 to 49215), not through ssh.")
-@ssh_option
-@server_options
-@timeout_option
+@moving.options
+@click.option("--bwlimit-shared", "shared_limit", type=click.Path(path_type=Path), hidden=True)
 def command(
     session: Session,
     target: str | None,
     destination: str | None,
     job_id: str | None,
     dry_run: bool,
-    timeout_s: float | None,
-    ssh_options: tuple[str, ...],
-    precopy: bool,
-    max_downtime_s: float | None,
-    max_rounds: int | None,
-    on_exceed: Literal["continue", "abort"] | None,
-    auto_converge: bool,
-    bwlimit_bytes_s: int | None,
-    compress: Compression,
-    streams: int,
-    direct: bool,
+    shared_limit: Path | None,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh or to its ckpt serve.
@@ -106,7 +72,8 @@ def command(
     (--fingerprint; it is remembered), or the authority that signed its certificate (--ca), and a token (--token-file) or a certificate of
     this host (--client-cert).
     """
-    reached = access(session, destination, given)
+    taken = moving.take(given)
+    reached = moving.reached(session, destination, taken)
     if job_id is not None:
         if target or destination or dry_run:
             raise UsageError("--continue ID needs no target and no destination")
@@ -120,24 +87,7 @@ def command(
     session.need_root()
     from ckpt.ops import migrate as use_case
 
-    limits = {"max_downtime_s": max_downtime_s, "max_rounds": max_rounds, "on_exceed": on_exceed, "auto_converge": auto_converge or None}
-    limits = {key: value for key, value in limits.items() if value is not None}
-    if precopy and given["postcopy"]:
-        raise UsageError("--precopy and --postcopy exclude each other")
-    if given["postcopy"] and given["lazy"] is False:
-        raise UsageError("--postcopy brings the memory later: it does not go with --no-lazy")
-    if limits and not precopy:
-        raise UsageError("--max-downtime, --max-rounds, --on-exceed and --auto-converge need --precopy")
-    if auto_converge and max_rounds is None:
-        limits["max_rounds"] = AUTO_CONVERGE_ROUNDS
-    ahead = PrecopyLimits(**limits) if precopy else None  # type: ignore[arg-type]
-    carriage = Carriage(bwlimit_bytes_s or None, compress, streams, direct)
-    given |= {"ssh_options": (*session.settings.ssh_options, *ssh_options), "access": reached}
-    options = use_case.MigrateOptions(precopy=ahead, carriage=carriage, **given)
-    if timeout_s is not None:
-        from dataclasses import replace
-
-        options = replace(options, timeout_s=timeout_s)
+    options = replace(moving.migrate_options(session, taken, access=reached, shared_limit=shared_limit), **given)
     if dry_run:
         return _plan(session, target, destination, options)
     outcome = use_case.migrate(Target.parse(target), destination, options=options, store_root=session.store_root, emit=session.emit)

@@ -20,13 +20,14 @@ NOWHERE: Final = "nowhere"
 (cr_lazy_mem_dump); this way that fails at once and CRIU lets go of the tree, which must be dead by then if it is to end (`engines._hold`)."""
 
 
-def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = False, memory_stays: bool = False) -> Path:
+def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = False, memory_stays: bool = False, tcp_close: bool = False) -> Path:
     """Write the launcher and the CRIU configuration file into the job's directory, forget what an earlier hold left.
 
     Args:
         page_server_port: a dump sends its memory pages there (see `pageserver.py`).
         lazy: a restore leaves memory to the lazy-pages daemon (see `lazy.py`).
         memory_stays: a dump leaves private memory in the frozen tree (see `NOWHERE`).
+        tcp_close: a restore closes established TCP connections (criu(8), --tcp-close).
 
     Returns:
         The configuration file (for `CRIU_CONFIG_FILE` or the RPC option `config_file`).
@@ -48,6 +49,8 @@ def prepare(job_dir: Path, *, page_server_port: int | None = None, lazy: bool = 
         lines.append("lazy-pages")
     if memory_stays:
         lines.append(f"address {NOWHERE}")
+    if tcp_close:
+        lines.append("tcp-close")
     _write(config, "\n".join(lines) + "\n", 0o600)
     return config
 

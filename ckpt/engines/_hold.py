@@ -69,20 +69,31 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
 
 
 def arm(
-    job: Job, verb: str, images: Path, work: Path, *, page_server_port: int | None = None, lazy: bool = False, memory_stays: bool = False
+    job: Job,
+    verb: str,
+    images: Path,
+    work: Path,
+    *,
+    page_server_port: int | None = None,
+    lazy: bool = False,
+    memory_stays: bool = False,
+    tcp_close: bool = False,
+    cold: bool = False,
 ) -> None:
     """Tell the shim what to do for this job: CRIU images in `images`, CRIU's logs and stats in `work`.
 
     Args:
         lazy: a restore leaves memory to CRIU's lazy-pages daemon. crun leaves it to CRIU's configuration file, runc must be told.
         memory_stays: a dump leaves it in the frozen tree; the same holds for the runtimes.
+        tcp_close: a restore closes established TCP connections; neither runtime has an option for it everywhere.
+        cold: instead of a restore the runtime starts the container anew.
     """
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     for marker in ("prepared", "abort"):
         (job.directory / marker).unlink(missing_ok=True)
     hold.set_aside(job.directory, "bundle", "runtime.exit")
-    config = hold.prepare(job.directory, page_server_port=page_server_port, lazy=lazy, memory_stays=memory_stays)
-    plan: dict[str, object] = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
+    config = hold.prepare(job.directory, page_server_port=page_server_port, lazy=lazy, memory_stays=memory_stays, tcp_close=tcp_close)
+    plan: dict[str, object] = {"cold": cold, "verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
     plan["flags"] = {"runc": [LAZY_FLAG]} if lazy or memory_stays else {}
     part = job.directory / "shim.json.part"
     part.write_text(json.dumps(plan))

@@ -86,14 +86,15 @@ class OciRestore:
     def start(self, stage: Path, spec: dict[str, Any], config: dict[str, Any]) -> None:
         """Start the runtime's restore on the stage's CRIU images; `config` is its config.dump."""
         options, manifest = self.options, self.manifest
-        _hold.arm(self.job, "restore", stage / "checkpoint", self.work, lazy=options.lazy)
+        _hold.arm(self.job, "restore", stage / "checkpoint", self.work, lazy=options.lazy, tcp_close=options.tcp_close)
         tcp = manifest.tcp_established if options.tcp_established is None else options.tcp_established
         locks = manifest.file_locks if options.file_locks is None else options.file_locks
         shell = manifest.shell_job if options.shell_job is None else options.shell_job
         argv: list[str | os.PathLike[str]] = [self.engine.program(), "--log", self.job.directory / "runtime.log", "restore", "--detach"]
         argv += ["--bundle", self.bundle, "--image-path", stage / "checkpoint", "--work-path", self.work]
         argv += ["--pid-file", self.job.directory / "init.pid"]
-        argv += [*(["--tcp-established"] if tcp else []), *(["--file-locks"] if locks else []), *(["--shell-job"] if shell else [])]
+        argv += ["--tcp-established"] if tcp and not options.tcp_close else []
+        argv += [*(["--file-locks"] if locks else []), *(["--shell-job"] if shell else [])]
         argv += [_hold.LAZY_FLAG] if options.lazy and self.engine.name == "runc" else []
         argv += [self.container_id]
         cgroup = cgroup_to_be(self.engine.name, spec, self.container_id)

@@ -213,7 +213,7 @@ class PodmanRestore:
         ]
         tcp = self.manifest.tcp_established if options.tcp_established is None else options.tcp_established
         locks = self.manifest.file_locks if options.file_locks is None else options.file_locks
-        if tcp and not options.name:
+        if tcp and not options.name and not options.tcp_close and not options.cold:
             argv += ["--tcp-established"]
             if not options.ignore_static_ip:
                 traffic.block(self.job.directory, self.manifest.addresses)
@@ -253,6 +253,10 @@ class PodmanRestore:
         if self.options.lazy:
             lazy.wait_listening(directory, int(self.job.facts["keeper_pid"]))
         (directory / "prepared").touch()
+        if self.options.cold:
+            if self.process is None or _hold.exited(self.process, limit) != 0:
+                raise self.failed()
+            return 0
         if not _hold.wait_for(self.job.held_path, self.process, limit):
             raise self.failed()
         return int(json.loads(self.job.held_path.read_text()).get("init_pid") or 0)

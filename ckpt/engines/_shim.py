@@ -7,7 +7,8 @@ whole life, and what podman starts from there comes through here long after ckpt
 
 `checkpoint`: the real runtime runs in the background without --leave-running, with CRIU's action-script holding it; the
 shim returns 0 as soon as the dump is held (podman then goes on to its export), or the runtime's own failure.
-`restore`: tells the owner where the mounted root is, waits until it is filled, then becomes the real runtime.
+`restore`: tells the owner where the mounted root is, waits until it is filled, then becomes the real runtime. The plan may say that
+the container is to start anew instead: the engine has made everything for it, and CRIU has no part in it.
 """
 
 import json
@@ -143,6 +144,9 @@ def restore(real: str, head: list[str], rest: list[str], job: str, plan: "dict[s
             sys.stderr.write("ckpt: the restore was given up\n")
             return 1
         time.sleep(POLL_S)
+    if plan.get("cold"):
+        options = [word for name in ("--pid-file", "--console-socket") if (value := option_value(rest, name)) for word in (name, value)]
+        become(real, [*head[:-1], "run", "--detach", "--bundle", bundle, *options, rest[-1]])
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
     flags = plan.get("flags", {}).get(os.path.basename(real), [])
     become(real, [*head, *flags, *rest])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -151,11 +151,27 @@ class Startable(Protocol):
 
 
 @runtime_checkable
+class ChecksHealth(Protocol):
+    """What an engine offers besides whose containers may bring a check of their health (`healthcheck` in config.dump)."""
+
+    def healthy(self, container: Container) -> bool:
+        """Run that check once, in the container."""
+
+
+@runtime_checkable
 class HasProfile(Protocol):
     """What an engine offers besides whose defaults for containers are known."""
 
     def profile(self) -> Profile:
         """What this host gives to a container that asks for nothing."""
+
+
+@runtime_checkable
+class DescribesMany(Protocol):
+    """What an engine offers besides that can be asked for several containers in one call."""
+
+    def describe_many(self, containers: Sequence[Container]) -> list[Container]:
+        """`Engine.describe` of each; those that are gone by now are left out."""
 
 
 class CarriesContainerImages(Protocol):

@@ -13,16 +13,17 @@ import select
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Final, cast
 
-from ckpt.archive.layout import CONFIG
+from ckpt.archive.layout import CONFIG, SPEC
 from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
-from ckpt.engines import _hold
+from ckpt.engines import _hold, _podman_apparmor
 from ckpt.engines._podman_held import (
     SHM_TAR,
     STUB,
@@ -66,6 +67,15 @@ def _version(program: str) -> str:
     return run([program, "--version"], timeout_s=QUERY_TIMEOUT_S).text.split()[-1]
 
 
+@cache
+def _runtime(program: str, changed_ns: int) -> tuple[str, bool]:
+    """What an OCI runtime calls itself, and whether it can checkpoint; asked again when the file was changed."""
+    answer = run([program, "checkpoint", "--help"], check=False, timeout_s=QUERY_TIMEOUT_S)
+    version = run([program, "--version"], check=False, timeout_s=QUERY_TIMEOUT_S).text
+    named = version.splitlines()[0] if version else Path(program).name
+    return named, answer.ok and ("crun" not in Path(program).name or "+CRIU" in version)
+
+
 class Podman:
     """The engine `podman`."""
 
@@ -83,9 +93,8 @@ class Podman:
         if os.geteuid() != 0:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
-        return Capabilities(
-            True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True, pages=True, lazy=True, early=True, startable=True
-        )
+        can = Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
+        return replace(can, pages=True, lazy=True, early=True, startable=True, remakes=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -117,6 +126,16 @@ class Podman:
             raise TargetNotFound(f"podman has no container {container.name or container.id}")
         return container_from_inspect(json.loads(result.stdout)[0])
 
+    def describe_many(self, containers: Sequence[Container]) -> list[Container]:
+        if not containers:
+            return []
+        # One that is gone makes it fail, after it has told of the others.
+        result = podman("container", "inspect", *(container.id for container in containers), check=False)
+        try:
+            return [container_from_inspect(row) for row in json.loads(result.stdout or b"[]") or []]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineUnavailable(f"podman does not answer: {error}") from error
+
     def preflight(self, container: Container, options: DumpOptions) -> list[Finding]:
         found: list[Finding] = []
         runtime = container.runtime or "crun"
@@ -124,10 +143,8 @@ class Podman:
         if program is None:
             found.append(Finding("runtime", "error", f"{runtime} is not installed", f"apt install {Path(runtime).name}"))
         else:
-            answer = run([program, "checkpoint", "--help"], check=False, timeout_s=QUERY_TIMEOUT_S)
-            version = run([program, "--version"], check=False, timeout_s=QUERY_TIMEOUT_S).text
-            named = version.splitlines()[0] if version else runtime
-            if not answer.ok or ("crun" in Path(runtime).name and "+CRIU" not in version):
+            named, able = _runtime(program, os.stat(program).st_mtime_ns)
+            if not able:
                 hint = "use a runtime with CRIU support: podman --runtime runc, or Debian 13's crun"
                 found.append(Finding("runtime", "error", f"{named} is built without CRIU support", hint))
             else:
@@ -135,6 +152,14 @@ class Podman:
         if container.rootfs.upper_dir is None and not options.ignore_rootfs:
             hint = "use podman's overlay storage driver, or leave the root file system behind with --ignore-rootfs"
             found.append(Finding("root file system", "error", "it is no overlay, so its changes cannot be told from its container image", hint))
+        if container.infra:
+            detail = "it only holds its pod's namespaces, there is nothing to save"
+            found.append(Finding("infra container", "error", detail, "name the containers of the pod"))
+        elif container.requires and not (container.pod and len(container.requires) == 1):
+            # podman's exportCheckpoint: only a pod's infra container may be one.
+            needs = ", ".join(identity[:12] for identity in container.requires)
+            hint = "make it without --requires and without another container's namespaces; ckpt.after and a network of their own do as well"
+            found.append(Finding("dependencies", "error", f"it depends on other containers ({needs}), which podman does not save", hint))
         if options.sealed and shm_in_use(container):
             detail = "there are files in /dev/shm, which podman would write to its own disk in clear on the way"
             found.append(Finding("/dev/shm", "error", detail, "remove them, or save it to the store (in clear) and export that"))
@@ -240,11 +265,14 @@ class Podman:
         )
         if not options.checked or options.name:
             self._refuse(manifest, options)
+        _podman_apparmor.ensure(stage / SPEC, lambda: self._load_profile(manifest))
+        if options.cold:
+            self._forget_runtime(manifest)
         try:
             if not options.ignore_volumes:
                 attempt.make_volumes(volume_ready)
             self._pack_stub(job.directory / STUB, stage, manifest, options)
-            _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy)
+            _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy, tcp_close=options.tcp_close, cold=options.cold)
             attempt.start(job.directory / STUB)
             attempt.mounted()
         except BaseException:
@@ -266,6 +294,22 @@ class Podman:
                 f"container image {name} ({manifest.container_image.id[:12]}) is missing here",
                 hint=f"podman pull {name}, or bring it along: ckpt migrate",
             )
+
+    def _load_profile(self, manifest: Manifest) -> None:
+        """Make podman load its AppArmor profile: it does so for each container that it makes."""
+        image = manifest.container_image.id if manifest.container_image else ""
+        made = podman("container", "create", "--network", "none", "--pull", "never", image, "true", check=False).text.split()
+        if made:
+            podman("container", "rm", "--force", made[-1], check=False)
+
+    def _forget_runtime(self, manifest: Manifest) -> None:
+        """Remove what a runtime still keeps of a container that podman does not know (any more): it would not make one of that id."""
+        runtime = which(manifest.runtime or "crun")
+        if runtime is not None and not any(c.id == manifest.container_id for c in self.containers()):
+            run([runtime, "delete", "--force", manifest.container_id], check=False, timeout_s=QUERY_TIMEOUT_S)
+
+    def healthy(self, container: Container) -> bool:
+        return podman("healthcheck", "run", container.id, check=False).ok
 
     def profile(self) -> Profile:
         from ckpt.engines import _podman_profile

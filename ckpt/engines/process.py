@@ -192,10 +192,10 @@ class ProcessEngine:
             checkpoint,
             work,
             "restore.log",
-            tcp_established=manifest.tcp_established if options.tcp_established is None else options.tcp_established,
+            tcp_established=not options.tcp_close and (manifest.tcp_established if options.tcp_established is None else options.tcp_established),
             file_locks=manifest.file_locks if options.file_locks is None else options.file_locks,
             shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
-            config_file=hold.prepare(job.directory, lazy=options.lazy),
+            config_file=hold.prepare(job.directory, lazy=options.lazy, tcp_close=options.tcp_close),
         )
         began_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
         operation = Operation("restore", job, options.timeout_s)

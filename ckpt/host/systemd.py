@@ -44,18 +44,21 @@ def need() -> None:
         raise FeatureMissing("systemd does not run here", where="nothing was changed", hint="run ckpt from this host's own init system or by hand")
 
 
-def notify(status: str = "", *, ready: bool = False, extend_s: float | None = None) -> None:
+def notify(status: str = "", *, ready: bool = False, stopping: bool = False, extend_s: float | None = None) -> None:
     """Tell the service manager how far we are (sd_notify(3)); nothing outside of a unit. Never raises.
 
     Args:
         status: the line of `systemctl status`.
         ready: the service is up.
+        stopping: it is about to end.
         extend_s: it may take so long from now, whatever the unit's time limit says (EXTEND_TIMEOUT_USEC=).
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     lines = []
     if ready:
         lines.append("READY=1")
+    if stopping:
+        lines.append("STOPPING=1")
     if status:
         lines.append("STATUS=" + " ".join(status.split())[:1024])
     if extend_s is not None:

@@ -152,6 +152,25 @@ def _report(
     return report
 
 
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """One look at a workload that is to be saved."""
+
+    options: DumpOptions
+    """With nothing left open."""
+    findings: tuple[Finding, ...]
+    needed_bytes: int
+    """In the store, at most."""
+
+
+def look_over(engine: Engine, container: Container, options: DumpOptions) -> Looked:
+    """`decide` and `local_findings` by one look. Touches nothing, never raises."""
+    kinds = look.open_kinds(container)
+    chosen = _decided(container, options, kinds or OpenKinds())
+    needed = (kinds.dump_bytes if kinds else 0) + look.disk_bytes(container, chosen)
+    return Looked(chosen, tuple(_local(engine, container, chosen, kinds)), needed)
+
+
 def local_findings(engine: Engine, container: Container, options: DumpOptions) -> list[Finding]:
     """What this host, the engine and the workload itself say about a checkpoint. Touches nothing, never raises."""
     return _local(engine, container, options, look.open_kinds(container))
@@ -165,7 +184,10 @@ def decide(engine: Engine, container: Container, options: DumpOptions) -> DumpOp
     """
     if options.tcp_established is not None and options.file_locks is not None and options.shell_job is not None:
         return options
-    kinds = look.open_kinds(container) or OpenKinds()
+    return _decided(container, options, look.open_kinds(container) or OpenKinds())
+
+
+def _decided(container: Container, options: DumpOptions, kinds: OpenKinds) -> DumpOptions:
     shell_job = kinds.needs_shell_job and meaning.is_process_tree(container)
     return replace(
         options,

@@ -103,11 +103,15 @@ def save(
     *,
     step: str = "store",
     drafts: Catalog | None = None,
+    looked: checks.Looked | None = None,
+    guarded: bool = True,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
 
     Args:
         drafts: where the draft is made, when not in the store.
+        looked: what a look a moment ago found, with nothing in the way; without it that look is had now.
+        guarded: by a guard of its own; without it the caller has one for all that it does, and asks the engine itself what became of them.
 
     Raises:
         BusyError: it does not run.
@@ -115,8 +119,11 @@ def save(
         StateUnknown: it could not be made sure that it runs on.
     """
     ready(container, label)
-    chosen = settle(engine, container, label, options, emit)
-    checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    if looked is None:
+        chosen = settle(engine, container, label, options, emit)
+        checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    else:
+        chosen = replace(looked.options, timeout_s=options.timeout_s)
     # These ask CRIU and the engine, so not while the container is frozen.
     host, can = capture.host_facts(), engine.probe()
     streams = can.pages and intake.possible(host.criu_version)
@@ -128,7 +135,7 @@ def save(
         name=container.name or container.id,
         leave_running=chosen.leave_running,
     )
-    guard = recover.start_guard(job)
+    guard = recover.start_guard(job) if guarded else None
     attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
     try:
         manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
@@ -140,7 +147,7 @@ def save(
         faults.point("stored")
     except BaseException as error:
         raise attempt.undo(error) from error
-    return attempt.finish(kept, figures)
+    return attempt.finish(kept, figures, look=guarded)
 
 
 @dataclass(slots=True)
@@ -264,7 +271,7 @@ class _Attempt:
         if self.draft is not None:
             self.draft.discard()
 
-    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str]) -> Outcome:
+    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str], *, look: bool = True) -> Outcome:
         """The checkpoint is safe: end the source. From here on nothing is undone."""
         with recover.uninterrupted():
             self.job.write("commit", checkpoint_id=kept.manifest.id if kept else "", freeze_s=round(self.freeze_s, 6))
@@ -292,8 +299,9 @@ class _Attempt:
                 self.discard()
             recover.close(self.job, self.guard)
         now = self.container
-        with suppress(CkptError):
-            now = self.engine.describe(self.container)
+        if look:
+            with suppress(CkptError):
+                now = self.engine.describe(self.container)
         sizes: dict[str, float | int | str] = {"size_bytes": kept.manifest.size_bytes} if kept else {}
         return Outcome(self.label, True, kept, now, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures})
 

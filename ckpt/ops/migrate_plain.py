@@ -25,7 +25,7 @@ from ckpt.ops import capture, check, faults, recover
 from ckpt.ops.migrate import ASK_LIMIT_S, MigrateOptions
 from ckpt.ops.migrate_end import end_source
 from ckpt.ops.result import Outcome, failure
-from ckpt.peer.rate import LimitedWriter
+from ckpt.peer import rate
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 from ckpt.transports import ssh
@@ -173,7 +173,8 @@ def _bring_container_image(there: Remote, engine: Engine, container: Container, 
 
 
 def _limited(out: BinaryIO, carriage: Carriage) -> BinaryIO:
-    return cast(BinaryIO, LimitedWriter(out, carriage.bwlimit_bytes_s)) if carriage.bwlimit_bytes_s else out
+    bucket = rate.bucket(carriage)
+    return cast(BinaryIO, rate.LimitedWriter(out, bucket)) if bucket is not None else out
 
 
 def _packing(carriage: Carriage) -> _Packing:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ckpt.engines import registry
+from ckpt.engines.base import DescribesMany
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import CkptError, EngineUnavailable, TargetNotFound
 from ckpt.model import Container, Target
@@ -37,16 +38,25 @@ def resolve(target: Target) -> Resolved:
 
 
 def all_running() -> list[Resolved]:
-    """Every running container of every usable engine, fully described, oldest first. Process trees are never meant."""
+    """Every running container of every usable engine, fully described, oldest first. Process trees and pods' infra containers are never meant."""
     found: list[Resolved] = []
     for engine in _implicit():
-        for container in engine.containers():
-            if container.state == "running":
-                try:
-                    found.append((engine, engine.describe(container)))
-                except TargetNotFound:
-                    continue  # ended while we looked
+        running = [container for container in engine.containers() if container.state == "running"]
+        found += [(engine, container) for container in described(engine, running) if not container.infra]
     return sorted(found, key=lambda pair: pair[1].created_s)
+
+
+def described(engine: NamedEngine, containers: Sequence[Container]) -> list[Container]:
+    """Each of them in full, in as few calls as the engine lets; those that ended while we looked are left out."""
+    if isinstance(engine, DescribesMany):
+        return engine.describe_many(containers)
+    found: list[Container] = []
+    for container in containers:
+        try:
+            found.append(engine.describe(container))
+        except TargetNotFound:
+            continue
+    return found
 
 
 def latest() -> Resolved:

@@ -104,7 +104,7 @@ def restore(
         return [_guarded(str(import_from), partial(_from_archive, str(import_from), archive, options, catalog, emit, keep, incoming))]
     chosen, outcomes = _choose(catalog, refs, all=all, latest=latest)
     for label, checkpoint in chosen:
-        outcomes.append(_guarded(label, partial(_from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
+        outcomes.append(_guarded(label, partial(from_store, label, checkpoint, options, catalog, emit, keep, incoming)))
     return outcomes
 
 
@@ -126,6 +126,8 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
+    if options.cold and not can.remakes:
+        raise UsageError(f"{engine.name} cannot make a container again without restoring it")
     if options.lazy:
         if not can.lazy:
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
@@ -293,9 +295,10 @@ class _Attempt:
         return error
 
 
-def _from_store(
+def from_store(
     label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
 ) -> Outcome:
+    """Restore one checkpoint of the store. Raises as `bring_back`."""
     with catalog.lease_fd(checkpoint) as fd:
         draft = catalog.begin(checkpoint.manifest.name)
         with _until_restored(draft, options):
@@ -401,7 +404,7 @@ def _as_dumped(options: RestoreOptions, source: Source) -> RestoreOptions:
     return replace(
         options,
         existing_volumes=volumes,
-        tcp_established=manifest.tcp_established if options.tcp_established is None else options.tcp_established,
+        tcp_established=False if options.tcp_close else manifest.tcp_established if options.tcp_established is None else options.tcp_established,
         file_locks=manifest.file_locks if options.file_locks is None else options.file_locks,
         shell_job=manifest.shell_job if options.shell_job is None else options.shell_job,
     )

@@ -11,11 +11,10 @@ from typing import Any, Final
 
 from ckpt.errors import CannotConnect, CkptError, FeatureMissing, TransferFailed
 from ckpt.model import Carriage
-from ckpt.peer import messages
+from ckpt.peer import messages, rate
 from ckpt.peer.compression import Packer
 from ckpt.peer.frames import ZSTD, Buffer, BufferPool, Frame, FrameReader, FrameWriter, Kind, have_zstd, message, prepare
 from ckpt.peer.queues import CONTENT, Closed, Outbox, Outgoing, Waited
-from ckpt.peer.rate import TokenBucket
 from ckpt.peer.wires import FdWire, Wire
 
 BEAT_S: Final = 1.0
@@ -68,7 +67,7 @@ class Link:
         self._link_timeout_s = link_timeout_s
         self._streams: list[FrameWriter] = []
         self.carriage = carriage or Carriage()
-        self._outbox = Outbox(TokenBucket(self.carriage.bwlimit_bytes_s) if self.carriage.bwlimit_bytes_s else None)
+        self._outbox = Outbox(rate.bucket(self.carriage))
         self._packer: Packer | None = None
         self._orders: dict[int, int] = {}
         self._counting = threading.Lock()

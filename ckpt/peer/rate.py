@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
+import os
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, Final
 
+from ckpt.model import Carriage
 from ckpt.peer.frames import CHUNK_BYTES
 
 
@@ -46,12 +53,59 @@ class TokenBucket:
         self._balance -= size_bytes
 
 
+class SharedBucket(TokenBucket):
+    """A TokenBucket that several processes of this host take from, so that all of them together keep to its rate.
+
+    Its balance is in a small file, with the time of CLOCK_MONOTONIC at which it was right, behind a lock that the kernel takes back when its
+    holder dies. Who takes nothing leaves all of it to the others.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    _STATE: Final = struct.Struct("<dd")
+
+    def __init__(self, path: Path, rate_bytes_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(rate_bytes_s, clock=clock)
+        self._file = open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+    def wait_s(self) -> float:
+        with self._together():
+            return super().wait_s()
+
+    def take(self, size_bytes: int) -> None:
+        with self._together():
+            super().take(size_bytes)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        fd = self._file.fileno()
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            state = os.pread(fd, self._STATE.size, 0)
+            if len(state) == self._STATE.size:
+                balance, at_s = self._STATE.unpack(state)
+                # A time to come is that of an earlier boot.
+                self._balance, self._at_s = (balance, at_s) if math.isfinite(balance) and 0 <= at_s <= self._clock() else (0.0, self._clock())
+            yield
+            os.pwrite(fd, self._STATE.pack(self._balance, self._at_s), 0)
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def bucket(carriage: Carriage) -> TokenBucket | None:
+    """The limit that a carriage asks for; None for none."""
+    if not carriage.bwlimit_bytes_s:
+        return None
+    return SharedBucket(carriage.shared_limit, carriage.bwlimit_bytes_s) if carriage.shared_limit else TokenBucket(carriage.bwlimit_bytes_s)
+
+
 class LimitedWriter:
     """A binary stream that takes no more than a rate; what it is given goes on in pieces."""
 
-    def __init__(self, out: BinaryIO, rate_bytes_s: float) -> None:
+    def __init__(self, out: BinaryIO, bucket: TokenBucket) -> None:
         self._out = out
-        self._bucket = TokenBucket(rate_bytes_s)
+        self._bucket = bucket
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of it; waits meanwhile."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import time
@@ -15,6 +14,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from ckpt.errors import BusyError, CkptError, UsageError
+from ckpt.host import systemd
 from ckpt.serve.app import Rules, Service
 from ckpt.serve.certificate import Serving
 from ckpt.serve.uploads import Uploads
@@ -83,9 +83,9 @@ async def _serve(host: str | None, port: int, service: Service, serving: Serving
     background = [asyncio.create_task(door.watch()), asyncio.create_task(_sweep(service))]
     try:
         ready([_shown(sock) for sock in server.sockets])
-        notify("READY=1")
+        systemd.notify(ready=True)
         await service.stopping.wait()
-        notify("STOPPING=1")
+        systemd.notify(stopping=True)
         server.close()
         end_s = time.monotonic() + STOP_S
         while time.monotonic() < end_s and (service.busy or any(one.finishing for one in service.uploads.under_way())):
@@ -143,13 +143,3 @@ async def _sweep(service: Service) -> None:
 def _shown(sock: Any) -> str:
     name = sock.getsockname()
     return f"[{name[0]}]:{name[1]}" if sock.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
-
-
-def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)), when it asked to be told."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path[:1] not in ("/", "@"):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, suppress(OSError):
-        sock.connect("\0" + path[1:] if path.startswith("@") else path)
-        sock.send(state.encode())

@@ -2,28 +2,27 @@
 
 Directory `hibernate/ID/` beside the jobs (this host's own, see place): `journal.jsonl`, one JSON object a line, on the disk before the step
 that it announces; `lock`, flock of the living owner. Lines with `item` are about one workload, the others about the whole.
-The first line has `state` "planned", `schema`, `kind`, `machine_id`, `boot_id`, `kernel` and `items`: what shall become of each.
+The first line has `state` "planned", `schema`, `kind`, `machine_id`, `boot_id`, `kernel` and `items`: what shall become of each; `carried`
+(target -> its facts) are those of `items` that an earlier hibernation has saved. Lines with `more` bring further items.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
-from ckpt.errors import BusyError, CkptError
+from ckpt.errors import CkptError
 from ckpt.store import place
 from ckpt.store.job import new_id
+from ckpt.store.journal import Journal
 
 SCHEMA: Final = 1
 Action = Literal["save", "stop", "ignore"]
-Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual"]
-"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`."""
+Kind = Literal["reboot", "kexec", "poweroff", "shutdown", "manual", "crash"]
+"""What it was made for: the verbs of `ckpt reboot`, the unit at shutdown, `ckpt hibernate save`; "crash": made at boot, nothing was saved."""
 
 OPEN: Final = ("planned", "saving")
 SAVED: Final = "saved"
@@ -65,12 +64,11 @@ class ItemState:
     """checkpoint_id, ref, freeze_s, total_s, error (CkptError.to_json), rungs (what was tried in resuming: [{rung, ok, error, took_s}])."""
 
 
-class Hibernation:
+class Hibernation(Journal):
     """One hibernation's directory. Made by `create`, found by `newest` or `every`."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._lock_fd: int | None = None
+    what: ClassVar[str] = "hibernation"
+    look: ClassVar[str] = "ckpt hibernate status"
 
     @classmethod
     def create(cls, root: Path, kind: Kind, items: Sequence[Item], **facts: Any) -> Hibernation:
@@ -84,110 +82,50 @@ class Hibernation:
         made = cls(above / new_id())
         made.directory.mkdir(mode=0o700)
         made.acquire()
-        made.write("planned", schema=SCHEMA, kind=kind, **identity(), items=[asdict(item) for item in items], **facts)
-        for directory in (made.directory, above):
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            os.fsync(fd)
-            os.close(fd)
+        made.write("planned", schema=SCHEMA, kind=kind, **{**identity(), **facts}, items=[asdict(item) for item in items])
+        made.sync_directory()
         return made
 
     @classmethod
     def every(cls, root: Path) -> list[Hibernation]:
         """All of them, oldest first; those whose plan never reached the disk are left out."""
         try:
-            found = sorted(path for path in place.hibernations(root).iterdir() if path.is_dir())
+            found = [cls(path) for path in place.hibernations(root).iterdir() if path.is_dir()]
         except FileNotFoundError:
             return []
-        return [one for path in found if (one := cls(path)).entries()]
+        return sorted((one for one in found if one.entries()), key=lambda one: (float(one.plan.get("t", 0.0)), one.id))
 
     @classmethod
     def newest(cls, root: Path) -> Hibernation | None:
         """The one made last."""
         return (cls.every(root) or [None])[-1]  # type: ignore[list-item]
 
-    @property
-    def id(self) -> str:
-        return self.directory.name
-
-    def acquire(self) -> None:
-        """Take the owner's lock. Raises BusyError when another ckpt has it."""
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise BusyError(f"another ckpt works on hibernation {self.id}", hint="ckpt hibernate status") from None
-        self._lock_fd = fd
-
-    def release(self) -> None:
-        """Give the lock back (the kernel does it too when the owner dies)."""
-        fd, self._lock_fd = self._lock_fd, None
-        if fd is not None:
-            os.close(fd)
-
-    def write(self, state: str, *, item: str = "", **facts: Any) -> None:
-        """Append a line and bring it to the disk; may be called from any thread.
+    def extend(self, items: Sequence[Item]) -> None:
+        """Plan more, or some of them anew: from now on it is being saved (again).
 
         Raises:
-            OSError: the disk; then the line is not there at all.
+            OSError: the disk.
         """
-        entry = {"t": time.time(), "state": state, **({"item": item} if item else {}), **facts}
-        line = (json.dumps(entry, separators=(",", ":")) + "\n").encode()
-        fd = os.open(self.directory / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            before = os.fstat(fd).st_size
-            try:
-                if os.write(fd, line) < len(line):
-                    raise OSError(28, os.strerror(28), os.fspath(self.directory))
-                os.fsync(fd)
-            except OSError:
-                os.ftruncate(fd, before)
-                raise
-        finally:
-            os.close(fd)
-
-    def entries(self) -> list[dict[str, Any]]:
-        """All lines; what follows a torn one (power loss) is left out."""
-        try:
-            text = (self.directory / "journal.jsonl").read_text(errors="replace")
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        found: list[dict[str, Any]] = []
-        for line in text.split("\n"):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(entry, dict) or not isinstance(entry.get("state"), str):
-                break
-            found.append(entry)
-        return found
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """The first line: kind, machine_id, boot_id, kernel, items and what `create` was given besides."""
-        return (self.entries() or [{}])[0]
+        self.write("saving", more=[asdict(item) for item in items])
 
     @property
     def items(self) -> tuple[Item, ...]:
         """What was planned, in its order. Raises CkptError when the journal makes no sense."""
         try:
-            return tuple(
+            entries = self.entries()
+            rows = [*(entries or [{}])[0].get("items", []), *(row for entry in entries for row in entry.get("more", []))]
+            found = [
                 Item(**{**row, "after": tuple(row.get("after", ())), "units": tuple(row.get("units", ())), "labels": dict(row.get("labels", {}))})
-                for row in self.plan.get("items", [])
-            )
+                for row in rows
+            ]
+            return tuple({item.target: item for item in found}.values())
         except (TypeError, ValueError, AttributeError) as error:
             raise CkptError(f"the journal of hibernation {self.id} makes no sense: {error}", hint=f"look at {self.directory}") from error
 
-    @property
-    def state(self) -> str:
-        """The newest state of the whole."""
-        return next((str(entry["state"]) for entry in reversed(self.entries()) if "item" not in entry), "")
-
     def states(self) -> dict[str, ItemState]:
         """Where each planned workload stands, by target."""
-        found = {item.target: ItemState() for item in self.items}
+        carried = dict(self.plan.get("carried", {}))
+        found = {item.target: ItemState(SAVED, dict(carried[item.target])) if item.target in carried else ItemState() for item in self.items}
         for entry in self.entries():
             target = entry.get("item")
             if target in found:

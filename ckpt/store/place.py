@@ -52,6 +52,11 @@ def hibernations(root: Path) -> Path:
     return own(root) / "hibernate"
 
 
+def drains(root: Path) -> Path:
+    """The journals of the times that this host was drained."""
+    return own(root) / "drains"
+
+
 def store_of(job_directory: Path) -> Path:
     """The root of the store that a job concerns."""
     place = job_directory.parent.parent

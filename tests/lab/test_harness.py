@@ -42,15 +42,12 @@ def leftovers(lab_id: str) -> list[str]:
 # -- the hosts ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_hosts_come_up_fast_and_know_each_other(lab_ready: None) -> None:
-    started = time.monotonic()
+def test_hosts_know_each_other(lab_ready: None) -> None:
     with Lab() as lab:
-        took = time.monotonic() - started
         assert [host.run(["hostname"]).stdout for host in lab] == ["a\n", "b\n"]
         assert lab.a.run(["ssh", "b", "hostname"]).stdout == "b\n"
         assert lab.b.run(["ssh", "root@10.77.0.1", "hostname"]).stdout == "a\n"
         assert lab.a.run(["criu", "--version"]).stdout.startswith("Version: 4.2")
-    assert took < 5  # 0.3 s on an idle machine
 
 
 def test_an_unknown_host_key_is_refused(bare_lab: Lab) -> None:

@@ -127,7 +127,7 @@ def test_a_stream_of_a_rate() -> None:
     out = io.BytesIO()
     data = os.urandom(MIB)
     began_s = time.monotonic()
-    assert LimitedWriter(out, 2 * MIB).write(data) == MIB
+    assert LimitedWriter(out, TokenBucket(2 * MIB)).write(data) == MIB
     assert 0.4 < time.monotonic() - began_s < 1.5
     assert out.getvalue() == data
 

@@ -138,7 +138,7 @@ def test_a_server_that_is_stopped(served: Callable[..., Server], tmp_path: Path,
         began_s = time.monotonic()
         server.close()
         assert time.monotonic() - began_s < 20
-        assert (tmp_path / "mark").exists()
+        wait_until((tmp_path / "mark").exists)
         peer.call("echo")
 
 

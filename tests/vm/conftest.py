@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vm)
+            item.add_marker(pytest.mark.xdist_group("vm"))  # one machine for all of them
 
 
 @pytest.fixture(scope="session")

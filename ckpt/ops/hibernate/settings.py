@@ -69,6 +69,8 @@ class HibernateSettings:
     """For one rung with a restore."""
     cold_timeout_s: float = 90.0
     """For a cold start."""
+    on_crash: Literal["armed", "cold", "ignore"] = "armed"
+    """After a power loss: what becomes of one that was not saved. "armed": its last armed checkpoint, and cold where there is none."""
     canary: bool = True
     """After a boot of another kernel: whether a process of ckpt's own is saved and restored first."""
     keep_last: int | None = None
@@ -122,7 +124,7 @@ def parse(values: Mapping[str, Any], source: str) -> HibernateSettings:
             raise ConfigError(f"{source}: {name} and {given[key]} say the same thing", hint="keep one of them")
         given[key] = name
         try:
-            if words and value not in words:
+            if words and (not isinstance(value, str) or value not in words):
                 raise ValueError("must be one of " + ", ".join(words))
             found[_FIELDS.get(key, key)] = _KEYS[key](words[value] if words else value)
         except ValueError as error:
@@ -267,6 +269,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "ladder": _ladder,
     "restore_timeout_s": _seconds,
     "cold_timeout_s": _seconds,
+    "on_crash": _one_of("armed", "cold", "ignore"),
     "canary": _boolean,
     "keep_last": _count,
     "tree": _trees,

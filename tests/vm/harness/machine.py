@@ -21,7 +21,8 @@ from tests.lab.harness.cache import LabUnavailable, cache_directory, locked
 from .image import image, image_name
 
 QEMU: Final = "qemu-system-x86_64"
-NEEDED: Final = {QEMU: "qemu-system-x86", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "mke2fs": "e2fsprogs"}
+QEMU_IMG: Final = "qemu-img"
+NEEDED: Final = {QEMU: "qemu-system-x86", QEMU_IMG: "qemu-utils", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "mke2fs": "e2fsprogs"}
 """program -> Debian package"""
 BOOT_LIMIT_S: Final = 240.0
 SSH: Final = (
@@ -53,13 +54,16 @@ class Vm:
         made = prepare()
         with self._stack:
             self._stack.enter_context(locked(cache_directory() / f"{image_name()}.lock", shared=True))
-            self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-vm-")))
+            self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-vm-", dir="/var/tmp")))
             self._key = self.directory / "key"
             shutil.copy(made / "key", self._key)
             self._key.chmod(0o600)
             self.port = _free_port()
             self._stack.callback(self._end)
-            self._start(made)
+            self._made = made
+            self._disk = self.directory / "disk"
+            self._make_disk()
+            self._start()
             self.wait_for_boot()
             self._share_connection()
             self._stack = self._stack.pop_all()
@@ -68,21 +72,42 @@ class Vm:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stack.close()
 
-    def _start(self, made: Path) -> None:
-        # Nehalem without cx16: what QEMU 7.2's emulation runs this kernel on without faults. snapshot=on: writes go to a file that is
-        # unlinked already and lives as long as the process. Should we be killed, the machine goes with us.
+    def _make_disk(self) -> None:
+        """Its own disk over the common one. It outlives the emulator, as a disk does a power cut."""
+        argv = [QEMU_IMG, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self._made / "disk"), str(self._disk)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise VmError(f"cannot make the disk: {done.stderr}")
+
+    def _start(self) -> None:
+        # Nehalem without cx16: what QEMU 7.2's emulation runs this kernel on without faults. cache=unsafe: what the machine synchronises
+        # goes to this machine's page cache and no further; killing the emulator loses none of it. Should we be killed, it goes with us.
         argv = [
             *(QEMU, "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16", "-m", str(self._memory_mib), "-smp", str(self._cpus)),
-            *("-display", "none", "-no-user-config", "-nodefaults", "-kernel", str(made / "vmlinuz")),
-            *("-append", "root=/dev/nvme0n1 rw console=ttyS0 quiet net.ifnames=0 mitigations=off"),
-            *("-drive", f"file={made / 'disk'},format=raw,if=none,id=d0,cache=unsafe,snapshot=on", "-device", "nvme,drive=d0,serial=d0"),
-            *("-netdev", f"user,id=n0,hostfwd=tcp:127.0.0.1:{self.port}-:22", "-device", "virtio-net-pci,netdev=n0"),
-            *("-device", "virtio-rng-pci", "-serial", f"file:{self.directory / 'console'}"),
+            *("-display", "none", "-no-user-config", "-nodefaults", "-kernel", str(self._made / "vmlinuz"), "-initrd", str(self._made / "initrd")),
+            *("-append", "console=ttyS0 quiet net.ifnames=0 mitigations=off"),
+            *("-drive", f"file={self._disk},format=qcow2,if=none,id=d0,cache=unsafe", "-device", "virtio-blk-pci,drive=d0"),
+            *("-netdev", f"user,id=n0,hostfwd=tcp:127.0.0.1:{self.port}-:22", "-device", "virtio-net-pci,netdev=n0,romfile="),
+            *("-chardev", f"file,id=c0,path={self.directory / 'console'},append=on", "-serial", "chardev:c0"),
+            *("-device", "virtio-rng-pci"),
         ]
-        log = self._stack.enter_context(open(self.directory / "qemu.log", "wb"))
         dies_with_us = ["setpriv", "--pdeathsig", "KILL", "--"]
-        env = {**os.environ, "TMPDIR": "/var/tmp"}
-        self._qemu = subprocess.Popen([*dies_with_us, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+        with open(self.directory / "qemu.log", "ab") as log:
+            self._qemu = subprocess.Popen([*dies_with_us, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def power_cut(self) -> None:
+        """Cut its power in the middle of whatever it does: what it has not synchronised is lost. It is off until `power_on`."""
+        self._end()
+
+    def power_on(self) -> None:
+        """Start it again on its disk and wait until programs can be run.
+
+        Raises:
+            VmError: it did not come up.
+        """
+        self._start()
+        self.wait_for_boot()
+        self._share_connection()
 
     def _share_connection(self) -> None:
         """One connection for all programs: a new one costs seconds of emulated arithmetic."""

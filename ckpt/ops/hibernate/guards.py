@@ -1,0 +1,126 @@
+"""Keeps systemd from starting cold at the boot what `ckpt hibernate resume` brings back: drop-ins for the units that own the containers.
+
+A drop-in is written when its container is saved, `/etc/systemd/system/UNIT.d/90-ckpt.conf`: the unit waits for ckpt-resume.service, and is
+skipped when that has left `/run/ckpt/resumed/UNIT`. What it says counts until the manager reads its files anew, so the drop-ins go when
+the boot is over (ckpt-unguard.service), not at the end of the resume.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from ckpt.errors import CkptError
+from ckpt.host import procread, systemd
+from ckpt.model import Container
+from ckpt.store import durable
+
+UNITS: Final = Path("/etc/systemd/system")
+RESUMED: Final = Path("/run/ckpt/resumed")
+DROP_IN: Final = "90-ckpt.conf"
+HEADER: Final = "# made by ckpt hibernate"
+OVER: Final = "ckpt-unguard.service"
+_SERVICE: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}\.service")
+
+
+def owned(container: Container) -> tuple[str, ...]:
+    """The units of a running container that really own it: it, or the process above it (conmon), is in the unit's cgroup.
+
+    The names come from a label, which a container image can have as well: it must not say which units of the host are skipped.
+    """
+    if not container.pid or not systemd.running():
+        return ()
+    homes = {systemd.unit_of(container.pid), systemd.unit_of(_parent(container.pid))}
+    return tuple(unit for unit in container.units if unit in homes and _SERVICE.fullmatch(unit))
+
+
+def guard_units(units: Iterable[str]) -> tuple[str, ...]:
+    """Write the drop-ins, on the disk when this returns. Without systemd nothing is done.
+
+    Returns:
+        Warnings: units that could not be guarded, and would start cold.
+    """
+    if not systemd.running():
+        return ()
+    failed = []
+    for unit in dict.fromkeys(units):
+        if not _SERVICE.fullmatch(unit):
+            failed.append(f"{unit[:64]!r} is no unit that can be kept from starting")
+            continue
+        try:
+            _write(UNITS / f"{unit}.d" / DROP_IN, text(unit))
+        except OSError as error:
+            failed.append(f"{unit} may start cold after the boot: {error.strerror}")
+    return tuple(failed)
+
+
+def text(unit: str) -> str:
+    """The drop-in of one unit."""
+    name = unit.replace("%", "%%")
+    return f"{HEADER}\n[Unit]\nAfter=ckpt-resume.service\nConditionPathExists=!{RESUMED}/{name}\n"
+
+
+def mark_resumed(units: Iterable[str]) -> None:
+    """These run again (their containers do): systemd shall not start them in this boot.
+
+    Raises:
+        OSError: /run cannot be written to.
+    """
+    RESUMED.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for unit in units:
+        if _SERVICE.fullmatch(unit):
+            (RESUMED / unit).touch(mode=0o644)
+
+
+def resume_over() -> None:
+    """The resume is over: the drop-ins go as soon as the boot is. Never raises; what is left is removed by the next one."""
+    if not systemd.running() or not guarded():
+        return
+    try:
+        systemd.control("start", "--no-block", OVER)
+    except CkptError:  # the units are not installed: then nothing of this boot waits for us
+        unguard_units()
+
+
+def guarded() -> tuple[str, ...]:
+    """The units that have a drop-in of ours."""
+    found = []
+    for path in sorted(UNITS.glob(f"*.service.d/{DROP_IN}")):
+        with suppress(OSError):
+            if path.read_text(errors="replace").startswith(HEADER):
+                found.append(path.parent.name.removesuffix(".d"))
+    return tuple(found)
+
+
+def unguard_units(units: Iterable[str] | None = None) -> None:
+    """Remove the drop-ins (none named: all) and the marks, and let the manager know. Never raises for what is gone already."""
+    mine = guarded()
+    chosen = [unit for unit in (mine if units is None else dict.fromkeys(units)) if unit in mine]
+    for unit in chosen:
+        drop_in = UNITS / f"{unit}.d" / DROP_IN
+        with suppress(OSError):
+            drop_in.unlink()
+            drop_in.parent.rmdir()  # only when nothing else is in it
+    for unit in chosen:
+        with suppress(OSError):
+            (RESUMED / unit).unlink()
+    if chosen and systemd.running():
+        with suppress(CkptError):
+            systemd.control("daemon-reload")
+
+
+def _write(path: Path, content: str) -> None:
+    made = not path.parent.is_dir()
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    durable.write_file(path, content.encode(), 0o644)
+    if made:
+        durable.sync_directory(path.parent.parent)
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process (proc_pid_stat(5), field 4), 0 when it is gone."""
+    fields = procread.stat_fields(pid)
+    return int(fields[1]) if len(fields) > 1 else 0

@@ -1,0 +1,117 @@
+"""A journal of several workloads' way: what a hibernation and a drain have in common.
+
+A directory of its own: `journal.jsonl`, one JSON object a line, on the disk before the step that it announces; `lock`, flock of the living
+owner. Lines with `item` are about one workload, the others about the whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ckpt.errors import BusyError
+
+
+class Journal:
+    """One journal's directory."""
+
+    what: ClassVar[str] = "journal"
+    """What it is the journal of, for messages."""
+    look: ClassVar[str] = ""
+    """The command that shows it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock_fd: int | None = None
+
+    @property
+    def id(self) -> str:
+        return self.directory.name
+
+    def acquire(self) -> None:
+        """Take the owner's lock. Raises BusyError when another ckpt has it."""
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise BusyError(f"another ckpt works on {self.what} {self.id}", hint=self.look or None) from None
+        self._lock_fd = fd
+        self._mend()
+
+    def _mend(self) -> None:
+        """Cut off a torn last line (power loss): what is written after it would be hidden by it."""
+        path = self.directory / "journal.jsonl"
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            return
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            os.truncate(path, whole)
+
+    def release(self) -> None:
+        """Give the lock back (the kernel does it too when the owner dies)."""
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def write(self, state: str, *, item: str = "", **facts: Any) -> None:
+        """Append a line and bring it to the disk; may be called from any thread.
+
+        Raises:
+            OSError: the disk; then the line is not there at all.
+        """
+        entry = {"t": time.time(), "state": state, **({"item": item} if item else {}), **facts}
+        line = (json.dumps(entry, separators=(",", ":")) + "\n").encode()
+        fd = os.open(self.directory / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            before = os.fstat(fd).st_size
+            try:
+                if os.write(fd, line) < len(line):
+                    raise OSError(28, os.strerror(28), os.fspath(self.directory))
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, before)
+                raise
+        finally:
+            os.close(fd)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All lines; what follows a torn one (power loss) is left out."""
+        try:
+            text = (self.directory / "journal.jsonl").read_text(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found: list[dict[str, Any]] = []
+        for line in text.split("\n"):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(entry, dict) or not isinstance(entry.get("state"), str):
+                break
+            found.append(entry)
+        return found
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The first line: what was planned, and what it was made with."""
+        return (self.entries() or [{}])[0]
+
+    @property
+    def state(self) -> str:
+        """The newest state of the whole."""
+        return next((str(entry["state"]) for entry in reversed(self.entries()) if "item" not in entry), "")
+
+    def sync_directory(self) -> None:
+        """Bring the names of a new journal to the disk."""
+        for directory in (self.directory, self.directory.parent):
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            os.fsync(fd)
+            os.close(fd)
