@@ -24,6 +24,7 @@ VERBS: Final = {
     "diff": "ckpt.cli.diff",
     "rewind": "ckpt.cli.rewind",
     "clone": "ckpt.cli.clone",
+    "run": "ckpt.cli.run",
     "copy": "ckpt.cli.copy",
     "prune": "ckpt.cli.prune",
     "tag": "ckpt.cli.tag",

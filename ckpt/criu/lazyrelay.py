@@ -1,9 +1,9 @@
 """Between a lazy restore and CRIU's lazy-pages daemon: keeps the daemon from bringing memory that nobody asks for.
 
-A restore connects to `lazy-pages.socket` and hands over, for each task, its pid and its userfaultfd (a zombie's pid is negative, and
-nothing follows); at its end it sends one word more (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c). Until that word has come the daemon only answers page
-faults, sleeping in between; from then on it copies what is left, and ends. So the restore gets this relay's socket, all it says goes on to the
-daemon, but that word is kept back until `fill`.
+A restore connects to `lazy-pages.socket` and hands over, for each task, its pid and its userfaultfd (a zombie's pid is negative, and nothing
+follows); at its end it sends one word more (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c). Until that word has come the daemon only answers
+page faults, sleeping in between; from then on it copies what is left, and ends. So the restore gets this relay's socket, all it says goes on
+to the daemon, but that word is kept back until `fill`.
 
 The socket to the daemon is made before it, and it inherits that: should this process die, the connection lives on with the daemon, which
 goes on answering faults. (At the end of the connection without the word it would fail, and a daemon that fails leaves zeros behind.)

@@ -31,7 +31,7 @@ from ckpt.errors import (
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, faults, intake, recover, resolve, warm
+from ckpt.ops import capture, faults, filling, intake, recover, resolve, warm
 from ckpt.ops import check as checks
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
@@ -119,6 +119,7 @@ def save(
         StateUnknown: it could not be made sure that it runs on.
     """
     ready(container, label)
+    filling.bring_rest(catalog.root, container.pid or 0)
     if looked is None:
         chosen = settle(engine, container, label, options, emit)
         checks.raise_on_error(label, checks.local_findings(engine, container, chosen))

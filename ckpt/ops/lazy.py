@@ -34,16 +34,14 @@ from ckpt.criu.lazyrelay import Relay
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
 from ckpt.ops.feeder import Feeder, damage
+from ckpt.ops.filling import FILL
 from ckpt.store import place
-from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 
 FOLLOW_S: Final = 0.05
 """A task whose memory is complete may have to wait this long once, for our copy of its descriptor to be closed."""
 REST_S: Final = 0.5
 """The same where nothing is brought that nobody asked for; so long may a wish for the rest have to wait, too."""
-FILL: Final = "fill"
-"""In the job's directory: bring all that is left."""
 ABORT_LIMIT_S: Final = 30.0
 _BODY: Final = (
     "import sys; p = sys.argv[1]; sys.path.count(p) or sys.path.insert(0, p); "
@@ -180,6 +178,8 @@ def _drop(job_dir: Path, fds: Sequence[int]) -> None:
     """Give up our share of a draft; nobody's drafts are removed."""
     for fd in fds:
         os.close(fd)
+    from ckpt.store.catalog import Catalog  # at a keeper's end, not at its start
+
     with suppress(CkptError, OSError):
         Catalog(place.store_of(job_dir)).sweep()
 
@@ -341,11 +341,6 @@ def _rest(served: _Served, daemon: lazy.Daemon, relay: Relay) -> None:
         if tree_fd >= 0:
             os.close(tree_fd)
         relay.fill()
-
-
-def fill(job_dir: Path) -> None:
-    """Have the keeper of a job's restore bring all memory that is left. Returns at once. Raises OSError: there is no such job."""
-    (job_dir / FILL).touch(mode=0o600)
 
 
 def _serve(served: _Served, daemon: lazy.Daemon) -> str:

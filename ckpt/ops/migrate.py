@@ -21,7 +21,7 @@ from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, Ste
 from ckpt.host import announce, traffic
 from ckpt.host.run import Process
 from ckpt.model import Carriage, Container, DumpOptions, HostFacts, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, faults, look, recover, statistics
+from ckpt.ops import capture, faults, filling, look, recover, statistics
 from ckpt.ops.early import EarlyStart
 from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
@@ -178,6 +178,7 @@ class _Migration:
             raise BusyError(
                 f"{container.name} is {container.state}, not running", where=f"{container.name} is {container.state}, untouched", hint=hint
             )
+        filling.bring_rest(self.store_root, container.pid or 0)
         wanted = DumpOptions(
             tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes
         )
