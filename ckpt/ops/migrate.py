@@ -178,7 +178,7 @@ class _Migration:
             raise BusyError(
                 f"{container.name} is {container.state}, not running", where=f"{container.name} is {container.state}, untouched", hint=hint
             )
-        filling.bring_rest(self.store_root, container.pid or 0)
+        filling.bring_rest(self.root, container.pid or 0)
         wanted = DumpOptions(
             tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes
         )
