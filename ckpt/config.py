@@ -36,6 +36,8 @@ class Settings:
     """Longest time that one dump or restore may take."""
     link_timeout_s: float = 15.0
     """How long nothing may be heard of the other host before the link counts as dead, on the host that waits."""
+    hook_timeout_s: float = 30.0
+    """How long one hook may take."""
     ssh_options: tuple[str, ...] = ()
     """Added to every ssh call as `-o OPTION`."""
     allow: tuple[str, ...] = ()
@@ -208,6 +210,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "compress": _one_of("zstd", "gzip", "none"),
     "timeout_s": _seconds,
     "link_timeout_s": _seconds,
+    "hook_timeout_s": _seconds,
     "ssh_options": _texts,
     "allow": _texts,
     "encrypt": _recipients,

@@ -128,6 +128,8 @@ class Capabilities:
     """A dump can send its memory pages to a page server."""
     lazy: bool = False
     """A restored workload can run at once, its memory brought behind it."""
+    takes_frozen: bool = False
+    """A dump takes a tree whose cgroup is frozen, and leaves it so."""
     early: bool = False
     """A restore can be begun before its dump is (engines.base.StartsEarly)."""
     startable: bool = False
@@ -157,6 +159,10 @@ class DumpOptions:
     """Private memory is not dumped but stays in the frozen tree, where the owner reads it; the CRIU images are good for a lazy restore only."""
     sealed: bool = False
     """The stage is in memory and will be encrypted: nothing that is not on a disk already may get there in clear."""
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
+    override_label: bool = False
+    """Do it even if a label of the container forbids it (ops/consent.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +216,8 @@ class RestoreOptions:
     pod: str | None = None
     existing_volumes: Literal["refuse", "keep", "replace"] = "refuse"
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
+    kept_volumes: tuple[str, ...] = ()
+    """Of these "replace" keeps the content all the same: others have them mounted too."""
     checked: bool = False
     """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
     allow: tuple[str, ...] = ()
@@ -225,6 +233,8 @@ class RestoreOptions:
     cold: bool = False
     """Without its processes: made again as the checkpoint says, with its files, and started anew (`Capabilities.remakes`)."""
     timeout_s: float = 200.0
+    hooks: bool = True
+    """Run what is to run before and after (ops/hooks.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +335,8 @@ class Entry:
     """"sha256:HEX" of the manifest's bytes: a manifest that was damaged, or is another's, is not read."""
     pinned: bool = False
     """Neither `prune` nor `rm --all` takes it."""
+    group: str = ""
+    """NAME@N of the group that it is part of (ckpt/store/groups.py)."""
 
     @property
     def foreign(self) -> bool:

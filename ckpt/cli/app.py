@@ -17,6 +17,8 @@ VERBS: Final = {
     "export": "ckpt.cli.export",
     "import": "ckpt.cli.import_",
     "migrate": "ckpt.cli.migrate",
+    "drain": "ckpt.cli.drain",
+    "undrain": "ckpt.cli.undrain",
     "check": "ckpt.cli.check",
     "list": "ckpt.cli.list_",
     "inspect": "ckpt.cli.inspect",

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ckpt.cli import drained
 from ckpt.cli.carriage import access, server_options
 from ckpt.cli.common import Session, dump_options, one_way, ssh_option, state_options, targets_argument, verb
 from ckpt.cli.render.rows import CHECK_FIELDS, Row, check_row
@@ -49,6 +50,7 @@ def command(session: Session, targets: tuple[str, ...], every: bool, to: str | N
     rows = [check_row(report.target, report.ok, report.findings) for report in reports]
     code = 0 if all(report.ok for report in reports) else CkptError.exit_code
     session.reporter.show(rows, table=_lines, exit_code=code)
+    drained.warn(session)
     return code
 
 

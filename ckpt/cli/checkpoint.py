@@ -10,7 +10,7 @@ import click
 
 from ckpt.cli import protection
 from ckpt.cli.carriage import carrier, destination
-from ckpt.cli.common import Session, all_and_latest, dump_options, one_way, state_options, targets_argument, verb
+from ckpt.cli.common import Session, all_and_latest, dump_options, hooks_option, one_way, override_option, state_options, targets_argument, verb
 from ckpt.cli.export import compress_options
 from ckpt.cli.render.rows import Row
 from ckpt.errors import CkptError, UsageError
@@ -32,6 +32,7 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
         ("ckpt checkpoint -a", "save all running containers"),
         ("ckpt checkpoint -e web.tar.zst web", "save to an archive instead of the store"),
         ("ckpt checkpoint pid:1234", "save a process tree"),
+        ("ckpt checkpoint --group shop web db", "save both at one instant, all or none"),
     ),
 )
 @targets_argument()
@@ -43,6 +44,11 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
 @compress_options
 @protection.outgoing_options
 @state_options()
+@hooks_option
+@override_option
+@click.option(
+    "--group", metavar="NAME", help="Save all at one instant, as one set, all or none. Without targets: those of that label, or compose project."
+)
 @click.option("-k", "--keep", is_flag=True, help="Accepted for podman's sake: the store always keeps CRIU's logs.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag for the checkpoint: NAME@TAG. Repeatable.")
 @click.option("--note", default="", metavar="TEXT", help="A note for the checkpoint.")
@@ -57,6 +63,7 @@ def command(
     export_to: str | None,
     compress: str | None,
     level: int | None,
+    group: str | None,
     keep: bool,
     tags: tuple[str, ...],
     note: str,
@@ -68,8 +75,14 @@ def command(
 
     The checkpoint goes to the store, and the container ends (unless -R). When saving fails, the container runs on. What its restore
     needs (TCP connections, file locks, a terminal) is found out by looking; options override that.
+
+    With --group all are frozen at one instant, and their checkpoints are one set: "ckpt restore --group NAME" brings them back together,
+    with the connections among them. When one of them cannot be saved, none is, and all run on.
     """
-    one_way(targets, every=every, latest=latest, what="target")
+    if group is None or targets or every or latest:
+        one_way(targets, every=every, latest=latest, what="target")
+    if group is not None:
+        return _group(session, group, targets, every or latest, export_to, tags, note, print_stats, state | {"leave_running": leave_running})
     if export_to is None and (compress or level is not None):
         raise UsageError("--compress and --level go with --export")
     if export_to is not None and (tags or note):
@@ -100,6 +113,35 @@ def command(
         )  # fmt: skip
         if tags or note:
             outcomes = mark.made(outcomes, tags, note, store_root=session.store_root)
+    return session.finish(outcomes, id_of="checkpoint", stats=_stats if print_stats else None)
+
+
+def _group(
+    session: Session,
+    name: str,
+    targets: Sequence[str],
+    other_way: bool,
+    export_to: str | None,
+    tags: Sequence[str],
+    note: str,
+    print_stats: bool,
+    state: dict[str, Any],
+) -> int:
+    if export_to is not None or other_way:
+        raise UsageError("--group takes names, or none, and saves to the store: leave --export, --all and --latest away")
+    from ckpt.ops import group, mark
+    from ckpt.store import groups
+
+    mark.check(tags, note)
+    given = protection.take(state, protection.OUTGOING)
+    if any(given[key] for key in protection.OUTGOING if key != "sign"):
+        raise UsageError("--encrypt and the passphrase's options go with --export")
+    groups.check_name(name)
+    session.need_root()
+    outcomes = group.checkpoint_group(
+        name, [Target.parse(target) for target in targets], options=dump_options(session, **state), store_root=session.store_root,
+        emit=session.emit, tags=tags, note=note, outgoing=protection.outgoing(session, given, archive=False),
+    )  # fmt: skip
     return session.finish(outcomes, id_of="checkpoint", stats=_stats if print_stats else None)
 
 

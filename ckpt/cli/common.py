@@ -196,6 +196,10 @@ def state_options(*, restoring: bool = False) -> Callable[[F], F]:
     return add
 
 
+hooks_option = click.option("--no-hooks", "hooks", is_flag=True, flag_value=False, default=True, help="Run no hooks, neither the host's nor its own.")
+override_option = click.option("--override-label", is_flag=True, help="Do it even if a label of the container forbids it (recorded).")
+
+
 timeout_option = click.option(
     "--timeout",
     "timeout_s",

@@ -10,7 +10,7 @@ import click
 
 from ckpt.cli import completion, protection
 from ckpt.cli.carriage import carrier, carrier_options, destination, remember
-from ckpt.cli.common import F, Session, dump_options, state_options, verb
+from ckpt.cli.common import F, Session, dump_options, hooks_option, override_option, state_options, verb
 from ckpt.errors import CkptError, UsageError
 
 
@@ -54,6 +54,8 @@ def _need_root_for_container(session: Session, ref: str) -> None:
 @click.option("--subject", metavar="REF", help="In a registry: the container image that the artifact belongs to.")
 @carrier_options
 @state_options()
+@hooks_option
+@override_option
 def command(
     session: Session,
     ref: str,

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from ckpt.cli import completion
+from ckpt.cli import completion, drained
 from ckpt.cli.common import Session, verb
 from ckpt.cli.render.rows import CHECKPOINT_FIELDS, checkpoint_row
 from ckpt.cli.render.tables import checkpoint_lines
@@ -61,4 +61,5 @@ def command(session: Session, name: str | None, filters: tuple[str, ...], sort: 
     session.reporter.show([checkpoint_row(one.checkpoint, one.unique_bytes, one.shared_bytes) for one in listed], table=checkpoint_lines)
     for broken in use_case.broken(store_root=session.store_root):
         session.reporter.warning(f"{broken.directory} cannot be read: {broken.reason}")
+    drained.warn(session)
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
 from ckpt.errors import UsageError
 from ckpt.model import Target
+from ckpt.peer import inherited
 
 if TYPE_CHECKING:
     from ckpt.ops.migrate import MigrateOptions
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports on the destination.")
 @moving.options
 @click.option("--bwlimit-shared", "shared_limit", type=click.Path(path_type=Path), hidden=True)
+@click.option("--stdio", is_flag=True, hidden=True, help="To the ckpt peer on standard input and output.")
 def command(
     session: Session,
     target: str | None,
@@ -48,6 +51,7 @@ def command(
     job_id: str | None,
     dry_run: bool,
     shared_limit: Path | None,
+    stdio: bool,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh or to its ckpt serve.
@@ -72,6 +76,29 @@ def command(
     (--fingerprint; it is remembered), or the authority that signed its certificate (--ca), and a token (--token-file) or a certificate of
     this host (--client-cert).
     """
+    if stdio:
+        with _over_stdio(destination):
+            destination = inherited.DESTINATION if job_id is None else None
+            return _command(session, target, destination, job_id, dry_run, shared_limit, given)
+    return _command(session, target, destination, job_id, dry_run, shared_limit, given)
+
+
+@contextmanager
+def _over_stdio(destination: str | None) -> Iterator[None]:
+    from ckpt.peer import client
+
+    if destination:
+        raise UsageError("--stdio is the destination")
+    inherited.take_over()
+    try:
+        yield
+    finally:
+        client.leave_inherited()
+
+
+def _command(
+    session: Session, target: str | None, destination: str | None, job_id: str | None, dry_run: bool, shared_limit: Path | None, given: dict[str, Any]
+) -> int:
     taken = moving.take(given)
     reached = moving.reached(session, destination, taken)
     if job_id is not None:

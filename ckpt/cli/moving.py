@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ckpt.cli.carriage import access, server_options
-from ckpt.cli.common import CompressionChoice, Duration, F, Rate, Session, ssh_option, timeout_option
+from ckpt.cli.common import CompressionChoice, Duration, F, Rate, Session, hooks_option, override_option, ssh_option, timeout_option
 from ckpt.errors import UsageError
 from ckpt.model import Carriage, Compression, PrecopyLimits
 
@@ -22,7 +22,7 @@ AUTO_CONVERGE_ROUNDS: Final = 16
 _SERVER: Final = ("token_file", "token_command", "ca_file", "fingerprint", "client_cert", "client_key")
 _PRECOPY: Final = ("max_downtime_s", "max_rounds", "on_exceed", "auto_converge")
 _CARRIAGE: Final = ("bwlimit_bytes_s", "compress", "streams", "direct")
-_PLAIN: Final = ("keep_source", "tcp_established", "file_locks", "ignore_volumes", "postcopy", "lazy")
+_PLAIN: Final = ("keep_source", "tcp_established", "file_locks", "ignore_volumes", "postcopy", "lazy", "hooks", "override_label")
 NAMES: Final = ("precopy", *_PRECOPY, *_CARRIAGE, *_PLAIN, "ssh_options", "timeout_s", *_SERVER)
 """The parameters that `options` gives to a command."""
 
@@ -49,6 +49,8 @@ _OPTIONS: Final = (
     ),
     _option("--streams", type=click.IntRange(1, 16), default=1, metavar="N", help="Carry content over so many connections (default 1)."),
     _option("--direct", is_flag=True, help="Carry content by TLS straight to the other host (ports 49152 to 49215), not through ssh."),
+    hooks_option,
+    override_option,
     ssh_option,
     server_options,
     timeout_option,
@@ -110,6 +112,9 @@ def words(command: click.Command, taken: Mapping[str, Any], *, server: bool) -> 
 
 def _typed(param: click.Parameter, value: Any) -> Iterator[str]:
     assert isinstance(param, click.Option)
+    if param.flag_value is False:  # --no-hooks
+        yield from [] if value else [param.opts[-1]]
+        return
     if value in (None, False) and not (value is False and param.secondary_opts):
         return
     if isinstance(value, bool):

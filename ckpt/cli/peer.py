@@ -11,7 +11,8 @@ from ckpt.cli.common import Session, verb
 @click.option("--join", "path", metavar="SOCKET", help="Carry content for the peer that listens on this socket.")
 @click.option("--ask", is_flag=True, help="Answer questions only.")
 @click.option("--guest", is_flag=True, help="Who asks is not root here: this host's policy judges what comes.")
-def command(session: Session, path: str | None, ask: bool, guest: bool) -> int:
+@click.option("--allow", multiple=True, metavar="KIND:VALUE", help="What that policy lets it have besides.")
+def command(session: Session, path: str | None, ask: bool, guest: bool, allow: tuple[str, ...]) -> int:
     """Serve a ckpt on another host, on stdin and stdout."""
     session.need_root()
     session.reporter.results = False  # stdout belongs to the protocol
@@ -22,7 +23,7 @@ def command(session: Session, path: str | None, ask: bool, guest: bool) -> int:
     from ckpt.ops import migrate_dest
     from ckpt.peer import server
 
-    handlers = migrate_dest.handlers(session.store_root, trusted=not guest, allow=session.settings.allow)
+    handlers = migrate_dest.handlers(session.store_root, trusted=not guest, allow=(*session.settings.allow, *allow))
     if ask:
         handlers = {name: handler for name, handler in handlers.items() if name in migrate_dest.QUESTIONS}
     return server.main(handlers, concurrent=migrate_dest.CONCURRENT)

@@ -11,7 +11,7 @@ import click
 from ckpt.cli import carriage, completion, protection
 from ckpt.cli.carriage import carrier_options, digest_option
 from ckpt.cli.checkpoint import microseconds
-from ckpt.cli.common import Session, all_and_latest, one_way, state_options, verb
+from ckpt.cli.common import Session, all_and_latest, hooks_option, one_way, state_options, verb
 from ckpt.cli.render.rows import Row
 from ckpt.errors import UsageError
 from ckpt.model import RestoreOptions
@@ -24,6 +24,7 @@ from ckpt.model import RestoreOptions
         ("ckpt restore web@2", "an older one"),
         ("ckpt restore --lazy web", "runs at once, its memory follows"),
         ("ckpt restore -n copy web", "beside the original, under another name"),
+        ("ckpt restore --group shop", "the newest set of a group, all or none"),
         ("ckpt restore -i web.tar.zst", "from an archive, podman's too"),
         ("ckpt restore -i https://a/web.tar.zst", "the same from a web server"),
     ),
@@ -35,6 +36,7 @@ from ckpt.model import RestoreOptions
 )
 @digest_option
 @protection.incoming_options
+@click.option("--group", metavar="NAME[@N]", help="Restore the checkpoints of a group together: all or none.")
 @click.option("-n", "--name", metavar="NAME", help="Give the container this name (and a new id).")
 @click.option("-p", "--publish", multiple=True, metavar="PORT", help="Publish other ports than the checkpoint's ([IP:]HOST:CONTAINER[/PROTOCOL]).")
 @click.option("--pod", metavar="POD", help="Restore into this pod.")
@@ -42,6 +44,7 @@ from ckpt.model import RestoreOptions
 @click.option("--allow", multiple=True, metavar="KIND:VALUE", help="What a checkpoint from elsewhere may have: cap:SYS_ADMIN. Can be repeated.")
 @click.option("--lazy", is_flag=True, help="Resume at once, memory follows.")
 @state_options(restoring=True)
+@hooks_option
 @click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
 @click.option("--ignore-static-mac", is_flag=True, help="Take a new MAC address.")
 @click.option("--print-stats", is_flag=True, help="Print podman's JSON of times (microseconds) and pages instead of names.")
@@ -53,6 +56,7 @@ def command(
     latest: bool,
     import_from: str | None,
     digest: str | None,
+    group: str | None,
     keep: bool,
     print_stats: bool,
     publish: tuple[str, ...],
@@ -82,7 +86,12 @@ def command(
     workload cannot be saved or moved. Should the daemon be killed before that, or the checkpoint prove damaged, the missing memory
     is lost to the workload, which is then ended; the checkpoint stays, restore it again.
     """
-    if import_from is not None:
+    if group is not None:
+        if refs or every or latest or import_from is not None:
+            raise UsageError("--group names what to restore: leave checkpoints, --all, --latest and --import away")
+        if given["name"] is not None or publish or given["pod"] is not None or given["lazy"]:
+            raise UsageError("--name, --publish, --pod and --lazy are for single checkpoints, not for a group")
+    elif import_from is not None:
         if refs or every or latest:
             raise UsageError("--import takes an archive instead of a checkpoint's name, --all or --latest")
     else:
@@ -103,6 +112,13 @@ def command(
     policy.Allowed.parse(allow)  # a wrong one is no configuration's fault
     limit_s = timeout_s if timeout_s is not None else session.settings.timeout_s
     options = RestoreOptions(publish=publish, timeout_s=limit_s, allow=(*session.settings.allow, *allow), **given)
+    if group is not None:
+        from ckpt.ops import group as together
+
+        outcomes = together.bring_back_group(
+            group, options=options, store_root=session.store_root, emit=session.emit, keep=keep, incoming=incoming
+        )
+        return session.finish(outcomes, id_of="container", stats=_stats if print_stats else None)
     from ckpt.ops import restore as use_case
 
     outcomes = use_case.restore(

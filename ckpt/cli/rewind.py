@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpt.cli import completion
-from ckpt.cli.common import Session, dump_options, verb
+from ckpt.cli.common import Session, dump_options, hooks_option, override_option, verb
 from ckpt.errors import UsageError
 
 
@@ -29,7 +29,19 @@ from ckpt.errors import UsageError
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Longest time for a dump or restore (default 200)."
 )
-def command(session: Session, ref: str, generation: str | None, at: str | None, discard: bool, lazy: bool, timeout_s: float | None) -> int:
+@hooks_option
+@override_option
+def command(
+    session: Session,
+    ref: str,
+    generation: str | None,
+    at: str | None,
+    discard: bool,
+    lazy: bool,
+    timeout_s: float | None,
+    hooks: bool,
+    override_label: bool,
+) -> int:
     """Take a container or process tree back to an earlier checkpoint, in its place.
 
     The checkpoint is verified first. What runs now is saved as a new checkpoint (tagged before-rewind), so a rewind can be rewound;
@@ -45,14 +57,14 @@ def command(session: Session, ref: str, generation: str | None, at: str | None, 
     from ckpt.model import RestoreOptions
     from ckpt.ops import rewind as use_case
 
-    given: dict[str, Any] = {"timeout_s": timeout_s}
+    given: dict[str, Any] = {"timeout_s": timeout_s, "hooks": hooks, "override_label": override_label}
     dump = dump_options(session, **given)
     outcome = use_case.rewind(
         ref,
         at_s=use_case.parse_time(at, time.time()) if at is not None else None,
         discard=discard,
         dump=dump,
-        options=RestoreOptions(lazy=lazy, timeout_s=dump.timeout_s),
+        options=RestoreOptions(lazy=lazy, timeout_s=dump.timeout_s, hooks=hooks),
         store_root=session.store_root,
         emit=session.emit,
     )

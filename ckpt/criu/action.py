@@ -6,7 +6,7 @@ post-restore 0 lets the restored tree run and anything else kills it.
 
 The verdict is a line read from the FIFO `JOB/verdict`. Every owner keeps that FIFO open for writing; end of file means that all
 owners are dead. Then the journal decides: a job that reached `commit` goes on holding until a new owner comes
-(`ckpt migrate --continue`), any other is undone.
+(`ckpt migrate --continue`), any other is undone. A job of a group has reached it when the group's has.
 """
 
 import os
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HOLD = ("post-dump", "post-restore")
 """Where it holds; `hold.prepare` has it called for nothing else."""
+GROUP = "group_job"
+"""The fact in a job's first line that names the job of its group, beside its own directory: one decision for several."""
 
 
 def reached_commit(journal: "Iterable[str]") -> bool:
@@ -30,7 +32,7 @@ def reached_commit(journal: "Iterable[str]") -> bool:
     for line in journal:
         try:
             state = json.loads(line).get("state")
-        except ValueError:
+        except (ValueError, AttributeError, RecursionError):
             break
         if state == "commit":
             reached = True
@@ -40,12 +42,26 @@ def reached_commit(journal: "Iterable[str]") -> bool:
 
 
 def committed(job: str) -> bool:
-    """`reached_commit` of a job's journal; False when there is none."""
+    """`reached_commit` of a job's journal, or of that of the group's job that it belongs to; False when there is none."""
     try:
-        with open(os.path.join(job, "journal.jsonl")) as journal:
-            return reached_commit(journal)
+        with open(os.path.join(job, "journal.jsonl"), errors="replace") as journal:
+            lines = journal.readlines()
     except OSError:
         return False
+    if reached_commit(lines):
+        return True
+    group = group_of(lines)
+    return bool(group) and committed(os.path.join(os.path.dirname(os.path.abspath(job)), group))
+
+
+def group_of(journal: "list[str]") -> str:
+    """The id of the group's job that decides for this one, "" for none: a fact of the first line."""
+    import json
+
+    try:
+        return os.path.basename(str(json.loads(journal[0]).get(GROUP, "")))
+    except (IndexError, ValueError, AttributeError, RecursionError):
+        return ""
 
 
 def note(job: str, name: str, text: str) -> None:

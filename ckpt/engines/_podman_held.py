@@ -187,17 +187,13 @@ class PodmanRestore:
             existed = run([podman, "volume", "exists", name], check=False).ok
             if existed and self.options.existing_volumes == "refuse":
                 raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or restore with --ignore-volumes to use it as it is")
-            if existed and (self.options.existing_volumes == "keep" or self._shared(podman, name)):
+            if existed and (self.options.existing_volumes == "keep" or name in self.options.kept_volumes):
                 continue
             if not existed:
                 self.job.write("volume", created_volumes=[*self.job.facts.get("created_volumes", []), name])
                 run([podman, "volume", "create", name])
             mount = run([podman, "volume", "inspect", "--format", "{{.Mountpoint}}", name]).text.strip()
             volume_ready(name, Path(mount))
-
-    def _shared(self, podman: str, volume: str) -> bool:
-        users = run([podman, "ps", "-a", "-q", "--no-trunc", "--filter", f"volume={volume}"], check=False).text.split()
-        return any(user != self.manifest.container_id for user in users)
 
     def start(self, stub: Path) -> None:
         """Start `podman container restore --import` on the stub."""

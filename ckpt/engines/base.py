@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from ckpt.archive.wants import Profile
-from ckpt.host.run import Process
+from ckpt.host.run import Process, Result
 from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
 
@@ -225,6 +225,14 @@ class CarriesContainerImages(Protocol):
         """Remove a container image that nothing uses; best effort."""
 
 
+@runtime_checkable
+class SharesVolumes(Protocol):
+    """What an engine offers besides whose containers can have a named volume together."""
+
+    def volume_users(self, name: str) -> list[str]:
+        """Ids of the containers that have it, running or not."""
+
+
 class CarriesVolumes(Protocol):
     """What an engine with named volumes offers besides: they are filled before the container comes."""
 
@@ -242,3 +250,33 @@ class CarriesVolumes(Protocol):
 
     def drop_volumes(self, job: Job) -> None:
         """Remove the volumes of `make_volume`, unless a container uses them by now. Idempotent."""
+
+
+@runtime_checkable
+class ExecsInside(Protocol):
+    """What an engine offers besides that can run a command inside of a running container."""
+
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        """Run a command inside, as the user and with the environment of the container's first process.
+
+        Args:
+            env: added to that environment.
+            mark: of host.marked, by which what it starts is found again.
+            alone: it is over when all that it started is over too: nothing of it is in a dump that follows.
+
+        Returns:
+            Its exit status, whatever it is, and its output (both streams, cut) as `stdout`.
+
+        Raises:
+            CommandFailed: it could not be started, or was not over in time: then it was killed, with what it started.
+            EngineUnavailable: there is no runtime.
+        """

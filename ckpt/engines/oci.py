@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from ckpt.archive.wants import PODMAN_CAPABILITIES, Profile
 from ckpt.criu import action
 from ckpt.engines import _hold, _shim
 from ckpt.engines import _oci_bundle as bundles
+from ckpt.engines._exec import exec_in
 from ckpt.engines._oci_held import OciHeldDump, OciHeldRestore, OciRestore, add_config, undo_restore
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
 from ckpt.errors import BusyError, CkptError, DumpFailed, EngineUnavailable, RestoreFailed, StateUnknown, TargetNotFound
-from ckpt.host.run import CommandFailed, run, spawn, which
+from ckpt.host.run import CommandFailed, Result, run, spawn, which
 from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions, State
 from ckpt.store.job import Job
 
@@ -63,7 +64,7 @@ class OciRuntime:
             return Capabilities(False, f"{self.name} does not run: {error}")
         if os.geteuid() != 0:
             return Capabilities(False, f"checkpointing a container of {self.name} requires root", version)
-        return Capabilities(True, "", version, (self.name,), hold=True, clone=True, pages=True, lazy=True, startable=True)
+        return Capabilities(True, "", version, (self.name,), hold=True, clone=True, pages=True, lazy=True, startable=True, takes_frozen=True)
 
     def containers(self) -> list[Container]:
         return [self._container(row) for row in self._rows() if not bundles.managed(Path(row.get("bundle") or "/"))]
@@ -189,6 +190,18 @@ class OciRuntime:
             _hold.end_process(process)
             raise
         return OciHeldDump(self, container, job)
+
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        return exec_in(container, argv, timeout_s, env=env, mark=mark, alone=alone)
 
     def profile(self) -> Profile:
         # runc(8) and crun(1) have no defaults but what `spec` writes: AUDIT_WRITE, and no seccomp filter.

@@ -11,7 +11,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -24,6 +24,7 @@ from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
 from ckpt.engines import _hold, _podman_apparmor
+from ckpt.engines._exec import exec_in
 from ckpt.engines._podman_held import (
     SHM_TAR,
     STUB,
@@ -96,7 +97,7 @@ class Podman:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
         can = Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
-        return replace(can, pages=True, lazy=True, early=True, startable=True, remakes=True)
+        return replace(can, pages=True, lazy=True, early=True, startable=True, remakes=True, takes_frozen=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -284,11 +285,11 @@ class Podman:
 
     def _refuse(self, manifest: Manifest, options: RestoreOptions) -> None:
         """Raise for a restore that podman could not do, or that could not be undone without harm to another container."""
-        present = self.containers()
-        if not options.name and any(c.id == manifest.container_id for c in present):
+        # No `podman ps`: it waits for every container that is being restored, and those of a group wait for this one.
+        if not options.name and podman("container", "exists", manifest.container_id, check=False).ok:
             raise BusyError(f"podman already has a container with the id of {manifest.name}", hint="remove it first, or restore a copy with -n NAME")
         wanted = options.name or manifest.name
-        if any(c.name == wanted for c in present):
+        if podman("container", "exists", wanted, check=False).ok:
             raise BusyError(f"podman already has a container called {wanted}", hint="choose another name with -n NAME, or remove that one")
         if manifest.container_image and not self.has_container_image(manifest.container_image.id):
             name = manifest.container_image.name
@@ -312,6 +313,18 @@ class Podman:
 
     def healthy(self, container: Container) -> bool:
         return podman("healthcheck", "run", container.id, check=False).ok
+
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        return exec_in(container, argv, timeout_s, env=env, mark=mark, alone=alone)
 
     def profile(self) -> Profile:
         from ckpt.engines import _podman_profile
@@ -365,6 +378,9 @@ class Podman:
         if self.describe(container).state in ("running", "paused"):
             raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
         podman("container", "rm", container.id)
+
+    def volume_users(self, name: str) -> list[str]:
+        return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()
 
     def start(self, container: Container) -> Container:
         result = podman("container", "start", container.id, check=False, timeout_s=START_LIMIT_S)

@@ -28,8 +28,8 @@ from ckpt.host import facts as host_facts
 from ckpt.host.procfs import OpenKinds
 from ckpt.host.run import CommandFailed
 from ckpt.model import Container, DumpOptions, Finding, Target
+from ckpt.ops import consent, hooks, look
 from ckpt.ops import findings as meaning
-from ckpt.ops import look
 from ckpt.ops.compat import size_text
 from ckpt.ops.destination import destination_findings, destination_report, destination_request
 
@@ -233,6 +233,7 @@ def _local(engine: Engine, container: Container, options: DumpOptions, kinds: Op
         criu, version = _criu()
         found.append(criu)
     found += _preflight(engine, container, options)
+    found += _labels_and_hooks(container)
     if kinds is None:
         if container.state == "running":
             found.append(Finding("processes", "warning", "its processes could not be looked at"))
@@ -243,6 +244,20 @@ def _local(engine: Engine, container: Container, options: DumpOptions, kinds: Op
     found += [finding for finding in workload if (finding.check.lower(), finding.severity) not in said]
     found.append(_space(kinds, look.disk_bytes(container, options)))
     return found
+
+
+def _labels_and_hooks(container: Container) -> list[Finding]:
+    """What the container's labels say, and what runs around an operation. What a label forbids is the operations' own error (consent)."""
+    found: list[Finding] = []
+    labels = consent.Labels()
+    try:
+        labels = consent.labels(container)
+        for label, meant in ((labels.forbids("checkpoint"), "saved"), (labels.forbids("migrate"), "moved")):
+            if label and not any(finding.detail.startswith(label) for finding in found):
+                found.append(Finding("labels", "warning", f"{label}: it is not {meant}", "--override-label does it all the same"))
+    except CkptError as error:
+        found.append(Finding("labels", "warning", error.message, error.hint or ""))
+    return [*found, *(Finding("hooks", severity, detail, hint) for severity, detail, hint in hooks.described(labels))]
 
 
 def _state(container: Container) -> Finding:

@@ -7,10 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt.archive import layout, trust
+from ckpt.criu import action, cgroupimage
 from ckpt.engines.base import HeldDump
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import (
@@ -25,14 +26,16 @@ from ckpt.errors import (
     PermissionDenied,
     RemoteRefused,
     StateUnknown,
+    TargetNotFound,
     TransferFailed,
     UsageError,
 )
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, faults, filling, intake, recover, resolve, warm
+from ckpt.ops import capture, consent, faults, filling, intake, knobs, recover, resolve, warm
 from ckpt.ops import check as checks
+from ckpt.ops import hooks as hooking
 from ckpt.ops.result import Outcome, failure
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -118,15 +121,51 @@ def save(
         DumpFailed, NoSpace, FeatureMissing: it runs on as before.
         StateUnknown: it could not be made sure that it runs on.
     """
+    attempt = prepare(engine, container, label, options, catalog, emit, drafts=drafts, looked=looked, guarded=guarded)
+    try:
+        attempt.hold()
+        attempt.go_on()
+        attempt.gone_on()
+        attempt.keep(keep, step)
+    except BaseException as error:
+        raise attempt.undo(error) from error
+    return attempt.finish(look=guarded)
+
+
+def prepare(
+    engine: NamedEngine,
+    container: Container,
+    label: str,
+    options: DumpOptions,
+    catalog: Catalog,
+    emit: Emit,
+    *,
+    drafts: Catalog | None = None,
+    looked: checks.Looked | None = None,
+    guarded: bool = True,
+    group_job: str = "",
+) -> Attempt:
+    """Look whether it can be dumped, and make its job; nothing of the container is touched.
+
+    Args:
+        drafts, looked, guarded: as in `save`.
+        group_job: the job that decides for this one.
+
+    Raises:
+        CkptError: as `save`.
+    """
     ready(container, label)
+    labels = consent.require(container, "checkpoint", override=options.override_label, emit=emit)
     filling.bring_rest(catalog.root, container.pid or 0)
-    if looked is None:
-        chosen = settle(engine, container, label, options, emit)
-        checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    hooks = hooking.gather(label, engine, labels, container=container, enabled=options.hooks, emit=emit)
+    if hooks.any("pre-checkpoint"):
+        chosen = options  # a hook may close what cannot be saved: it is looked for after it then
+    elif looked is None:
+        chosen = decided(engine, container, label, options, emit)
     else:
         chosen = replace(looked.options, timeout_s=options.timeout_s)
     # These ask CRIU and the engine, so not while the container is frozen.
-    host, can = capture.host_facts(), engine.probe()
+    host, can = capture.store_free_bytes(capture.host_facts(), catalog.root), engine.probe()
     streams = can.pages and intake.possible(host.criu_version)
     job = Job.create(
         catalog.root,
@@ -135,25 +174,18 @@ def save(
         container_id=container.id,
         name=container.name or container.id,
         leave_running=chosen.leave_running,
+        **({"overridden": labels.overridden} if labels.overridden else {}),
+        **({action.GROUP: group_job} if group_job else {}),
     )
     guard = recover.start_guard(job) if guarded else None
-    attempt = _Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams)
-    try:
-        manifest = attempt.dump(capture.store_free_bytes(host, catalog.root), can.version)
-        attempt.dumped = True
-        began = time.monotonic()
-        emit(StepStarted(label, step))
-        kept, figures = keep(attempt.needed_draft(), manifest)
-        emit(StepDone(label, step, kept.ref if kept else "", time.monotonic() - began))
-        faults.point("stored")
-    except BaseException as error:
-        raise attempt.undo(error) from error
-    return attempt.finish(kept, figures, look=guarded)
+    hooks.job = job
+    in_group = bool(group_job)
+    return Attempt(engine, container, label, chosen, drafts or catalog, emit, job, guard, streams, host, can.version, hooks, in_group=in_group)
 
 
 @dataclass(slots=True)
-class _Attempt:
-    """One dump on its way, and how to undo it."""
+class Attempt:
+    """One dump on its way, and how to undo it: `begin`, `hold`, `go_on`, `gone_on`, `keep`, `finish`; `undo` after a failure of any but the last."""
 
     engine: NamedEngine
     container: Container
@@ -165,47 +197,92 @@ class _Attempt:
     guard: Process | None
     streams: bool
     """CRIU can send its pages to a page server; otherwise it writes them as files."""
+    host: HostFacts
+    version: str
+    hooks: hooking.Hooks
     draft: Draft | None = None
     dumped: bool = False
     held: HeldDump | None = None
     frozen_at_s: float = 0.0
     freeze_s: float = 0.0
+    kept: Checkpoint | None = None
+    figures: dict[str, float | int | str] = field(default_factory=dict)
+    in_group: bool = False
+    """Others are saved with it, all or none."""
 
     def needed_draft(self) -> Draft:
         assert self.draft is not None
         return self.draft
 
-    def dump(self, host: HostFacts, version: str) -> Manifest:
-        """Dump and complete the stage. With leave_running the workload goes on before the digests are made."""
+    def begin(self) -> None:
+        """All that can be done before it is frozen."""
+        if self.hooks.any("pre-checkpoint"):
+            self.hooks.before("pre-checkpoint")
+            self.options = decided(self.engine, self.container, self.label, self.options, self.emit)
         self.draft = self.catalog.begin(self.container.name or self.container.id)
         self.job.write("dumping", draft=self.draft.id)
         faults.point("dumping")
-        self.emit(StepStarted(self.label, "dump"))
         if self.streams:
             self.draft.prepare()
-        self.frozen_at_s = time.monotonic()
-        self._dump(self.draft, host.criu_version)
+
+    def hold(self, *, stopped_at_s: float | None = None) -> None:
+        """Dump, held, and read what must not change meanwhile.
+
+        Args:
+            stopped_at_s: its cgroup is frozen since then (time.monotonic()) and stays so; the checkpoint is not to say so.
+        """
+        if self.draft is None:
+            self.begin()
+        draft = self.needed_draft()
+        self.emit(StepStarted(self.label, "dump"))
+        self.frozen_at_s = time.monotonic() if stopped_at_s is None else stopped_at_s
+        self._dump(draft, self.host.criu_version)
         self.emit(Frozen(self.label, self.frozen_at_s))
         self.job.write("held")
         faults.point("held")
-        sink = self.draft.sink if self.options.sealed else None
-        capture.frozen_parts(self.draft.stage, self.container, self.options, emit=self.emit, label=self.label, sink=sink)
+        if stopped_at_s is not None:
+            cgroupimage.thaw(draft.stage / "checkpoint")
+        sink = draft.sink if self.options.sealed else None
+        capture.frozen_parts(draft.stage, self.container, self.options, emit=self.emit, label=self.label, sink=sink)
         faults.point("captured")
         self.freeze_s = time.monotonic() - self.frozen_at_s
-        if self.options.leave_running:
-            with recover.uninterrupted():
-                self.thaw()
-                self.job.write("resumed")
-            self._bring_stats()
-            faults.point("resumed")
+
+    def go_on(self) -> None:
+        """With leave_running: the workload goes on, before the digests are made."""
+        if not self.options.leave_running:
+            return
+        with recover.uninterrupted():
+            self.thaw()
+            self.job.write("resumed")
+
+    def gone_on(self) -> None:
+        """With leave_running: what has to wait until it really runs."""
+        if not self.options.leave_running:
+            return
+        self.hooks.after("post-checkpoint", host=False)
+        self._bring_stats()
+        faults.point("resumed")
+
+    def keep(self, keep: Keep, step: str = "store") -> None:
+        """Complete the draft and make it safe."""
+        manifest = self._describe()
+        self.dumped = True
+        began = time.monotonic()
+        self.emit(StepStarted(self.label, step))
+        self.kept, self.figures = keep(self.needed_draft(), manifest)
+        self.emit(StepDone(self.label, step, self.kept.ref if self.kept else "", time.monotonic() - began))
+        faults.point("stored")
+
+    def _describe(self) -> Manifest:
+        draft = self.needed_draft()
         manifest = capture.describe(
-            self.draft.stage,
+            draft.stage,
             self.container,
             self.options,
-            host=host,
-            engine_version=version,
+            host=self.host,
+            engine_version=self.version,
             freeze_s=self.freeze_s,
-            digests=dict(sorted({**layout.digest_members(self.draft.stage), **self.draft.digests}.items())),
+            digests=dict(sorted({**layout.digest_members(draft.stage), **draft.digests}.items())),
             look=True,
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
@@ -255,10 +332,13 @@ class _Attempt:
                 elif not isinstance(error, CkptError):
                     # Broken off somewhere inside of the engine: it may or may not have been dumping.
                     self.engine.rollback(self.job)
+                knobs.restore(self.job)  # CRIU leaves a cgroup frozen that it found frozen
             except CkptError as worse:
                 self.discard()
                 self.job.release()  # the guard goes on trying
                 return _unsure(worse, error, self.label)
+            if self.job.facts.get("hooked"):
+                self.hooks.after("checkpoint-failed", error=error, inside=self.hooks.begun)
             said = explained(error, self.label, self._whereabouts(), dumped=self.dumped)
             log = recover.keep_logs(self.job, self.label, self.draft.stage if self.draft else None)
             if isinstance(said, CkptError):
@@ -269,11 +349,16 @@ class _Attempt:
             return said
 
     def discard(self) -> None:
-        if self.draft is not None:
+        """Remove what was written; a checkpoint that is in the store already stays there, unless it is one of a group that will not be."""
+        if self.kept is None and self.draft is not None:
             self.draft.discard()
+        elif self.kept is not None and self.in_group:
+            with suppress(TargetNotFound):
+                self.catalog.remove(self.kept)
 
-    def finish(self, kept: Checkpoint | None, figures: dict[str, float | int | str], *, look: bool = True) -> Outcome:
+    def finish(self, *, look: bool = True) -> Outcome:
         """The checkpoint is safe: end the source. From here on nothing is undone."""
+        kept, figures = self.kept, self.figures
         with recover.uninterrupted():
             self.job.write("commit", checkpoint_id=kept.manifest.id if kept else "", freeze_s=round(self.freeze_s, 6))
             faults.point("commit")
@@ -295,6 +380,9 @@ class _Attempt:
                 return Outcome(self.label, False, checkpoint=kept, container=self.container, error=worse)
             faults.point("ended")
             stats = capture.dump_stats(kept.directory if kept else self.needed_draft().stage, *self._stats_files())
+            if self.hooks.host:
+                self.hooks.facts |= {"checkpoint": kept.ref} if kept else {}
+                self.hooks.after("post-checkpoint", inside=False)
             self.job.write("done")
             if kept is None:
                 self.discard()
@@ -304,7 +392,10 @@ class _Attempt:
             with suppress(CkptError):
                 now = self.engine.describe(self.container)
         sizes: dict[str, float | int | str] = {"size_bytes": kept.manifest.size_bytes} if kept else {}
-        return Outcome(self.label, True, kept, now, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures})
+        warnings = tuple(self.hooks.warnings)
+        return Outcome(
+            self.label, True, kept, now, warnings=warnings, stats={"freeze_s": round(self.freeze_s, 6), **sizes, **_figures(stats), **figures}
+        )
 
     def _stats_files(self) -> list[Path]:
         """Where CRIU leaves its statistics: the work directory that the engine gave it, in the job's."""
@@ -328,6 +419,13 @@ def ready(container: Container, label: str) -> None:
         "created": "there is nothing to save yet; start it first",
     }
     raise BusyError(f"{label} is {container.state}, not running", where=f"{label} is {container.state}, untouched", hint=hints.get(container.state))
+
+
+def decided(engine: NamedEngine, container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:
+    """The options as `settle` has them, and nothing stands in the way of a dump. Raises what `check` finds."""
+    chosen = settle(engine, container, label, options, emit)
+    checks.raise_on_error(label, checks.local_findings(engine, container, chosen))
+    return chosen
 
 
 def settle(engine: NamedEngine, container: Container, label: str, options: DumpOptions, emit: Emit) -> DumpOptions:

@@ -55,6 +55,8 @@ class Labels:
     group: str = ""
     hooks: Mapping[str, InsideHook] = field(default_factory=dict)
     """By phase (PHASES_INSIDE)."""
+    overridden: str = ""
+    """What was overridden on this occasion: a label, or "labels" when one of them means nothing."""
 
     def at_reboot(self, default: Reboot) -> Reboot:
         """What to do at a reboot. One that may not be saved is stopped instead: it ends anyway, and starts cold."""
@@ -128,7 +130,7 @@ def require(container: Container, verb: Verb, *, override: bool = False, emit: E
         if not override:
             raise
         emit(Notice(name, f"overridden (--override-label): {error.message}; it has none of its ckpt.* labels now", warning=True))
-        return Labels()
+        return Labels(overridden="labels")
     forbidding = found.forbids(verb)
     if not forbidding:
         return found
@@ -140,7 +142,7 @@ def require(container: Container, verb: Verb, *, override: bool = False, emit: E
             hint="--override-label does it all the same, and records that",
         )
     emit(Notice(name, f"its label {forbidding} was overridden (--override-label)", warning=True))
-    return replace(found, checkpoint="allow", migratable=True)
+    return replace(found, checkpoint="allow", migratable=True, overridden=forbidding)
 
 
 def seconds(text: str) -> float:
@@ -179,7 +181,10 @@ def _hook(hooks: dict[str, dict[str, Any]], phase: str, part: str, value: str) -
         case "timeout":
             parts["timeout_s"] = seconds(value)
         case "on-failure":
-            parts["on_failure"] = _one_of("abort", "ignore")(value)
+            if phase.startswith("pre-"):
+                parts["on_failure"] = _one_of("abort", "ignore")(value)
+            elif value != "ignore":
+                raise ValueError("must be ignore: what has happened cannot be aborted any more")
         case _:
             parts["argv"] = command(value)
 

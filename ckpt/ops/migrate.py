@@ -21,7 +21,8 @@ from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, Ste
 from ckpt.host import announce, traffic
 from ckpt.host.run import Process
 from ckpt.model import Carriage, Container, DumpOptions, HostFacts, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, faults, filling, look, recover, statistics
+from ckpt.ops import capture, consent, faults, filling, look, recover, statistics
+from ckpt.ops import hooks as hooking
 from ckpt.ops.early import EarlyStart
 from ckpt.ops.memory import MemoryMove
 from ckpt.ops.migrate_end import ask_destination, continue_, end_source, tell_destination
@@ -73,6 +74,10 @@ class MigrateOptions:
     carriage: Carriage = Carriage()
     """Limit of the rate, compression."""
     timeout_s: float = RESTORE_LIMIT_S
+    hooks: bool = True
+    """Run what is to run before and after, here and inside of it (ops/hooks.py)."""
+    override_label: bool = False
+    """Do it even if a label of the container forbids it."""
 
 
 def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[tuple[str, str]]:
@@ -123,6 +128,7 @@ class _Migration:
         self.frozen_at_s = 0.0
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
+        self.hooks = hooking.none(typed)
 
     def step(self, name: str, detail: str = "") -> None:
         """A step begins: told, and a fault point for the tests."""
@@ -146,6 +152,7 @@ class _Migration:
                         self.files.ahead()  # what was written while the memory went over
                     host = capture.host_facts()  # asks CRIU for its version: not while the workload is frozen
                     self.prepare(peer, report, dump_options, host)
+                    self.hooks.before("pre-checkpoint")
                     manifest = self.dump_and_send(peer, dump_options, host)
                     self.step("restore")
                     self.memory.begin_to_follow(peer)
@@ -165,7 +172,8 @@ class _Migration:
             self.give_up(error)
             raise
         stats = {**self.stats, **self.memory.stats}
-        return Outcome(self.typed, True, container=replace(self.container, name=self.options.name or self.container.name), stats=stats)
+        container = replace(self.container, name=self.options.name or self.container.name)
+        return Outcome(self.typed, True, container=container, warnings=tuple(self.hooks.warnings), stats=stats)
 
     def check(self, stack: ExitStack) -> tuple[DumpOptions, Peer, dict[str, Any]]:
         """Everything that can be known before anything is touched, on both ends."""
@@ -178,6 +186,11 @@ class _Migration:
             raise BusyError(
                 f"{container.name} is {container.state}, not running", where=f"{container.name} is {container.state}, untouched", hint=hint
             )
+        labels = consent.require(container, "migrate", override=self.options.override_label, emit=self.emit)
+        if labels.overridden:
+            self.emit(Figures(self.typed, {"overridden": labels.overridden}))
+        facts = {"destination": self.destination}
+        self.hooks = hooking.gather(self.typed, self.engine, labels, container=container, enabled=self.options.hooks, emit=self.emit, facts=facts)
         filling.bring_rest(self.root, container.pid or 0)
         wanted = DumpOptions(
             tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes
@@ -220,7 +233,10 @@ class _Migration:
         self.emit(Figures(self.typed, {"job": self.job.id}))
         self.guard = recover.start_guard(self.job)
         self.draft = Catalog(self.root).begin(container.name)
-        there = peer.call("begin", {"engine": self.engine.name, "name": self.options.name or container.name, "container_id": container.id})
+        self.hooks.job = self.job
+        self.hooks.before("pre-migrate")
+        what = {"engine": self.engine.name, "name": self.options.name or container.name, "container_id": container.id, "hooks": self.options.hooks}
+        there = peer.call("begin", what, timeout_s=hooking.HOST_LIMIT_S)
         self.done("begin")
         self.job.write("begun", remote_job=there["job"], remote_machine=there.get("machine", ""))
 
@@ -334,7 +350,8 @@ class _Migration:
                 stage=self.draft.stage if self.draft else None,
                 faults_at="migrate-remove",
             )
-        told = tell_destination(self.job, peer)
+        self.hooks.succeeded_there()
+        told = tell_destination(self.job, peer, greeting_s=self.hooks.limit_s("post-restore"), warn=self.hooks.warn)
         if told:
             self.job.write("done")
         self.stats.update(peer.statistics())
@@ -390,6 +407,7 @@ class _Migration:
                 kept = recover.keep_logs(self.job, name, None)
                 if isinstance(error, CkptError) and not (error.log or "").startswith(f"{self.peer_name}:"):
                     error.log = recover.kept_log(error.log, kept)
+                self.hooks.failed_there(error)
                 self.job.write("rolled-back")
             self.close()
         where = f"{name} is running here, nothing is left on {self.destination}" if self.job is not None else f"{name} is running, untouched"

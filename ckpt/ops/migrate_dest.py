@@ -7,6 +7,7 @@ process or the host is lost; from then on the restored workload is the live one,
 from __future__ import annotations
 
 import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, EarlyResto
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
 from ckpt.host import announce
 from ckpt.host.run import Process
-from ckpt.model import ContainerImage, Manifest, RestoreOptions
-from ckpt.ops import ahead_dest, faults, lazy, policy, proof, recover
+from ckpt.model import Container, ContainerImage, Manifest, RestoreOptions
+from ckpt.ops import ahead_dest, faults, journald, lazy, policy, proof, recover
+from ckpt.ops import hooks as hooking
+from ckpt.ops.consent import Labels
 from ckpt.ops.moments import Moment
 from ckpt.peer.files import ReceivedFile
 from ckpt.peer.server import Handler, Session
@@ -57,6 +60,10 @@ class Arrival:
         self.over = False
         self.pid: int | None = None
         self.allow: tuple[str, ...] = ()
+        self.hooks = hooking.none(str(facts.get("name", "")))
+        self.greeter: threading.Thread | None = None
+        self.inside = True
+        """Hooks of the container run; those of this host always do."""
         self.trusted = True
         """False: the other end is not one who may log in here as root, so what it sends is judged as an import is."""
 
@@ -78,8 +85,27 @@ class Arrival:
         image_id = self.job.facts.get("loaded_image")
         if image_id:
             cast(CarriesContainerImages, self.engine).remove_container_image(str(image_id))
+        if self.job.facts.get("hooked"):
+            self.hooks.after("restore-failed", error="the migration was rolled back", inside=False)
         self.job.write("rolled-back")
         recover.close(self.job, self.guard)
+
+    def greet(self, container: Container) -> None:
+        """It runs: the hooks that wait for that run beside what else there is to do; `greeted` waits for them."""
+
+        def run() -> None:
+            self.hooks.labels = hooking.soft_labels(container, container.name, self.hooks.emit) if self.inside else Labels()
+            self.hooks.after("post-restore", container=container)
+            self.job.write(self.job.state, hooked="")
+
+        self.greeter = threading.Thread(target=run, name="hooks", daemon=True)
+        self.greeter.start()
+
+    def greeted(self) -> list[str]:
+        """Wait for the hooks; what went wrong with them."""
+        if self.greeter is not None:
+            self.greeter.join()
+        return self.hooks.warnings
 
     def drop_draft(self) -> None:
         """Remove the staged checkpoint; one whose memory is still needed is left to the keeper."""
@@ -98,6 +124,7 @@ class Arrival:
             return
         self.over = True
         self.trees.close()
+        self.greeted()
         self.drop_draft()
         self.job.release()
 
@@ -123,6 +150,10 @@ def handlers(root: Path = DEFAULT_ROOT, *, trusted: bool = True, allow: tuple[st
         session.state["arrival"] = arrival
         session.on_lost(arrival.leave)
         arrival.draft = Catalog(root).begin(str(args["name"]), origin="migrate")
+        arrival.inside = bool(args.get("hooks", True))
+        known = {"name": str(args["name"]), "source": session.source}
+        arrival.hooks = hooking.gather(str(args["name"]), engine, Labels(), facts=known, job=arrival.job)
+        arrival.hooks.before("pre-restore")
         faults.point("destination-begin")
         return {"job": arrival.job.id, "machine": machine_id()}
 
@@ -380,7 +411,8 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     faults.point("destination-commit")
     asked_s = time.monotonic()
     with recover.uninterrupted():
-        arrival.job.write("commit")
+        # Should we die before they ran, the guard runs the hooks.
+        arrival.job.write("commit", hooked="post-restore", hooked_inside=arrival.inside, hook_facts=arrival.hooks.facts)
         faults.point("destination-committed")
         try:
             with announce.during(arrival.held.init_pid) as told, Moment(arrival.held.init_pid, stopped=False) as go:
@@ -390,11 +422,13 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
             arrival.undo()
             raise
         arrival.job.write("running", live_container_id=container.id)
+        arrival.greet(container)
         if arrival.keeper is not None:
             arrival.keeper.serve()
     faults.point("destination-running")
     arrival.drop_draft()
     arrival.pid = container.pid
+    journald.tell(f"{container.name or container.id} came here and runs", phase="receive", result="running", id=arrival.job.id, target=container.name)
     ran_after_s = None if go.at_s is None else go.at_s - asked_s
     return {"container_id": container.id, "pid": container.pid, "warning": told.problem, "ran_after_s": ran_after_s}
 
@@ -404,15 +438,16 @@ def finish(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     arrival = _arrival(session)
     if arrival.pid is not None:
         announce.now(arrival.pid)  # the source answered for its addresses until now
+    answer = {"warnings": arrival.greeted()}
     arrival.over = True
     arrival.drop_draft()
     if arrival.keeper is not None:
         arrival.job.write("serving")
         recover.hand_over(arrival.job, arrival.guard)
-        return {}
+        return answer
     arrival.job.write("done")
     recover.close(arrival.job, arrival.guard)
-    return {}
+    return answer
 
 
 def abort(session: Session, args: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from ckpt.errors import BusyError, CkptError, NeedsContinue, RestoreFailed, Stat
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.host import traffic
 from ckpt.model import Container
-from ckpt.ops import faults, recover
+from ckpt.ops import faults, hooks, recover
 from ckpt.ops.result import Outcome, failure
 from ckpt.peer import client
 from ckpt.peer.client import Peer
@@ -46,11 +46,19 @@ def reached(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {"ssh_options": tuple(facts.get("ssh_options", ())), "access": Access.from_json(facts.get("access"))}
 
 
-def tell_destination(job: Job, peer: Peer | None = None) -> bool:
-    """Tell the destination that the source knows how it ended, so that its journal goes; False when it cannot be reached."""
+def tell_destination(job: Job, peer: Peer | None = None, *, greeting_s: float = 60.0, warn: Callable[[str], None] | None = None) -> bool:
+    """Tell the destination that the source knows how it ended, so that its journal goes; False when it cannot be reached.
+
+    Args:
+        greeting_s: how long the hooks may take that run there now.
+        warn: gets what went wrong with them.
+    """
     if peer is not None:
         try:
-            peer.call("finish")
+            answer = peer.call("finish", timeout_s=greeting_s)
+            if warn is not None:
+                for text in answer.get("warnings") or ():
+                    warn(f"{peer.hostname}: {text}"[:500])
             return True
         except CkptError:
             pass
@@ -162,10 +170,12 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                 if state == "running":
                     if job.state != "ended":
                         end_source(engine, container, held, job, bool(facts.get("keep_source")))
+                    hooks.settle(job, engine, "post-checkpoint", "post-migrate")
                     emit(Notice(name, f"{name} runs on {facts['destination']}; the frozen source was ended"))
                 else:
                     held.resume()
                     recover.announce_home(engine, container)
+                    hooks.settle(job, engine, "checkpoint-failed", "migrate-failed")
                     job.write("failed")
                     emit(Notice(name, f"{facts['destination']} has no copy; {name} goes on here"))
             tell_destination(job)

@@ -21,7 +21,8 @@ from ckpt.errors import CannotConnect, CkptError, FeatureMissing, MigrationRolle
 from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed
 from ckpt.model import Carriage, Container, DumpOptions
-from ckpt.ops import capture, check, faults, recover
+from ckpt.ops import capture, check, consent, faults, recover
+from ckpt.ops import hooks as hooking
 from ckpt.ops.migrate import ASK_LIMIT_S, MigrateOptions
 from ckpt.ops.migrate_end import end_source
 from ckpt.ops.result import Outcome, failure
@@ -69,6 +70,11 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         )
     if taken:
         return failure(typed, FeatureMissing(f"{destination} has a container {options.name or container.name} already", where=untouched))
+    try:
+        labels = consent.require(container, "migrate", override=options.override_label, emit=emit)
+        hooks = hooking.gather(typed, engine, labels, container=container, enabled=options.hooks, emit=emit, facts={"destination": destination})
+    except CkptError as error:
+        return failure(typed, error)
     wanted = check.decide(
         engine, container, DumpOptions(tcp_established=options.tcp_established, file_locks=options.file_locks, ignore_volumes=options.ignore_volumes)
     )
@@ -97,9 +103,12 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         moved_bytes += more_bytes
         emit(BytesMoved(typed, "transfer", moved_bytes))
 
+    hooks.job = job
     try:
+        hooks.before("pre-migrate")
         _bring_container_image(there, engine, container, typed, options.carriage, emit)
         emit(StepStarted(typed, "dump"))
+        hooks.before("pre-checkpoint")
         frozen_s = time.monotonic()
         held = engine.dump(container, draft.stage, wanted, job)
         emit(Frozen(typed, frozen_s))
@@ -129,7 +138,9 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
             frozen_for_s = time.monotonic() - frozen_s
             emit(Thawed(typed, frozen_for_s))
             faults.point("plain-restored")
+            _greet(there, hooks, options.name or container.name)
             end_source(engine, container, held, job, options.keep_source, stage=draft.stage)
+            hooks.succeeded_there()
             job.write("done")
     except NeedsContinue as error:
         draft.discard()
@@ -139,6 +150,7 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
         with recover.uninterrupted():
             if held is not None:
                 held.resume()
+            hooks.failed_there(error)
             job.write("rolled-back")
             draft.discard()
             recover.close(job, guard)
@@ -157,7 +169,21 @@ def migrate(typed: str, engine: Engine, container: Container, destination: str, 
     draft.discard()
     recover.close(job, guard)
     stats: dict[str, float | int | str] = {"downtime_s": frozen_for_s, "total_s": time.monotonic() - began_s, "sent_bytes": sent_bytes}
-    return Outcome(typed, True, container=container, stats=stats)
+    return Outcome(typed, True, container=container, warnings=tuple(hooks.warnings), stats=stats)
+
+
+def _greet(there: Remote, hooks: hooking.Hooks, name: str) -> None:
+    """Run the container's post-restore hook there, by podman: there is no ckpt to do it."""
+    hook = hooks.inside("post-restore")
+    if hook is None:
+        return
+    try:
+        result = there.run(["podman", "exec", name, *hook.argv], check=False, timeout_s=hooks.limit_s("post-restore"))
+        problem = "" if result.ok else f"exit status {result.returncode}"
+    except CommandFailed as error:
+        problem = error.reason
+    if problem:
+        hooks.warn(f"{there.destination}: its hook ckpt.hook.post-restore failed: {problem}")
 
 
 def _bring_container_image(there: Remote, engine: Engine, container: Container, typed: str, carriage: Carriage, emit: Emit) -> None:

@@ -10,6 +10,7 @@ migrations only the uncommitted are touched, because the other end has a say in 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,14 +23,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import ckpt
-from ckpt.criu import lazy, tree
+from ckpt.criu import action, lazy, tree
 from ckpt.engines import registry
 from ckpt.engines.base import Engine
 from ckpt.errors import CkptError
 from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
-from ckpt.ops import knobs
+from ckpt.ops import groupjob, journald, knobs
 from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
@@ -72,14 +73,8 @@ def store_root(job: Job) -> Path:
 
 
 def committed(job: Job) -> bool:
-    """Whether the point of no return was passed: the same reading of the journal as CRIU's action-script has."""
-    reached = False
-    for entry in job.entries():
-        if entry.get("state") == "commit":
-            reached = True
-        elif entry.get("state") in ("rolled-back", "failed"):
-            reached = False
-    return reached
+    """Whether the point of no return was passed, by the reading of the journal that CRIU's action-script has as well."""
+    return action.committed(os.fspath(job.directory))
 
 
 def source_settled(job: Job) -> bool:
@@ -109,6 +104,8 @@ def settle(job: Job) -> str:
         return "lost"
     if job.state == "serving":
         return _served(job)
+    if kind in groupjob.KINDS:
+        return _settle_group(job, facts)
     if committed(job):
         if kind == "migrate-source":
             return "left"
@@ -118,8 +115,12 @@ def settle(job: Job) -> str:
                 job.write("running", by="guard")
             elif _is_old(job):
                 remove(job)
+                return "left"
+            _run_hooks(job, registry.by_name(str(facts["engine"])), "post-restore")
             return "left"
-        _finish(job, kind, registry.by_name(str(facts.get("engine", ""))), facts)
+        engine = registry.by_name(str(facts.get("engine", "")))
+        _finish(job, kind, engine, facts)
+        _run_hooks(job, engine, "post-restore" if kind == "restore" else "post-checkpoint")
         if facts.get("lazy"):
             job.write("serving", by="guard")
             _served(job)  # what follows is its keeper's
@@ -130,13 +131,48 @@ def settle(job: Job) -> str:
     knobs.restore(job)
     engine = registry.by_name(str(facts.get("engine", "")))
     engine.rollback(job)
+    knobs.restore(job)  # CRIU leaves a cgroup frozen that it found frozen
     lazy.end(job.directory)
+    if kind == "checkpoint" and facts.get(action.GROUP):
+        groupjob.drop(store_root(job), str(facts.get("draft", "")))
+    if kind in ("checkpoint", "migrate-source"):
+        _run_hooks(job, engine, *(["checkpoint-failed"] if kind == "checkpoint" else ["checkpoint-failed", "migrate-failed"]))
+    else:
+        _run_hooks(job, engine, "restore-failed")
     job.write("rolled-back", by="guard")
     if kind == "migrate-source":
         announce_home(engine, Container(engine.name, str(facts.get("container_id", "")), str(facts.get("name", "")), "running"))
     keep_logs(job, str(facts.get("name", "")))
     remove(job)
     return "undone"
+
+
+def _settle_group(job: Job, facts: dict[str, Any]) -> str:
+    """The job that decides for several. Committed: it goes when all of those are over, for they look at its journal."""
+    root = store_root(job)
+    if not committed(job):
+        groupjob.withdraw(root, facts)
+        job.write("rolled-back", by="guard")
+        remove(job)
+        return "undone"
+    groupjob.publish(root, facts)
+    deadline = time.monotonic() + 2 * FINISH_LIMIT_S
+    for identity in map(str, facts.get("jobs", ())):
+        member = Job(job.directory.parent / Path(identity).name)
+        while member.directory.is_dir():
+            try:
+                if member.acquire():
+                    settle(member)
+            except OSError:
+                pass  # its own guard is done with it
+            finally:
+                member.release()
+            if time.monotonic() > deadline:
+                raise CkptError(f"job {identity} of group {facts.get('name')} is not over")
+            time.sleep(POLL_S)
+    job.write("done", by="guard")
+    remove(job)
+    return "finished"
 
 
 def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
@@ -223,6 +259,8 @@ def remove(job: Job) -> None:
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)
+        if record.kind in ("checkpoint", "restore") or record.settled_by:
+            journald.record(record)  # a migration's command tells of it by itself, with its figures
     for path in list(job.directory.iterdir()) if job.directory.is_dir() else []:
         if path.name in ("journal.jsonl", "lock"):
             continue
@@ -297,6 +335,15 @@ def uninterrupted() -> Iterator[None]:
         for number in held:
             signal.raise_signal(number)  # waits for the mask, as the others do
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_hooks(job: Job, engine: Engine, *phases: str) -> None:
+    """Run what the job's hooks still owe to the workload (ops/hooks.py), if any ran."""
+    if job.facts.get("hooked"):
+        from ckpt.ops import hooks
+
+        for text in hooks.settle(job, engine, *phases):
+            sys.stderr.write(f"{text}\n")  # of a guard: into guard.log
 
 
 def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> None:

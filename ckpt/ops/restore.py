@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Literal
 
 from ckpt.archive import layout, trust
-from ckpt.criu import features
+from ckpt.criu import action, features
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
-from ckpt.engines.base import HeldRestore
+from ckpt.engines.base import HeldRestore, SharesVolumes
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import BusyError, CkptError, EngineUnavailable, NoSpace, RestoreFailed, StateUnknown, TargetNotFound, UsageError
 from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
 from ckpt.ops.result import Outcome, failure
@@ -116,6 +117,35 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         ArchiveInvalid, DigestMismatch: the checkpoint is damaged; nothing was touched.
         RestoreFailed: nothing of the restore is left.
     """
+    attempt = prepare(source, options, catalog, emit)
+    try:
+        attempt.hold()
+        attempt.release()
+    except BaseException as error:
+        raise attempt.undo(error) from error
+    return attempt.close(keep=keep)
+
+
+def prepare(
+    source: Source,
+    options: RestoreOptions,
+    catalog: Catalog,
+    emit: Emit,
+    *,
+    group_job: str = "",
+    together: Collection[str] = (),
+    kept_volumes: Collection[str] = (),
+) -> Attempt:
+    """Look whether it can be restored here, unpack and verify it, and make its job; nothing of the host is touched.
+
+    Args:
+        group_job: the job that decides for this one.
+        together: ids of the containers that are restored with it, if any.
+        kept_volumes: named volumes that another one of those fills.
+
+    Raises:
+        CkptError: as `bring_back`.
+    """
     manifest = source.manifest
     if manifest.foreign in ("cri-o", "containerd"):
         why = f"{source.label} was written by {manifest.foreign}: it belongs into a pod of Kubernetes, ckpt cannot restore it"
@@ -133,9 +163,11 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
     old = _in_the_way(engine, manifest, options, source)
+    options = replace(options, kept_volumes=tuple({*kept_volumes, *_shared_volumes(engine, manifest, options, together)}))
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
+    hooks = hooking.gather(source.label, engine, consent.Labels(), enabled=options.hooks, emit=emit, facts=_hook_facts(source, options))
     stats: Figures = {}
     if source.checkpoint is not None and not source.unpacked:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
@@ -148,34 +180,26 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         container_id=manifest.container_id if options.name is None else "",
         name=options.name or manifest.name,
         copy=options.name is not None,
+        **({action.GROUP: group_job} if group_job else {}),
     )
-    guard = recover.start_guard(job)
-    attempt = _Attempt(engine, source, options, job, guard, emit, stats)
-    try:
-        if old is not None:
-            # The checkpoint is whole, so what is removed can come back from it.
-            job.write("removing", removed_id=old.id)
-            engine.remove(old)
-            faults.point("removed")
-        attempt.hold()
-        container = attempt.release()
-    except BaseException as error:
-        raise attempt.undo(error) from error
-    if keep:
-        recover.keep_logs(job, source.label)
-    if attempt.keeper is None:
-        recover.close(job, guard)
-    else:
-        recover.hand_over(job, guard)
-        attempt.keeper.serve()
-    return Outcome(source.label, True, source.checkpoint, container, warnings=tuple(attempt.warnings), stats=attempt.stats)
+    hooks.job = job
+    return Attempt(engine, source, options, job, recover.start_guard(job), emit, stats, hooks, old)
 
 
-class _Attempt:
-    """One restore on its way, and how to undo it."""
+class Attempt:
+    """One restore on its way, and how to undo it: `make_room`, `hold`, `release`, `close`; `undo` after a failure of any but the last."""
 
     def __init__(
-        self, engine: NamedEngine, source: Source, options: RestoreOptions, job: Job, guard: Process | None, emit: Emit, stats: Figures
+        self,
+        engine: NamedEngine,
+        source: Source,
+        options: RestoreOptions,
+        job: Job,
+        guard: Process | None,
+        emit: Emit,
+        stats: Figures,
+        hooks: hooking.Hooks,
+        old: Container | None,
     ) -> None:
         self.engine = engine
         self.source = source
@@ -183,16 +207,33 @@ class _Attempt:
         self.job = job
         self.guard = guard
         self.emit = emit
+        self.old = old
+        """The stopped container that it replaces."""
         self.held: HeldRestore | None = None
         self.keeper: lazy.Keeper | None = None
         self.warnings: list[str] = []
         self.stats = stats
+        self.hooks = hooks
         self.committed = False
+        self.room = False
+        self.container: Container | None = None
+
+    def make_room(self) -> None:
+        """All that comes before the restore itself."""
+        self.hooks.before("pre-restore")
+        if self.old is not None:
+            # The checkpoint is whole, so what is removed can come back from it.
+            self.job.write("removing", removed_id=self.old.id)
+            self.engine.remove(self.old)
+            faults.point("removed")
+        self.room = True
 
     def hold(self) -> None:
         """Restore, held, and compare what is there with what was dumped."""
         from ckpt.archive import rootfs
 
+        if not self.room:
+            self.make_room()
         stage, manifest, options = self.source.draft.stage, self.source.manifest, self.options
         began = time.monotonic()
         self.emit(StepStarted(self.source.label, "restore"))
@@ -242,21 +283,54 @@ class _Attempt:
             on_demand=demand,
         )
 
-    def release(self) -> Container:
+    def release(self) -> None:
         """Let it run: from here on nothing is undone."""
         assert self.held is not None
         with recover.uninterrupted():
-            self.job.write("commit")
+            # Should we die before they ran, the guard runs the hooks.
+            self.job.write(
+                "commit", **({"hooked": "post-restore", "hooked_inside": True, "hook_facts": self.hooks.facts} if self.options.hooks else {})
+            )
             self.committed = True
             faults.point("restore-commit")
             with announce.during(self.held.init_pid) as told:
-                container = self.held.resume()
-            self.job.write("serving" if self.keeper else "done", container_id=container.id)
+                self.container = self.held.resume()
+            self.job.write("serving" if self.keeper else "resumed", container_id=self.container.id)
             faults.point("resumed")
         if told.problem:
             self.warn([told.problem])
         self.emit(Thawed(self.source.label, max(0.0, time.time() - self.source.manifest.created_s)))
-        return container
+
+    def close(self, *, keep: bool) -> Outcome:
+        """It runs: end its job, or leave it to the keeper of its memory.
+
+        Args:
+            keep: keep CRIU's logs.
+        """
+        assert self.container is not None
+        self._greet(self.container)
+        if keep:
+            recover.keep_logs(self.job, self.source.label)
+        if self.keeper is None:
+            recover.close(self.job, self.guard)
+        else:
+            recover.hand_over(self.job, self.guard)
+            self.keeper.serve()
+        return Outcome(self.source.label, True, self.source.checkpoint, self.container, warnings=tuple(self.warnings), stats=self.stats)
+
+    def _greet(self, container: Container) -> None:
+        """It runs: run the hooks that wait for that. Broken off, the restore is complete all the same."""
+        if self.options.hooks:
+            self.hooks.labels = hooking.soft_labels(container, self.source.label, self.emit)
+            self.hooks.container = container
+        try:
+            if self.hooks.any("post-restore"):
+                self.hooks.after("post-restore", container=container)
+                self.warnings += self.hooks.warnings
+        finally:
+            if self.keeper is None:
+                self.job.write("done", container_id=container.id)
+        faults.point("greeted")
 
     def warn(self, texts: Sequence[str]) -> None:
         self.warnings += texts
@@ -278,6 +352,8 @@ class _Attempt:
                 self.job.write("failed", error=worse.message)
                 self.job.release()  # the guard goes on trying
                 return StateUnknown(f"the restore of {self.source.label} failed, and so did its undoing: {worse.message}", log=worse.log)
+            if self.job.facts.get("hooked"):
+                self.hooks.after("restore-failed", error=error, inside=False)
             log = recover.keep_logs(self.job, self.source.label)
             self.job.write("rolled-back", error=str(error)[: recover.ERROR_CAP])
             recover.close(self.job, self.guard)
@@ -295,16 +371,29 @@ class _Attempt:
         return error
 
 
-def from_store(
-    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
-) -> Outcome:
-    """Restore one checkpoint of the store. Raises as `bring_back`."""
+@contextmanager
+def stored(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, incoming: trust.Incoming
+) -> Iterator[Source]:
+    """A checkpoint of the store as a source; it stays there as long as the block lasts.
+
+    Raises:
+        CkptError: it is gone, or not signed by whom it must be.
+    """
     with catalog.lease_fd(checkpoint) as fd:
         draft = catalog.begin(checkpoint.manifest.name)
         with _until_restored(draft, options):
             if signer := incoming.judge_stage(checkpoint.directory, foreign=checkpoint.entry.foreign):
                 emit(Notice(label, f"signed by {signer}"))
-            return bring_back(Source(label, checkpoint.manifest, draft, checkpoint, fd, bool(signer)), options, catalog, emit, keep=keep)
+            yield Source(label, checkpoint.manifest, draft, checkpoint, fd, bool(signer))
+
+
+def from_store(
+    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+) -> Outcome:
+    """Restore one checkpoint of the store. Raises as `bring_back`."""
+    with stored(label, checkpoint, options, catalog, emit, incoming) as source:
+        return bring_back(source, options, catalog, emit, keep=keep)
 
 
 def _from_archive(
@@ -389,6 +478,14 @@ def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions
     return own
 
 
+def _shared_volumes(engine: NamedEngine, manifest: Manifest, options: RestoreOptions, together: Collection[str]) -> set[str]:
+    """Its named volumes that containers have which are not restored now: their content is theirs too."""
+    if options.name is not None or options.ignore_volumes or not isinstance(engine, SharesVolumes):
+        return set()
+    own = {manifest.container_id, *together}
+    return {name for name, _ in manifest.volumes if set(engine.volume_users(name)) - own}
+
+
 def _with_id(containers: Sequence[Container], identity: str) -> Container | None:
     return next((container for container in containers if container.id == identity), None)
 
@@ -415,6 +512,15 @@ def _guarded(label: str, work: Callable[[], Outcome]) -> Outcome:
         return work()
     except CkptError as error:
         return failure(label, error)
+
+
+def _hook_facts(source: Source, options: RestoreOptions) -> dict[str, str]:
+    manifest = source.manifest
+    return {
+        "name": options.name or manifest.name,
+        "container_id": "" if options.name else manifest.container_id,
+        "checkpoint": source.checkpoint.ref if source.checkpoint else manifest.id,
+    }
 
 
 def _count(manifest: Manifest, options: RestoreOptions) -> str:

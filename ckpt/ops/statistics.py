@@ -12,7 +12,7 @@ from ckpt.archive import layout
 from ckpt.errors import CkptError, NeedsContinue, StateUnknown
 from ckpt.events import BytesMoved, Emit, Event, Figures, Frozen, RoundDone, StepDone, StepStarted, Thawed
 from ckpt.model import Container, JobRecord
-from ckpt.ops import capture
+from ckpt.ops import capture, journald
 from ckpt.ops.result import Outcome
 from ckpt.store import history, place
 from ckpt.store.job import Job, new_id
@@ -161,6 +161,7 @@ class Migration:
             error=error.to_json() if error else None,
             statistics=self._statistics(stats),
         )
+        journald.record(record)
         if job.directory.is_dir():
             history.stash(job, record)  # somebody else brings it to its end
         else:

@@ -154,13 +154,15 @@ Nice=5
 
 
 def arm_timer() -> str:
-    """The times are in a drop-in of each instance."""
+    """The times of an instance are in its drop-in; these are for one that was started by hand."""
     return f"""{HEADER}
 [Unit]
 Description=Periodic checkpoints of %I
 Documentation=man:ckpt-arm(1)
 
 [Timer]
+OnActiveSec=1s
+OnUnitActiveSec=15min
 AccuracySec=1s
 
 [Install]
@@ -170,7 +172,7 @@ WantedBy=timers.target
 
 def arm_times(every_s: float) -> str:
     """The drop-in of one target's timer: at once (after a boot: when its start is over), then every so often."""
-    return f"{HEADER}\n[Timer]\nOnActiveSec=1s\nOnUnitActiveSec={every_s:.0f}s\n"
+    return f"{HEADER}\n[Timer]\nOnActiveSec=\nOnActiveSec=1s\nOnUnitActiveSec={every_s:.0f}s\n"
 
 
 def stopped_later() -> str:

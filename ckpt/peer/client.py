@@ -15,7 +15,7 @@ from ckpt import config
 from ckpt.errors import CannotConnect, CkptError, TransferFailed, UsageError
 from ckpt.events import Emit, ignore
 from ckpt.model import Carriage
-from ckpt.peer import files, messages, ssh_below, streams
+from ckpt.peer import files, inherited, messages, ssh_below, streams
 from ckpt.peer.frames import Buffer, Frame, Kind
 from ckpt.peer.link import BEAT_S, LINK_TIMEOUT_S, Link
 from ckpt.peer.ssh_below import SshBelow
@@ -347,8 +347,10 @@ class _Channel:
         self._upload._peer.link.send_data(self._upload._channel, offset, data, lease=lease, label=self._upload._kind)
 
 
-def parse(destination: str) -> ssh.Destination | https_peer.Server:
+def parse(destination: str) -> ssh.Destination | https_peer.Server | str:
     """What `connect` understands. Raises UsageError for anything else."""
+    if destination == inherited.DESTINATION:
+        return destination
     return https_peer.Server.parse(destination) if https_peer.is_https(destination) else ssh.Destination.parse(destination)
 
 
@@ -384,6 +386,10 @@ def connect(
     """
     if https_peer.is_https(destination):
         with _connect_https(destination, access or https_peer.Access(), purpose, timeout_s, link_timeout_s, carriage, on_event) as peer:
+            yield peer
+        return
+    if destination == inherited.DESTINATION:
+        with _connect_inherited(timeout_s, link_timeout_s, carriage, on_event) as peer:
             yield peer
         return
     parsed = ssh.Destination.parse(destination)
@@ -443,6 +449,39 @@ def _connect_https(
         well = True
     finally:
         peer.close(goodbye=well)
+
+
+_standing: list[Peer] = []
+"""The one over our standard input and output."""
+
+
+@contextmanager
+def _connect_inherited(timeout_s: float, link_timeout_s: float | None, carriage: Carriage | None, on_event: Emit) -> Iterator[Peer]:
+    """`connect` over our standard input and output; the peer stays until `leave_inherited`, since there is no second link."""
+    if carriage is not None and (carriage.direct or carriage.streams > 1):
+        raise UsageError("--streams and --direct do not go with --stdio")
+    if not _standing:
+        inp, out = inherited.ends()
+        link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
+        peer = Peer(inp, out, name="the host that fetches it", on_event=on_event, carriage=carriage, link_timeout_s=link_timeout_s)
+        try:
+            if not peer.link.handshake(timeout_s):
+                raise CannotConnect("the host that fetches it ended before it spoke")
+        except CkptError:
+            peer.close(goodbye=False)
+            raise
+        _standing.append(peer)
+    try:
+        yield _standing[0]
+    except BaseException:
+        _standing[0].close(goodbye=False)
+        raise
+
+
+def leave_inherited() -> None:
+    """Say goodbye on it."""
+    while _standing:
+        _standing.pop().close()
 
 
 def _shake(peer: Peer, below: SshBelow, destination: ssh.Destination, timeout_s: float, command: str) -> None:

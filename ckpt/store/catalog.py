@@ -10,6 +10,7 @@ Layout below the root (0700), described in docs/store.md:
     generations.json    last generation given to each name, so that no number is given twice
     tags.key            the secret of the pages' tags (see pages)
     store.json          the version of this layout
+    groups/NAME@N.json  checkpoints that belong together (see groups)
     lock                flock around everything that gives numbers, makes or sweeps drafts, and takes packs away
 
 A name is data: directories are named by the id only. A checkpoint comes into being by one rename of a draft whose every file is
@@ -128,13 +129,15 @@ class Catalog:
         final = replace(manifest, id=draft.id, name=draft.name, size_bytes=size_bytes, digests=digests)
         signed = _signed(draft.stage, final, sign)
         with self.locked():
-            generation = self._next_generation(draft.name)
+            generation = self.number(draft.name)
             final = replace(final, generation=generation)
             data = signed
             if data is None:
                 data = manifest_file.dumps(final)
                 durable.write_file(draft.stage / MANIFEST, data)
-            entry = Entry(draft.name, generation, size_bytes, time.time(), draft.origin, manifest_digest=_digest(data))
+            entry = Entry(
+                draft.name, generation, size_bytes, time.time(), draft.origin, draft.tags, draft.note, _digest(data), group=draft.group
+            )
             entries.write(draft.stage, entry)
             place = self.entries / draft.id
             draft.share()  # from its first moment in the store it can be leased
@@ -417,7 +420,8 @@ class Catalog:
             raise ConfigError(f"the store {self.root} was made by a newer ckpt (schema {found!r}, this one knows {SCHEMA})", hint="use a newer ckpt")
         return True
 
-    def _next_generation(self, name: str) -> int:
+    def number(self, name: str) -> int:
+        """The next generation of `name`, given only once; under the store's lock."""
         path = self.root / "generations.json"
         try:
             given = json.loads(path.read_bytes())

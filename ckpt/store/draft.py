@@ -43,6 +43,10 @@ class Draft:
         self.name = name
         self.id = identity
         self.origin = origin
+        self.tags: tuple[str, ...] = ()
+        """Tags, note and group that the checkpoint has from its first moment."""
+        self.note = ""
+        self.group = ""
 
     @property
     def stage(self) -> Path:

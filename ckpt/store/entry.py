@@ -74,7 +74,7 @@ def loads(data: bytes) -> Entry:
 
 _KINDS: Final[dict[str, type]] = {
     "name": str, "generation": int, "size_bytes": int, "stored_s": float, "origin": str, "manifest_digest": str,
-    "tags": tuple, "note": str, "pinned": bool,
+    "tags": tuple, "note": str, "pinned": bool, "group": str,
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def of_journal(job: Job) -> JobRecord | None:
     states = [str(entry.get("state", "")) for entry in entries]
     began_s, ended_s = _moment(entries[0].get("t")), _moment(entries[-1].get("t"))
     statistics: dict[str, Any] = {"total_s": round(max(0.0, ended_s - began_s), 6)}
-    statistics |= {key: facts[key] for key in ("checkpoint_id", "freeze_s") if key in facts}
+    statistics |= {key: facts[key] for key in ("checkpoint_id", "freeze_s", "overridden") if key in facts}
     if facts.get("lazy"):
         statistics["lazy"] = True
     said = facts.get("error")

@@ -21,6 +21,8 @@ from ckpt.events import Event  # noqa: E402
 from ckpt.model import DumpOptions, RestoreOptions, Target  # noqa: E402
 from ckpt.ops import guard, recover, resolve  # noqa: E402
 from ckpt.ops.checkpoint import checkpoint  # noqa: E402
+from ckpt.ops.hibernate import resume as resuming  # noqa: E402
+from ckpt.ops.hibernate.settings import HibernateSettings  # noqa: E402
 from ckpt.ops.restore import restore  # noqa: E402
 from ckpt.ops.result import Outcome  # noqa: E402
 from ckpt.store.catalog import Catalog  # noqa: E402
@@ -67,6 +69,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             return {"ok": True, "state": container.state, "container": container.id}
         case "start":
             return start_cold(Target.parse(arguments.what))
+        case "hibernate-resume":
+            done = resuming.resume(store_root=root, settings=HibernateSettings(), same_boot=arguments.same_boot, emit=emit)
+            return {"ok": True, "reason": done.reason, "how": {one.target: one.how for one in done.back}}
         case "sweep":
             return {"ok": True, "said": recover.sweep(root)}
         case "hold":
@@ -135,6 +140,7 @@ def main() -> int:
     parser.add_argument("--store", default="/var/lib/ckpt")
     parser.add_argument("--leave-running", action="store_true")
     parser.add_argument("--name")
+    parser.add_argument("--same-boot", action="store_true")
     arguments = parser.parse_args()
     if arguments.kind == "fake":
         from tests.contract import fake

@@ -14,7 +14,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from ckpt.archive.wants import Profile
 from ckpt.engines import registry
 from ckpt.engines.base import MutateFs
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown, TargetNotFound
-from ckpt.host.run import spawn
+from ckpt.host import marked
+from ckpt.host.run import Result, spawn
 from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, Process, RestoreOptions, RootFs, Volume
 from ckpt.store.job import Job
 
@@ -109,7 +110,9 @@ class FakeEngine:
 
     # -- for tests -----------------------------------------------------------------------------------------------
 
-    def start(self, name: str | Container, *, broken: str = "", volumes: tuple[str, ...] = ()) -> Container:
+    def start(
+        self, name: str | Container, *, broken: str = "", volumes: tuple[str, ...] = (), labels: Mapping[str, str] | None = None
+    ) -> Container:
         """Start a counter. `broken`: "dump" or "restore" of it fails. Given a container: the engine's `start`."""
         if isinstance(name, Container):
             (self.world / name.id / "ticks").unlink(missing_ok=True)
@@ -122,7 +125,7 @@ class FakeEngine:
         for volume in volumes:
             (self.world / "volumes" / volume).mkdir(parents=True, exist_ok=True)
         pid = self._spawn(identity, -1)
-        self._save(identity, name=name, pid=pid, broken=broken, volumes=list(volumes), created_s=time.time())
+        self._save(identity, name=name, pid=pid, broken=broken, volumes=list(volumes), created_s=time.time(), labels=dict(labels or {}))
         assert wait(lambda: self.ticks(identity) > 0)
         return self.describe(Container("fake", identity, name, "running"))
 
@@ -140,12 +143,26 @@ class FakeEngine:
 
     # -- the engine's promise ------------------------------------------------------------------------------------
 
+    def exec_in(
+        self,
+        container: Container,
+        argv: Sequence[str],
+        timeout_s: float,
+        *,
+        env: Mapping[str, str] | None = None,
+        mark: str = "",
+        alone: bool = False,
+    ) -> Result:
+        """Inside of a counter is its directory."""
+        inside = {**(env or {}), "INSIDE": str(self.world / container.id)}
+        return marked.run(argv, mark=mark or marked.new_mark(), timeout_s=timeout_s, env=inside, alone=alone)
+
     def profile(self) -> Profile:
         return Profile(seccomp=None, namespaces=frozenset(), masked=(), read_only=())
 
     def probe(self) -> Capabilities:
         can = Capabilities(True, version="1.0", runtimes=("fake",), criu=False, hold=True, clone=True, volumes=True)
-        return replace(can, pages=self.streams, startable=True)
+        return replace(can, pages=self.streams, startable=True, remakes=True)
 
     def containers(self) -> list[Container]:
         return [self._container(path.parent.name) for path in sorted(self.world.glob("*/container.json"))]
@@ -185,7 +202,7 @@ class FakeEngine:
         comm = Path(f"/proc/{pid}/comm").read_text().strip()
         tree = [[1, 0, comm, 1]] + ([[2, 1, "lost", 1]] if self._load(container.id)["broken"] == "tree" else [])
         (images / "pstree.img").write_text(json.dumps(tree))
-        (stage / "config.dump").write_text(json.dumps({"id": container.id, "name": container.name}))
+        (stage / "config.dump").write_text(json.dumps({"id": container.id, "name": container.name, "labels": container.labels}))
         (stage / "spec.dump").write_text("{}")
         self._hold("post-dump", job, pid)
         return FakeHeldDump(job, pid)
@@ -206,11 +223,13 @@ class FakeEngine:
                 directory.mkdir(parents=True, exist_ok=True)
                 volume_ready(volume, directory)
             rootfs_ready(upper)
-            if os.environ.get("CKPT_FAKE_BROKEN") == "restore":
+            broken = os.environ.get("CKPT_FAKE_BROKEN", "")
+            if (broken == "restore" or name in broken.split(",")) and not options.cold:
                 raise RestoreFailed(f"{name} cannot be restored: it is broken")
-            pid = self._spawn(identity, int(next((stage / "checkpoint").glob("pages-*.img")).read_bytes().rstrip(b"\0")))
+            labels = json.loads((stage / "config.dump").read_text()).get("labels", {})
+            pid = self._spawn(identity, 0 if options.cold else int(next((stage / "checkpoint").glob("pages-*.img")).read_bytes().rstrip(b"\0")))
             assert wait(lambda: process_state(pid) == "T")
-            self._save(identity, name=name, pid=pid, broken="", volumes=[v for v, _ in manifest.volumes], created_s=time.time())
+            self._save(identity, name=name, pid=pid, broken="", volumes=[v for v, _ in manifest.volumes], created_s=time.time(), labels=labels)
             self._hold("post-restore", job, pid)
         except BaseException:
             self._forget(identity)
@@ -309,6 +328,7 @@ class FakeEngine:
             rootfs=RootFs(upper_dir=self.world / identity / "upper"),
             volumes=tuple(Volume(name, self.world / "volumes" / name, f"/{name}") for name in facts["volumes"]),
             created_s=facts["created_s"],
+            labels=facts.get("labels", {}),
         )
 
 

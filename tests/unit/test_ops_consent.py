@@ -36,14 +36,15 @@ def test_all_labels() -> None:
             "ckpt.hook.pre-checkpoint": "sh -c 'echo a b'",
             "ckpt.hook.pre-checkpoint.timeout": "500ms",
             "ckpt.hook.post-restore": '["touch", "/a b"]',
-            "ckpt.hook.post-restore.on-failure": "abort",
+            "ckpt.hook.post-restore.on-failure": "ignore",
+            "ckpt.hook.post-restore.timeout": "2m",
             "io.podman": "x",
         },
         "web",
     )
     assert found.reboot == "save" and found.after == ("db", "cache") and found.group == "shop" and not found.migratable
     assert found.hooks["pre-checkpoint"] == InsideHook(("sh", "-c", "echo a b"), 0.5, "abort")
-    assert found.hooks["post-restore"] == InsideHook(("touch", "/a b"), None, "abort")
+    assert found.hooks["post-restore"] == InsideHook(("touch", "/a b"), 120.0, "ignore")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,8 @@ def test_all_labels() -> None:
         ("ckpt.hook.pre-checkpoint", "x" * 5000),
         ("ckpt.hook.pre-restore", "true"),
         ("ckpt.hook.pre-checkpoint.timeout", "10s"),
-        ("ckpt.hook.post-restore.on-failure", "retry"),
+        ("ckpt.hook.post-restore.on-failure", "abort"),
+        ("ckpt.hook.pre-checkpoint.on-failure", "retry"),
     ],
 )
 def test_a_value_that_means_nothing_is_one_error(key: str, value: str) -> None:
@@ -72,7 +74,7 @@ def test_a_value_that_means_nothing_is_one_error(key: str, value: str) -> None:
     assert caught.value.exit_code == 2
     assert caught.value.where == "web is untouched"
     said: list[Event] = []
-    assert consent.require(labelled(key, value), "checkpoint", override=True, emit=said.append) == Labels()
+    assert consent.require(labelled(key, value), "checkpoint", override=True, emit=said.append) == Labels(overridden="labels")
     assert [isinstance(event, Notice) and event.warning for event in said] == [True]
 
 

@@ -24,7 +24,7 @@ OUTCOME_FIELDS: Final = (
 )  # fmt: skip
 CHECKPOINT_FIELDS: Final = (
     "ref", "id", "name", "generation", "engine", "runtime", "container_id", "container_image", "created_s", "size_bytes", "freeze_s", "host", "path",
-    "unique_bytes", "shared_bytes", "stored_s", "origin", "tags", "note", "pinned",
+    "unique_bytes", "shared_bytes", "stored_s", "origin", "tags", "note", "pinned", "group",
 )  # fmt: skip
 INSPECT_FIELDS: Final = (
     "ref", "id", "name", "generation", "engine", "engine_version", "runtime", "container_id", "container_image", "created_s", "host",
@@ -113,6 +113,7 @@ def checkpoint_row(checkpoint: Checkpoint, unique_bytes: int | None = None, shar
         "tags": list(entry.tags),
         "note": entry.note,
         "pinned": entry.pinned,
+        "group": entry.group,
     }
 
 

@@ -27,13 +27,11 @@ from ckpt.host.run import CommandFailed
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, proof
 from ckpt.ops import restore as restoring
-from ckpt.ops.hibernate import leavings
+from ckpt.ops.hibernate import guards, leavings
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung
 from ckpt.store.catalog import Catalog
 from ckpt.store.hibernation import Hibernation, Item
 
-RESUMED: Final = Path("/run/ckpt/resumed")
-"""A file UNIT in there keeps an autostart unit from starting what came back already (its drop-in's ConditionPathExists=)."""
 SETTLE_S: Final = 0.5
 """How long one must have lived to be back."""
 HEALTH_LIMIT_S: Final = 15.0
@@ -128,7 +126,7 @@ class Climb:
                 self.emit(Notice(self.label, f"removed {what}"))
         if self.item.units and systemd.running():
             for unit in self.item.units:
-                (RESUMED / unit).unlink(missing_ok=True)
+                (guards.RESUMED / unit).unlink(missing_ok=True)
                 systemd.control("start", "--no-block", unit)
             return None
         engine = self.engine()
@@ -210,10 +208,9 @@ class Climb:
             self.keep_unit_from_starting()
             self.give_scope()
             faults.point("hibernate-healthy")
-        if how == "cold" and self.error is None and self.note:
-            self.error = StartedCold(f"{self.label} was started cold: {self.note}")
-        elif how == "cold" and self.error is not None:
-            self.error = StartedCold(f"{self.label} was started cold: {self.error.message}", hint=self.error.hint, log=self.error.log)
+        if how == "cold" and (why := self.note or self._first_failure()):
+            hint, log = (self.error.hint, self.error.log) if self.error is not None else (None, None)
+            self.error = StartedCold(f"{self.label} was started cold: {why}", hint=hint, log=log)
         elif how == "failed" and self.error is None:
             self.error = RestoreFailed(f"{self.label} is not back: there is no rung left to try")
         elif how in ("restored", "restored-closed"):
@@ -232,14 +229,18 @@ class Climb:
         }
         systemd.journal(f"{self.label}: {how}" + (f" ({self.error.message})" if self.error is not None else ""), priority=priority, **fields)
 
+    def _first_failure(self) -> str:
+        """Why the first rung did not hold, also when an earlier resume tried it; "" when none failed."""
+        failures = [row.get("error") for row in self.tried if not row.get("ok")]
+        return next((str(error.get("message") or "") for error in failures if isinstance(error, dict)), "")
+
     def keep_unit_from_starting(self) -> None:
-        """Say in /run that a unit's container runs already."""
-        for unit in self.item.units:
+        """Say that a unit's container runs already."""
+        if self.item.units:
             try:
-                RESUMED.mkdir(mode=0o755, parents=True, exist_ok=True)
-                (RESUMED / unit).touch()
+                guards.mark_resumed(self.item.units)
             except OSError as error:
-                self.warnings.append(f"{unit} may start it again: {error}")
+                self.warnings.append(f"{', '.join(self.item.units)} may start it again: {error}")
 
     def give_scope(self) -> None:
         """Put a process tree into a unit of its own: in that of the resume it would end with it."""

@@ -6,7 +6,6 @@ on with: the journal and the jobs tell how far it came, and what runs already is
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,20 +17,18 @@ from ckpt.errors import BusyError, CkptError, IncompatibleHost
 from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import systemd
 from ckpt.model import Checkpoint
-from ckpt.ops import faults, parallel, recover, warm
-from ckpt.ops.hibernate import canary
+from ckpt.ops import arm, faults, parallel, recover, warm
+from ckpt.ops.hibernate import canary, guards
 from ckpt.ops.hibernate.ladder import HOW, SETTLE_S, Climb, running
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung, load
 from ckpt.store import place
 from ckpt.store.catalog import Catalog
-from ckpt.store.hibernation import ITEM_BACK, OPEN, OVER, RESUMING, SAVED, Hibernation, Item, ItemState, identity
+from ckpt.store.hibernation import ITEM_BACK, OPEN, OVER, RESUMING, Hibernation, Item, ItemState, identity
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.store.retention import when_s
 
-ARMED: Final = "armed"
 HIBERNATE: Final = "hibernate"
-"""Tags of the checkpoints that are made for the time after a boot."""
-ARMED_FILE: Final = "armed.json"
+"""The tag of the checkpoints that a hibernation makes."""
 GUARDS_LIMIT_S: Final = 120.0
 """How long guards of a killed resume may take to undo or finish what it had begun."""
 _POLL_S: Final = 0.1
@@ -132,13 +129,13 @@ def _after_crash(root: Path, settings: HibernateSettings, ours: Sequence[Hiberna
     Once in a boot only: what was stopped by hand since is not brought back by the next resume.
     """
     now = identity()["boot_id"]
-    armed = armed_targets(root)
+    armed = arm.load(root)
     if settings.on_crash != "armed" or not armed or any(_seen(one, now) for one in ours):
         return None
     known = Catalog(root).all()
     items, boots = [], []
-    for target, facts in armed.items():
-        item = Item(target, str(facts.get("engine", "")), str(facts.get("container_id", "")), str(facts.get("name", "")), "save")
+    for target, one in armed.items():
+        item = Item(target, one.engine, one.container_id, one.name, "save")
         last = last_good(known, item)
         if last is not None and last.manifest.host.boot_id not in ("", now):
             items.append(item)
@@ -150,22 +147,13 @@ def _after_crash(root: Path, settings: HibernateSettings, ours: Sequence[Hiberna
     return made
 
 
-def armed_targets(root: Path) -> dict[str, dict[str, Any]]:
-    """What `ckpt arm` wrote down, by target; {} when that makes no sense."""
-    try:
-        found = json.loads((place.own(root) / ARMED_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {str(target): facts for target, facts in found.items() if isinstance(facts, dict)} if isinstance(found, dict) else {}
-
-
 def _seen(hibernation: Hibernation, boot_id: str) -> bool:
     return any(entry.get("resumed_in") == boot_id for entry in hibernation.entries() if "item" not in entry)
 
 
 def last_good(known: Sequence[Checkpoint], item: Item) -> Checkpoint | None:
     """The newest checkpoint of this very workload that was made for such a time."""
-    mine = [c for c in known if _is_of(c, item) and not c.entry.foreign and {ARMED, HIBERNATE} & set(c.entry.tags)]
+    mine = [c for c in known if _is_of(c, item) and not c.entry.foreign and {arm.TAG, HIBERNATE} & set(c.entry.tags)]
     return max(mine, key=when_s, default=None)
 
 
@@ -211,6 +199,7 @@ class _Resume:
         hibernation.write(
             "resumed", resumed_in=here["boot_id"], how={how: sum(one.how == how for one in back) for how in sorted({one.how for one in back})}
         )
+        guards.resume_over()
         return back, self.song
 
     def _settle(self, ids: set[str]) -> None:
@@ -341,5 +330,3 @@ def _by_after(items: Sequence[Item]) -> list[list[Item]]:
         left = [item for item in left if item not in free]
     return made
 
-
-__all__ = ["ARMED", "ARMED_FILE", "HIBERNATE", "SAVED", "Back", "Resumed", "armed_targets", "last_good", "layers", "resume"]

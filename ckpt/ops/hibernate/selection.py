@@ -121,7 +121,7 @@ def _named(target: Target, settings: HibernateSettings) -> tuple[NamedEngine, Co
         resolve.resolve(target)
     except CkptError:
         return (*_tree(trees[0]), trees[0])
-    raise TargetNotFound(f"{target.name!r} is a container, and a process tree of the file too", hint="name the container with its engine, podman:NAME")
+    raise TargetNotFound(f"{target.name!r} is a container, and a process tree too", hint="name the container with its engine, podman:NAME")
 
 
 def _tree(tree: Tree) -> tuple[NamedEngine, Container]:

@@ -1,0 +1,257 @@
+"""`ckpt undrain`: what was moved away by a drain comes back.
+
+This host fetches it: it starts `ckpt migrate --stdio` on the other one, over its own ssh, and puts it together with a `ckpt peer` here
+(peer/inherited.py). So the other host needs no way to this one, no key and no port.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ckpt.engines import registry
+from ckpt.errors import CannotConnect, CkptError, NeedsContinue, RemoteRefused, StateUnknown, TargetNotFound
+from ckpt.events import Emit, Notice
+from ckpt.host.run import PIPE as FROM_HERE
+from ckpt.host.run import CommandFailed, spawn
+from ckpt.ops import children, drainstate, faults, parallel, recover
+from ckpt.ops.drain import Report, Went
+from ckpt.peer import client
+from ckpt.store import drains
+from ckpt.store.drains import Drain, DrainItem, DrainState
+from ckpt.store.history import JOB_ID
+from ckpt.transports import ssh
+from ckpt.transports.https_peer import is_https
+
+ASK_LIMIT_S: Final = 60.0
+_ANSWER_CAP: Final = 8 << 20
+_LEAVE_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainRequest:
+    """What is to come back, and how."""
+
+    only: tuple[str, ...] = ()
+    """Names or targets; none: all."""
+    parallel: int = 4
+    bwlimit_bytes_s: int | None = None
+    """Of each of them: they come from different hosts."""
+    words: tuple[str, ...] = ()
+    """Options for the `ckpt migrate` there."""
+    ssh_options: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    """What they may have here beyond this host's policy, as KIND:VALUE."""
+
+
+def undrain(request: UndrainRequest, *, dry_run: bool = False, store_root: Path, emit: Emit) -> Report:
+    """Bring back what the newest drain moved away.
+
+    Raises:
+        TargetNotFound: this host was not drained, or there is no such workload among those that left.
+        BusyError: another ckpt is at it.
+        KeyboardInterrupt: nothing more was begun, what was under way is over.
+    """
+    for said in recover.sweep(store_root):
+        emit(Notice("undrain", said))
+    journal = Drain.newest(store_root)
+    if journal is None or journal.state == drains.UNDRAINED:
+        raise TargetNotFound("this host was not drained, or all is back", where="nothing was touched")
+    journal.acquire()
+    try:
+        drainstate.settle(journal, store_root=store_root, emit=emit)
+        states = journal.states()
+        items = [item for item in journal.items if states[item.target].state in drains.AWAY]
+        if unknown := [name for name in request.only if not any(name in (item.target, item.name) for item in items)]:
+            raise TargetNotFound(f"{unknown[0]!r} is not among what was moved away", hint=f"there are: {', '.join(i.name for i in items) or 'none'}")
+        items = [item for item in items if not request.only or {item.target, item.name} & set(request.only)]
+        if dry_run:
+            return Report(journal.id, tuple(_planned(item, states[item.target]) for item in items))
+        return _Undraining(request, journal, store_root, emit).run(items)
+    finally:
+        journal.release()
+
+
+class _Undraining:
+    """One run of it."""
+
+    def __init__(self, request: UndrainRequest, journal: Drain, root: Path, emit: Emit) -> None:
+        self.request = request
+        self.journal = journal
+        self.root = root
+        self.emit = emit
+        self.stop = threading.Event()
+        self.states = journal.states()
+        self.went: dict[str, Went] = {}
+        self.told: dict[str, dict[str, Any]] = {}
+        """Figures of the migrations."""
+
+    def run(self, items: Sequence[DrainItem]) -> Report:
+        """Groups stay together: one after the other, as they went."""
+        if items:
+            self.journal.write(drains.UNDRAINING)
+        groups: dict[str, list[DrainItem]] = {}
+        for item in items:
+            groups.setdefault(item.group or item.target, []).append(item)
+        works = {name: lambda name=name: self._group(groups[name]) for name in groups}
+        results = parallel.run_all(works, width=self.request.parallel, stop=self.stop)
+        for result in results.values():
+            if isinstance(result, BaseException) and not isinstance(result, parallel.Dropped):
+                raise result
+        states = self.journal.states()
+        if not any(state.state in drains.AWAY for state in states.values()):
+            self.journal.write(drains.UNDRAINED)
+            drains.unmark(self.root)
+        else:
+            drains.mark(self.root, self.journal)
+        rest = [_saved(item, states[item.target]) for item in self.journal.items if states[item.target].state == "saved"]
+        return Report(self.journal.id, (*(self.went[item.target] for item in items if item.target in self.went), *rest))
+
+    def _group(self, items: Sequence[DrainItem]) -> None:
+        for item in items:
+            if not self.stop.is_set():
+                self._back(item)
+
+    def _back(self, item: DrainItem) -> None:
+        destination = self._destination(item)
+        try:
+            state, reason = self._fetch(item, destination)
+        except CkptError as error:
+            self.went[item.target] = Went(
+                item.target, item.name, "moved", destination, self._id(item), item.memory_bytes, error.message, error
+            )
+            return
+        faults.point("undrain-back")
+        self.journal.write(state, item=item.target, reason=reason)
+        told = self.told.get(item.target, {})
+        went = Went(item.target, item.name, state, "", self._id(item), item.memory_bytes, reason, None, told)
+        if state == "changed":
+            went = replace(went, destination=destination, error=TargetNotFound(f"{item.name} was not brought back: {reason}"))
+        self.went[item.target] = went
+
+    def _destination(self, item: DrainItem) -> str:
+        return str(self.states[item.target].facts.get("destination") or item.destination)
+
+    def _id(self, item: DrainItem) -> str:
+        return str(self.states[item.target].facts.get("container_id") or item.container_id)
+
+    def _fetch(self, item: DrainItem, destination: str) -> tuple[str, str]:
+        """("returned" or "changed", why). Raises CkptError when it is still there."""
+        if is_https(destination):
+            hint = f"run there: ckpt migrate {item.target} root@THIS-HOST"
+            raise RemoteRefused(f"{item.name} is behind a ckpt serve, from which nothing can be fetched", where=f"{item.name} runs there", hint=hint)
+        if self.states[item.target].state == "returning":
+            self._mend(item, destination)
+        if drainstate.runs_here(replace(item, container_id=self._id(item))):
+            return "returned", "it runs here already"
+        if changed := self._changed(item, destination):
+            return "changed", changed
+        self.journal.write("returning", item=item.target)
+        faults.point("undrain-begin")
+        by_id = item.engine != "process"
+        prefix = registry.by_name(item.engine).prefixes[0]
+        target = f"{prefix}:{self._id(item)}" if by_id else item.target
+        limit = ["--bwlimit", str(self.request.bwlimit_bytes_s)] if self.request.bwlimit_bytes_s else []
+        ended = self._pull(destination, [*self.request.words, *limit, "--", target], item)
+        error = ended.error
+        if isinstance(error, NeedsContinue | StateUnknown) and JOB_ID.fullmatch(ended.job):
+            error = self._pull(destination, ["--continue", ended.job], item).error
+        if error is not None and not drainstate.runs_here(replace(item, container_id=self._id(item))):
+            error.where = error.where or f"{item.name} runs on {destination}"
+            raise error
+        self.told[item.target] = {key: ended.row.get(key) for key in ("total_s", "downtime_s", "sent_bytes")}
+        return "returned", ""
+
+    def _mend(self, item: DrainItem, destination: str) -> None:
+        """Finish what an undrain that was killed left in doubt on the other host."""
+        for row in self._jobs(destination):
+            if row.get("container_id") == self._id(item) and row.get("state") == "waiting" and JOB_ID.fullmatch(str(row.get("id"))):
+                error = self._pull(destination, ["--continue", str(row["id"])], item).error
+                if error is not None:
+                    raise error
+
+    def _changed(self, item: DrainItem, destination: str) -> str:
+        """Why what is there is not what went there; "" when it is. Raises CkptError when it cannot be asked."""
+        if item.engine == "process":
+            return ""
+        with client.connect(destination, ssh_options=self.request.ssh_options, purpose="check") as peer:
+            by_id = peer.call("facts", {"engine": item.engine, "id": self._id(item)}).get("names") or []
+            by_name = peer.call("facts", {"engine": item.engine, "name": item.name}).get("names") or []
+            there = peer.hostname
+        if not by_id:
+            return f"it is not on {there} any more" + (f"; another one is called {item.name} there" if by_name else "")
+        return "" if by_name else f"it has another name on {there}: to bring it back all the same, run there: ckpt migrate {self._id(item)[:12]} HOST"
+
+    def _jobs(self, destination: str) -> list[dict[str, Any]]:
+        """The migrations that wait on the other host."""
+        words = ["ckpt", "jobs", "--format", "json", "--filter", "kind=migrate", "--filter", "state=waiting"]
+        process = ssh.open(destination, words, self.request.ssh_options, batch=True)
+        try:
+            out, said = process.communicate(timeout=ASK_LIMIT_S)
+        except BaseException as error:
+            process.kill()
+            process.wait()
+            if isinstance(error, Exception):
+                raise CannotConnect(f"{destination} did not say which migrations wait there") from error
+            raise
+        if process.returncode:
+            raise ssh.explain(destination, process.returncode, said.decode(errors="replace"))
+        try:
+            rows = json.loads(out[:_ANSWER_CAP])["results"]
+        except (ValueError, RecursionError, TypeError, KeyError):
+            raise CannotConnect(f"{destination} gave no sensible answer about its migrations") from None
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    def _pull(self, destination: str, words: Sequence[str], item: DrainItem) -> children.Ended:
+        """Run `ckpt migrate --stdio` there, its link a `ckpt peer` here."""
+        allow = [word for one in self.request.allow for word in ("--allow", one)]
+        argv = ssh.argv(destination, ["ckpt", "migrate", "--stdio", "--format", "jsonl", *words], self.request.ssh_options, batch=True)
+        from_there, to_here = os.pipe()
+        from_here, to_there = os.pipe()
+        try:
+            with os.fdopen(from_there, "rb") as inp, os.fdopen(to_there, "wb") as out, open(os.devnull, "wb") as null:
+                # Whoever is root there need not be root here: what comes is judged by this host's policy.
+                peer = children.start(["peer", "--guest", *allow, "--store", str(self.root)], stdin=inp, stdout=out, stderr=null)
+            with os.fdopen(from_here, "rb") as inp, os.fdopen(to_here, "wb") as out:
+                process = spawn(argv, stdin=inp, stdout=out, stderr=FROM_HERE, new_session=True)
+        except CommandFailed as error:
+            raise CannotConnect(f"cannot fetch from {destination}: {error.reason}") from error
+        try:
+            ended = children.follow(process, emit=self._emit_as(item), stopped=lambda: False)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            until_s = time.monotonic() + _LEAVE_S
+            while peer.poll() is None and time.monotonic() < until_s:
+                time.sleep(0.02)
+            if peer.poll() is None:
+                peer.terminate()
+            peer.wait()
+        if not ended.row and ended.returncode in (255, 127):
+            return replace(ended, error=ssh.explain(destination, ended.returncode, ended.said))
+        return ended
+
+    def _emit_as(self, item: DrainItem) -> Emit:
+        """Under the name that it has here: there it is asked for by its id."""
+
+        def emit(event: Any) -> None:
+            self.emit(replace(event, target=item.target))
+
+        return emit
+
+
+def _planned(item: DrainItem, state: DrainState) -> Went:
+    destination = str(state.facts.get("destination") or item.destination)
+    return Went(item.target, item.name, "planned", destination, str(state.facts.get("container_id") or item.container_id), item.memory_bytes)
+
+
+def _saved(item: DrainItem, state: DrainState) -> Went:
+    reason = f"it was saved, not moved: ckpt restore {item.name}" if "/" not in str(state.facts.get("ref")) else str(state.facts.get("reason"))
+    return Went(item.target, item.name, "saved", "", item.container_id, item.memory_bytes, reason, None, state.facts)

@@ -1,0 +1,68 @@
+"""drain, undrain and watch: all containers of a host go to two others and come back, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, start_counter, state
+from tests.lab.harness import Lab
+from tests.lab.harness.host import Host
+
+THREE = pytest.mark.parametrize("lab_options", [{"hosts": ("a", "b", "c")}], ids=["three"])
+
+
+def drained(host: Host, *words: str, code: int | None = 0, env: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """`ckpt drain` with these words; its rows by name."""
+    done = host.run(["ckpt", "drain", "--format", "json", *words], check=False, timeout_s=120, env=env)
+    assert code is None or done.returncode == code, done
+    return {row["name"]: row for row in json.loads(done.stdout)["results"]} if code is not None else {}
+
+
+@THREE
+def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
+    a, b, c = lab
+    names = [f"c{number}" for number in range(4)]
+    for name in names:
+        start_counter(a, name)
+    start_counter(a, "stays", "--label", "ckpt.migratable=false")
+    start_counter(a, "fails")
+    for host in (b, c):
+        refuse(host, a.run(["podman", "inspect", "--format", "{{.Id}}", "fails"]).stdout.strip())
+    before = {name: last_tick(a, name) for name in names}
+
+    planned = drained(a, "--to", "root@b,root@c", "--dry-run", code=100)
+    assert {row["state"] for row in planned.values()} == {"planned", "skipped"} and state(a, "c0") == "running"
+
+    killed = a.run(["ckpt", "drain", "--to", "root@b,root@c", "--parallel", "2"], check=False, env={"CKPT_FAULT": "drain-moved:kill"}, timeout_s=60)
+    assert killed.returncode in (-9, 137), killed
+    rows = drained(a, "--resume", code=50)
+    assert {name: rows[name]["state"] for name in names} == dict.fromkeys(names, "moved"), rows
+    assert rows["fails"]["state"] == "failed" and state(a, "fails") == "running" and counts_on(a, "fails")
+    assert rows["stays"]["state"] == "skipped" and counts_on(a, "stays")
+    where = {name: {"root@b": b, "root@c": c}[rows[name]["destination"]] for name in names}
+    assert set(map(id, where.values())) == {id(b), id(c)}, "both hosts take some"
+    for name in names:
+        assert state(a, name) == "" and counts_on(where[name], name)
+        assert_never_back(where[name], name, before[name])
+    assert "drained" in a.run(["ckpt", "list"]).stderr
+    b_has = [name for name in names if where[name] is b]
+    killed = a.run(["ckpt", "undrain", "--only", b_has[0]], check=False, env={"CKPT_FAULT": "undrain-back:kill"}, timeout_s=60)
+    assert killed.returncode in (-9, 137), killed
+    back = a.run(["ckpt", "undrain", "--format", "json"], timeout_s=120).stdout
+    assert {row["state"] for row in json.loads(back)["results"]} == {"returned"}
+    for name in names:
+        assert state(where[name], name) == "" and counts_on(a, name)
+        assert_never_back(a, name, before[name])
+    assert "drained" not in a.run(["ckpt", "list"]).stderr
+    assert_clean(a, b, c)
+
+
+def refuse(host: Host, container_id: str) -> None:
+    """The host's runtime cannot restore this container."""
+    path = host.run(["sh", "-c", "command -v crun"]).stdout.strip()
+    host.run(["mv", path, f"{path}.real"])
+    script = f'#!/bin/sh\ncase " $* " in *--help*) ;; *" restore "*{container_id}*) echo boom >&2; exit 1;; esac\nexec {path}.real "$@"\n'
+    host.write_file(path, script, mode=0o755)
