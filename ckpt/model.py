@@ -227,7 +227,7 @@ class RestoreOptions:
     on_demand: bool = False
     """With `lazy`: of its memory only that follows which it touches, so that the rest stays shared with other copies."""
     unpublished: bool = False
-    """A copy without ports of the host, unless `publish` names some: the original has its own."""
+    """A copy without ports of the host, unless `publish` names some: the original has its own. With `checked`, nobody has its name either."""
     tcp_close: bool = False
     """Established TCP connections come back closed: the workload finds them reset, its peers hear so at their next word."""
     cold: bool = False

@@ -183,9 +183,6 @@ class RunsNew(Protocol):
     def last_words(self, container: Container, lines: int) -> str:
         """The last lines of its log; best effort."""
 
-    def command_succeeds(self, container: Container, command: str, timeout_s: float) -> bool:
-        """Whether a shell command ends with 0 inside. Never raises."""
-
     def discard(self, container: Container) -> None:
         """End it at once and remove it. Raises StateUnknown."""
 

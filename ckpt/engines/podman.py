@@ -266,7 +266,7 @@ class Podman:
         job.write(
             "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
         )
-        if not options.checked or options.name:
+        if not options.checked or (options.name and not options.unpublished):
             self._refuse(manifest, options)
         _podman_apparmor.ensure(stage / SPEC, lambda: self._load_profile(manifest))
         if options.cold:
@@ -436,12 +436,6 @@ class Podman:
         except CommandFailed:
             return ""
         return "\n".join((result.text + "\n" + result.error_text).strip().splitlines()[-lines:])
-
-    def command_succeeds(self, container: Container, command: str, timeout_s: float) -> bool:
-        try:
-            return podman("container", "exec", container.id, "/bin/sh", "-c", command, check=False, timeout_s=timeout_s).ok
-        except CommandFailed:
-            return False
 
     def discard(self, container: Container) -> None:
         result = podman("container", "rm", "--force", "--ignore", "--time", "0", container.id, check=False)

@@ -15,19 +15,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
-from ckpt.engines.base import Engine
-from ckpt.errors import BusyError, CkptError, DumpFailed, EngineUnavailable, FeatureMissing, TargetNotFound, UsageError
+from ckpt.engines.base import CarriesContainerImages, Engine
+from ckpt.errors import BusyError, CkptError, DumpFailed, EngineUnavailable, FeatureMissing, RestoreFailed, TargetNotFound, UsageError
 from ckpt.events import Emit, Notice
 from ckpt.model import Checkpoint, Container, DumpOptions, RestoreOptions, Target
 from ckpt.ops import checkpoint as saving
 from ckpt.ops import faults, mark, parallel, recover, resolve, warm
 from ckpt.ops import restore as restoring
 from ckpt.ops.result import Outcome, failure
-from ckpt.ops.unpack import unpack
+from ckpt.ops.unpack import Unpacking
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT
 
@@ -108,7 +108,7 @@ def bring(
     manifest = source.manifest
     can = registry.by_name(manifest.engine).probe()
     # Two cannot have one address, and a connection has but one other end.
-    fresh = replace(options, unpublished=True, ignore_static_ip=True, ignore_static_mac=True, tcp_established=False, tcp_close=True)
+    fresh = replace(options, checked=True, unpublished=True, ignore_static_ip=True, ignore_static_mac=True, tcp_established=False, tcp_close=True)
     chosen = replace(fresh, lazy=options.lazy and can.lazy)
     if chosen.lazy:
         try:
@@ -116,6 +116,9 @@ def bring(
         except FeatureMissing as error:
             emit(Notice(source.ref, f"each copy gets memory of its own: {error.message}", warning=True))
             chosen = replace(chosen, lazy=False)
+    image, engine = manifest.container_image, registry.by_name(manifest.engine)
+    if can.container_images and image is not None and not cast(CarriesContainerImages, engine).has_container_image(image.id):
+        raise RestoreFailed(f"container image {image.name} ({image.id[:12]}) is missing here", where="nothing was touched")
     if manifest.volumes and not options.ignore_volumes:
         names = ", ".join(name for name, _ in manifest.volumes)
         emit(Notice(source.ref, f"all copies share the volume{'s' if len(manifest.volumes) > 1 else ''} {names}", warning=True))
@@ -123,22 +126,26 @@ def bring(
     with catalog.lease_fd(source) as lease:
         draft = catalog.begin(manifest.name)
         try:
-            took_s = unpack(catalog, source, draft.stage, lazy=False, emit=emit, label=source.ref)
-            faults.point("clone-unpacked")
-
+            unpacking = Unpacking(catalog, source, draft.stage, emit=emit, label=source.ref)
             def one(copy: Copy) -> Outcome:
                 mine = replace(chosen, name=copy.name, publish=copy.publish)
-                shared = restoring.Source(source.ref, manifest, draft, source, lease, unpacked=True)
+                shared = restoring.Source(source.ref, manifest, draft, source, lease, unpacked=unpacking.wait)
                 try:
                     outcome = restoring.bring_back(shared, mine, catalog, emit)
                 except CkptError as error:
                     if all_or_none:
                         stop.set()
                     return failure(copy.name, error)
-                return replace(outcome, target=copy.name, stats={**outcome.stats, "materialize_s": round(took_s, 6)})
+                return replace(outcome, target=copy.name, stats={**outcome.stats, "materialize_s": round(unpacking.took_s, 6)})
 
             works = {copy.name: partial(one, copy) for copy in copies}
-            results = parallel.run_all(works, width=width or 2 * (os.cpu_count() or 1), stop=stop)
+            try:
+                if not chosen.lazy:
+                    unpacking.wait()
+                faults.point("clone-unpacking")
+                results = parallel.run_all(works, width=width or 2 * (os.cpu_count() or 1), stop=stop)
+            finally:
+                unpacking.wait()  # when that failed, so did all
         finally:
             draft.close()
             catalog.sweep()  # what no keeper has a share in

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from ckpt.engines import _hold
-from ckpt.engines.base import Engine, RunsNew
+from ckpt.engines.base import Engine, ExecsInside, RunsNew
 from ckpt.errors import CkptError, TargetNotFound, UsageError
 from ckpt.host import beneath, netns, run
 from ckpt.model import Container
@@ -115,7 +115,10 @@ def _tried(engine: Engine, container: Container, probe: Probe, end: float) -> bo
     pid = container.pid or 0
     if probe.kind == "cmd":
         limit_s = max(0.5, min(COMMAND_LIMIT_S, end - time.monotonic()))
-        return isinstance(engine, RunsNew) and engine.command_succeeds(container, probe.value, limit_s)
+        try:
+            return isinstance(engine, ExecsInside) and engine.exec_in(container, ["/bin/sh", "-c", probe.value], limit_s).ok
+        except (CkptError, run.CommandFailed):
+            return False
     try:
         if probe.kind == "file":
             root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -16,6 +16,7 @@ import pytest
 
 from ckpt.errors import BusyError, CkptError, RestoreFailed, UsageError
 from ckpt.events import Event
+from ckpt.host import run
 from ckpt.model import Container, ContainerImage, DumpOptions, RestoreOptions
 from ckpt.ops import clone, copies, readiness, warmstart
 from ckpt.ops.readiness import NotReady, Probe
@@ -106,8 +107,8 @@ class Toy:
     def last_words(self, container: Container, lines: int) -> str:
         return "\n".join(self.log.read_text().splitlines()[-lines:])
 
-    def command_succeeds(self, container: Container, command: str, timeout_s: float) -> bool:
-        return subprocess.run(["sh", "-c", command], timeout=timeout_s, check=False).returncode == 0
+    def exec_in(self, container: Container, argv: Any, timeout_s: float, **more: Any) -> run.Result:
+        return run.run(argv, timeout_s=timeout_s, check=False)
 
     def run_command(self, name: str, arguments: Any, publish: Any) -> list[str]:
         return []
