@@ -38,7 +38,8 @@ def measure(case: Case, way: str, wheel: Path) -> tuple[Figures, dict[str, int]]
         Skipped: there is no such way.
     """
     with lab_for(case, wheel=wheel) as lab, PeakWatcher(lab) as peaks:
-        figures = {"migrate": _migrate, "store": _store, "dedup": _dedup, "archive": _archive, "own": _own, "clone": _clone}[case.kind](lab, case, way)
+        kinds = {"migrate": _migrate, "store": _store, "dedup": _dedup, "archive": _archive, "own": _own, "clone": _clone}
+        figures = kinds[case.kind](lab, case, way)
     return {key: round(value, 4) for key, value in figures.items()}, dict(sorted(peaks.peak_bytes.items()))
 
 
