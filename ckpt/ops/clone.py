@@ -129,7 +129,7 @@ def bring(
             unpacking = Unpacking(catalog, source, draft.stage, emit=emit, label=source.ref)
             def one(copy: Copy) -> Outcome:
                 mine = replace(chosen, name=copy.name, publish=copy.publish)
-                shared = restoring.Source(source.ref, manifest, draft, source, lease, unpacked=unpacking.wait)
+                shared = restoring.Source(copy.name, manifest, draft, source, lease, unpacked=unpacking.wait)
                 try:
                     outcome = restoring.bring_back(shared, mine, catalog, emit)
                 except CkptError as error:

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ckpt.criu import lazy
+from ckpt.criu import lazy, tree
+from ckpt.errors import BusyError
 from ckpt.store import place
 from ckpt.store.job import Job
 
@@ -25,6 +26,9 @@ def bring_rest(root: Path, pid: int, limit_s: float = FILL_LIMIT_S) -> bool:
 
     Returns:
         Whether there was anything to do.
+
+    Raises:
+        BusyError: nobody is there any more to bring it, or it takes too long.
     """
     jobs = place.jobs(root)
     for directory in sorted(jobs.iterdir()) if pid and jobs.is_dir() else []:
@@ -33,10 +37,17 @@ def bring_rest(root: Path, pid: int, limit_s: float = FILL_LIMIT_S) -> bool:
         plan = facts.get("lazy")
         if job.state != "serving" or facts.get("restored_pid") != pid or not isinstance(plan, dict) or not plan.get("on_demand"):
             continue
+        name, keeper = str(facts.get("name", "")), int(facts.get("keeper_pid", 0))
         with suppress(OSError):
             (directory / FILL).touch(mode=0o600)
         end = time.monotonic() + limit_s
-        while directory.exists() and lazy.running(directory) and time.monotonic() < end:
+        while directory.exists() and lazy.running(directory):
+            found = tree.stat(keeper)
+            if found is None or not found.alive:
+                why = f"{name} cannot be saved: the process that could bring the rest of its memory is gone"
+                raise BusyError(why, where=f"{name} is running, with the memory that it asks for", hint="make another copy")
+            if time.monotonic() > end:
+                raise BusyError(f"the memory of {name} is not all there after {limit_s:g} s", where=f"{name} is running", hint="try again")
             time.sleep(lazy.POLL_S)
         return True
     return False

@@ -11,6 +11,12 @@ from tests.lab.harness.host import HostResult
 
 PORT = "7000"
 MIB = 48
+FACTS = """for job in /var/lib/ckpt/jobs/*; do
+    python3 -c 'import json, sys; facts = {}
+for line in open(sys.argv[1] + "/journal.jsonl"): facts.update(json.loads(line))
+print(json.dumps({**facts, **json.load(open(sys.argv[1] + "/lazy.json"))}))' $job
+done"""
+"""What the journals of the restores say, and which daemon is whose."""
 
 
 def inspect(host: Host, name: str, form: str) -> str:
@@ -110,6 +116,15 @@ def test_a_clone_that_is_killed_leaves_whole_copies_or_none(lab: Lab) -> None:
     assert [state(host, f"web-{number}") for number in (1, 2, 3)] == ["", "", ""]
     assert host.run(argv, check=False).returncode == 0
     assert [answer(host, f"web-{number}") > 0 for number in (1, 2, 3)] == [True] * 3
+    # Whose keeper is killed serves on; whose daemon is ends, rather than go on with wrong memory.
+    jobs = [json.loads(text) for text in host.run(["sh", "-c", FACTS]).stdout.splitlines()]
+    of = {job["name"]: job for job in jobs}
+    host.run(["kill", "-9", str(of["web-1"]["keeper_pid"])])
+    host.run(["kill", "-9", str(of["web-2"]["pid"])])
+    wait_until(lambda: state(host, "web-2") == "exited", "web-2 has ended")
+    assert [answer(host, "web-1") for _ in range(3)] == [answer(host, "web-3") + more for more in range(3)]
+    orphan = host.run(["ckpt", "checkpoint", "web-1"], check=False)
+    assert orphan.returncode == 11 and "is gone" in orphan.stderr
     again = host.run(argv, check=False)
     assert again.returncode == 11 and "web-1, web-2, web-3" in again.stderr
     host.run(["podman", "rm", "-f", "-t", "0", "web-1", "web-2", "web-3"])
