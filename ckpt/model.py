@@ -98,6 +98,8 @@ class Container:
     """Id of its pod."""
     units: tuple[str, ...] = ()
     """systemd units that own it and would start it cold."""
+    restarts: bool = False
+    """Its engine starts it anew by itself as soon as it ends (podman-run(1): --restart)."""
     infra: bool = False
     """It only holds its pod's namespaces; there is nothing in it to save."""
 

@@ -147,6 +147,8 @@ class PodmanHeldDump:
 
     def end(self) -> None:
         _hold.end_before_verdict(self.job, self.container.pid, self.container.name)
+        if self.container.restarts:
+            _podman("container", "update", "--restart", "no", self.container.id)
         self.job.decide("0")
         code = _hold.runtime_exit(self.job, UNDO_LIMIT_S)
         gone = _hold.wait_gone(self.container.pid or 0, UNDO_LIMIT_S) if self.container.pid else True

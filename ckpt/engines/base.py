@@ -196,6 +196,14 @@ class HasProfile(Protocol):
 
 
 @runtime_checkable
+class StaysEnded(Protocol):
+    """What an engine offers besides that starts containers anew by itself when they end."""
+
+    def stay_ended(self, container: Container) -> None:
+        """Let this one alone when it ends, until it is restored. Best effort, never raises."""
+
+
+@runtime_checkable
 class DescribesMany(Protocol):
     """What an engine offers besides that can be asked for several containers in one call."""
 

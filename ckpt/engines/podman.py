@@ -12,7 +12,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -128,6 +128,11 @@ class Podman:
         if not result.ok:
             raise TargetNotFound(f"podman has no container {container.name or container.id}")
         return container_from_inspect(json.loads(result.stdout)[0])
+
+    def stay_ended(self, container: Container) -> None:
+        # What it comes back from has the policy that it had (config.dump). Podman before 5.1 cannot change it.
+        with suppress(CommandFailed, EngineUnavailable):
+            podman("container", "update", "--restart", "no", container.id)
 
     def describe_many(self, containers: Sequence[Container]) -> list[Container]:
         if not containers:

@@ -59,6 +59,7 @@ def checkpoint(
     emit: Emit,
     keep_going: bool = False,
     outgoing: trust.Outgoing = trust.OPEN,
+    tags: Sequence[str] = (),
 ) -> list[Outcome]:
     """Save each target to the store and end it (or not: `options.leave_running`).
 
@@ -69,6 +70,7 @@ def checkpoint(
         all: every running container, instead of `targets`.
         latest: the container created last, instead of `targets`.
         outgoing: its key signs the checkpoint.
+        tags: what it is marked with from its first moment in the store.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -83,6 +85,7 @@ def checkpoint(
     catalog = Catalog(store_root)
 
     def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
+        draft.tags = tuple(tags)
         return draft.commit(manifest, sign=outgoing.signer()), {}
 
     for label, engine, container in found:

@@ -25,7 +25,7 @@ from typing import Any, Final
 import ckpt
 from ckpt.criu import action, lazy, tree
 from ckpt.engines import registry
-from ckpt.engines.base import Engine
+from ckpt.engines.base import Engine, StaysEnded
 from ckpt.errors import CkptError
 from ckpt.host import announce, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
@@ -34,6 +34,7 @@ from ckpt.ops import groupjob, journald, knobs
 from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.store.journal import Journal
 
 FINAL: Final = ("done", "rolled-back")
 """Journal states after which nothing is left to do."""
@@ -58,8 +59,8 @@ def guard_argv(directory: Path) -> list[str]:
     return [sys.executable or "/usr/bin/python3", "-I", "-c", _GUARD, parent, str(directory)]
 
 
-def start_guard(job: Job) -> Process | None:
-    """Start the guard of a job that this process owns. None when it cannot be started: the next command's sweep is left."""
+def start_guard(job: Job | Journal) -> Process | None:
+    """Start the guard of a job, or of several, that this process owns. None when it cannot be started: the next command's sweep is left."""
     try:
         with open(job.directory / "guard.log", "ab") as log:
             return spawn(guard_argv(job.directory), cwd="/", stderr=log, new_session=True)
@@ -219,6 +220,11 @@ def close(job: Job, guard: Process | None) -> None:
     job.release()
 
 
+def dismiss(guard: Process | None) -> None:
+    """End the guard of a journal; its owner still has the lock."""
+    _dismiss(guard)
+
+
 def hand_over(job: Job, guard: Process | None) -> None:
     """Leave a job whose restore was lazy to the keeper of its memory; the guard goes."""
     _dismiss(guard)
@@ -350,9 +356,11 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
     """Give a committed job's waiting action-script its verdict and wait until the engine agrees."""
     if kind == "checkpoint" and facts.get("leave_running"):
         return  # it went on before the commit
+    wanted = kind == "restore"
+    if not wanted and isinstance(engine, StaysEnded):
+        engine.stay_ended(Container(engine.name, str(facts.get("container_id", "")), str(facts.get("name", "")), "running"))
     job.decide("0")
     traffic.unblock(job.directory)
-    wanted = kind == "restore"
     name, identity = str(facts.get("name", "")), str(facts.get("new_container_id") or facts.get("container_id") or "")
 
     def meant(container: Container) -> bool:

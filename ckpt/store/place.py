@@ -17,6 +17,7 @@ from ckpt.host import filesystem
 DEFAULT_ROOT: Final = Path("/var/lib/ckpt")
 _AWAY: Final = "away"
 _STORE: Final = "store"
+HIBERNATIONS: Final = "hibernate"
 
 
 def own(root: Path) -> Path:
@@ -49,7 +50,7 @@ def history(root: Path) -> Path:
 
 def hibernations(root: Path) -> Path:
     """What was saved of this host, for the time after its next start, to the store at `root`."""
-    return own(root) / "hibernate"
+    return own(root) / HIBERNATIONS
 
 
 def drains(root: Path) -> Path:

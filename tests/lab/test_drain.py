@@ -24,7 +24,7 @@ def drained(host: Host, *words: str, code: int | None = 0, env: dict[str, str] |
 @THREE
 def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     a, b, c = lab
-    names = [f"c{number}" for number in range(4)]
+    names = [f"c{number}" for number in range(3)]
     for name in names:
         start_counter(a, name)
     start_counter(a, "stays", "--label", "ckpt.migratable=false")
@@ -57,6 +57,13 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
         assert state(where[name], name) == "" and counts_on(a, name)
         assert_never_back(a, name, before[name])
     assert "drained" not in a.run(["ckpt", "list"]).stderr
+    a.write_file("/tmp/notice", "")
+    words = ["--on", "test -e /tmp/notice", "--every", "100ms", "--once", "--exclude", "fails", "--format", "json", "--else-checkpoint", "store"]
+    noticed = a.run(["ckpt", "watch", *words, "--to", "root@b,10.77.0.99", "--ssh-option", "ConnectTimeout=1"], check=False, timeout_s=100)
+    assert noticed.returncode == 100, noticed
+    rows = {row["name"]: row for row in json.loads(noticed.stdout)["results"]}
+    assert {rows[name]["state"] for name in names} == {"moved"}, rows
+    assert all(counts_on(b, name) for name in names)
     assert_clean(a, b, c)
 
 

@@ -50,9 +50,7 @@ def python(host: Host, script: str, *args: str) -> str:
 
 def resume(host: Host, *options: str, fault: str = "") -> tuple[int, dict[str, dict[str, Any]], str]:
     """Exit code, rows by target, what was said on stderr."""
-    interpreter = host.run(["sh", "-c", "head -n 1 $(command -v ckpt) | cut -c 3-"]).stdout.split()
-    run = "import sys; from ckpt.cli import app, main; app.VERBS['resume'] = 'ckpt.cli.hibernate_resume'; sys.exit(main.main())"
-    done = host.run([*interpreter, "-c", run, "resume", "--format", "json", *options], env={"CKPT_FAULT": fault} if fault else {}, check=False)
+    done = host.run(["ckpt", "hibernate", "resume", "--format", "json", *options], env={"CKPT_FAULT": fault} if fault else {}, check=False)
     rows = json.loads(done.stdout)["results"] if done.stdout else []
     return done.returncode, {row["name"]: row for row in rows}, done.stderr
 

@@ -25,7 +25,7 @@ from ckpt.events import Emit, Notice
 from ckpt.host import systemd
 from ckpt.host.run import CommandFailed
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import faults, proof
+from ckpt.ops import faults, journald, proof
 from ckpt.ops import restore as restoring
 from ckpt.ops.hibernate import guards, leavings
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung
@@ -218,16 +218,18 @@ class Climb:
         said = self.error.to_json() if self.error is not None else None
         self.note_down(how, rungs=self.tried, error=said, **({"note": self.note} if self.note else {}))
         priority = 3 if how == "failed" else 4 if how == "cold" else 6
-        fields: dict[str, str | float | None] = {
-            "CKPT_HIBERNATION": self.hibernation.id,
-            "CKPT_TARGET": self.item.target,
-            "CKPT_ID": self.checkpoint.manifest.id if self.checkpoint is not None else None,
-            "CKPT_PHASE": "resume",
-            "CKPT_RESULT": how,
-            "CKPT_TOTAL_S": round(self.took_s, 6),
-            "CKPT_ERROR": self.error.message if self.error is not None else None,
-        }
-        systemd.journal(f"{self.label}: {how}" + (f" ({self.error.message})" if self.error is not None else ""), priority=priority, **fields)
+        error = self.error.message if self.error is not None else ""
+        journald.tell(
+            f"{self.label}: {how}" + (f" ({error})" if error else ""),
+            phase="resume",
+            result=how,
+            id=self.hibernation.id,
+            target=self.item.target,
+            checkpoint=self.checkpoint.manifest.id if self.checkpoint is not None else "",
+            total_s=self.took_s,
+            error=error,
+            priority=priority,
+        )
 
     def _first_failure(self) -> str:
         """Why the first rung did not hold, also when an earlier resume tried it; "" when none failed."""

@@ -91,12 +91,15 @@ def resume(
         systemd.notify(found)
         return Resumed(reason=found)
     warm.imports(*warm.OUT_OF_CHUNKS)
+    guard = None
     try:
-        found.acquire()
+        _own(found)
+        guard = recover.start_guard(found)
         if found.state in OVER:
             return Resumed(reason=f"hibernation {found.id} is over already")
         back, song = _Resume(found, store_root, settings, rungs, width or settings.parallel_shutdown, emit).run()
     finally:
+        recover.dismiss(guard)
         found.release()
     return Resumed(found.id, "", back, song, time.monotonic() - began)
 
@@ -121,6 +124,19 @@ def _which(root: Path, settings: HibernateSettings, same_boot: bool) -> Hibernat
     if crash is not None:
         return crash
     return "nothing was saved" if newest is None else f"hibernation {newest.id} is over: everything is back already"
+
+
+def _own(hibernation: Hibernation) -> None:
+    """Become its owner; the guard of a dead one may have it for a while. Raises BusyError."""
+    end = time.monotonic() + GUARDS_LIMIT_S
+    while True:
+        try:
+            hibernation.acquire()
+            return
+        except BusyError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_POLL_S)
 
 
 def _after_crash(root: Path, settings: HibernateSettings, ours: Sequence[Hibernation]) -> Hibernation | None:
