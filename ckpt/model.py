@@ -230,6 +230,10 @@ class RestoreOptions:
     """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
+    on_demand: bool = False
+    """With `lazy`: of its memory only that follows which it touches, so that the rest stays shared with other copies."""
+    unpublished: bool = False
+    """A copy without ports of the host, unless `publish` names some: the original has its own. With `checked`, nobody has its name either."""
     tcp_close: bool = False
     """Established TCP connections come back closed: the workload finds them reset, its peers hear so at their next word."""
     cold: bool = False

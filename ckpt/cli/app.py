@@ -25,6 +25,8 @@ VERBS: Final = {
     "diff": "ckpt.cli.diff",
     "snapshot": "ckpt.cli.snapshot",
     "rewind": "ckpt.cli.rewind",
+    "clone": "ckpt.cli.clone",
+    "run": "ckpt.cli.run",
     "reboot": "ckpt.cli.reboot",
     "hibernate": "ckpt.cli.hibernate",
     "copy": "ckpt.cli.copy",

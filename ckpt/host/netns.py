@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 _CLONE_NEWNET: Final = 0x40000000
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 16, 18, 20, 21, 22
@@ -24,6 +24,7 @@ _IFA_F_NODAD, _IFA_F_DADFAILED, _IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 _ARPHRD_ETHER: Final = 1
 _MS_BIND, _MNT_DETACH, _SIOCSIFFLAGS = 4096, 2, 0x8914
 LIMIT_S: Final = 2.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,35 @@ def thread(namespace: int, body: Callable[[], None], failed: Callable[[str], Non
             failed(str(error))
 
     return threading.Thread(target=run, name="ckpt-netns", daemon=True)
+
+
+def call(pid: int, body: Callable[[], T], limit_s: float) -> T:
+    """What `body` returns, called in the network namespace of a process (setns(2)). It sees to its own time limits.
+
+    Raises:
+        OSError: of `body`, or there is no such process; TimeoutError: `body` did not come to an end in that time.
+    """
+    found: list[T] = []
+    failed: list[OSError] = []
+
+    def run() -> None:
+        try:
+            found.append(body())
+        except OSError as error:
+            failed.append(error)
+
+    namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        worker = thread(namespace, run, lambda text: failed.append(OSError(text)))
+        worker.start()
+        worker.join(limit_s)
+    finally:
+        os.close(namespace)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError("no answer in time")
+    return found[0]
 
 
 def addresses() -> Iterator[Address]:

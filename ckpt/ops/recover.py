@@ -250,6 +250,8 @@ def _served(job: Job) -> str:
     """A lazy restore that nobody owns: left while its daemon runs; afterwards only what a dead keeper did not remove is left of it."""
     facts = job.facts
     keeper = tree.stat(int(facts.get("keeper_pid", 0)))
+    if (keeper is None or not keeper.alive) and not tree.same(int(facts.get("restored_pid", 0)), int(facts.get("restored_ticks", 0))):
+        lazy.end(job.directory)  # one that brings only what is asked for would not end by itself
     if lazy.running(job.directory) or (keeper is not None and keeper.alive and str(job.directory) in tree.argv(keeper.pid)):
         return "left"
     job.write("done", by="sweep")

@@ -61,6 +61,9 @@ class Source:
     """The lock that keeps `checkpoint` in the store."""
     signed: bool = False
     """A signature was asked for, and is there."""
+    unpacked: Callable[[], None] | None = None
+    """It is being unpacked into the draft by the caller, for several restores at once (of lazy ones, the last keeper removes it): waits until
+    all of it is there, before CRIU looks. Raises what went wrong with that."""
 
     @property
     def made_here(self) -> bool:
@@ -185,7 +188,7 @@ def prepare(
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     hooks = hooking.gather(source.label, engine, consent.Labels(), enabled=options.hooks, emit=emit, facts=_hook_facts(source, options))
     stats: Figures = {}
-    if source.checkpoint is not None:
+    if source.checkpoint is not None and source.unpacked is None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
     faults.point("verified")
@@ -260,6 +263,8 @@ class Attempt:
             faults.point("filling")
             if not options.ignore_rootfs:
                 self.warn(rootfs.apply(stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES, root))
+            if self.source.unpacked is not None:
+                self.source.unpacked()
 
         def volume_ready(name: str, directory: Path) -> None:
             tar = stage / "volumes" / f"{name}.tar"
@@ -282,8 +287,12 @@ class Attempt:
 
     def _keeper(self) -> lazy.Keeper:
         source = self.source
+        demand = self.options.on_demand
+        if source.unpacked is not None:
+            fds = tuple(fd for fd in (source.draft.fileno(), source.lease_fd) if fd >= 0)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=fds, draft=True, shared=True, on_demand=demand)
         if source.checkpoint is None:
-            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True, on_demand=demand)
         return lazy.Keeper(
             self.job,
             source.draft.stage,
@@ -292,6 +301,7 @@ class Attempt:
             memory="chunks",
             criu_version=features.version_text(),
             checkpoint_id=source.checkpoint.manifest.id,
+            on_demand=demand,
         )
 
     def release(self) -> None:
@@ -477,6 +487,8 @@ def _runs(manifest: Manifest) -> bool:
 def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions, source: Source) -> Container | None:
     """The stopped container that the restored one replaces; BusyError for one that runs, or for another of the same name."""
     if options.name is not None:
+        if options.checked:
+            return None
         if any(c.name == options.name for c in engine.find(options.name)):
             raise BusyError(f"there is a container {options.name!r} already", hint="choose another name, or remove it first")
         return None
