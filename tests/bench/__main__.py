@@ -114,7 +114,7 @@ class Bench:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=PLANS, default="quick", help="quick: most bars, crun; full: all bars and the plot; trial: small sizes; hibernate")
+    parser.add_argument("--plan", choices=PLANS, default="quick", help="quick: most bars, crun; full: all bars and the plot; trial; hibernate")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing that would end later than this")
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these of podman, ckpt, precopy, postcopy, criu")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only these cases, or those with one of these in their name (--list shows them)")

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.bench.cases import DIRTIED, GENERATIONS, HIBERNATED, Case, Sizes
+from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, HIBERNATED, Case, Sizes
 from tests.bench.results import MIB, Medians, bars, size
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -16,8 +16,8 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(medians: Medians, sizes: Sizes) -> list[Table]:
-    stores = [_stores(medians), _dedups(medians), _archives(medians)]
-    made = [_migrations(medians), *stores, _hibernations(medians), _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
+    stores = [_stores(medians), _dedups(medians), _archives(medians), _clones(medians), _hibernations(medians)]
+    made = [_migrations(medians), *stores, _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
     return [table for table in made if table[2]]
 
 
@@ -122,11 +122,22 @@ def _hibernations(medians: Medians) -> Table:
     for case, way in medians.keys():
         if case.kind == "hibernate":
             found = medians.figures(case, way)
-            times = [
-                text for key in ("save_s", "resume_s") for text in (_seconds(found.get(key)), _ratio(medians.ratio(case, way, key)))
-            ]
+            times = [text for key in ("save_s", "resume_s") for text in (_seconds(found.get(key)), _ratio(medians.ratio(case, way, key)))]
             rows.append([f"{HIBERNATED} containers, {case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), *times])
     return "A whole host saved and brought back", ["what", "way", "runs", "save", "to podman's", "resume", "to podman's"], rows
+
+
+def _clones(medians: Medians) -> Table:
+    rows = []
+    for case, way in medians.keys():
+        if case.kind == "clone":
+            found = medians.figures(case, way)
+            times = [_seconds(found.get(key)) for key in ("command_s", "serving_s")]
+            sizes = ["" if found.get(key) is None else f"{found[key] / MIB:.0f} MiB" for key in ("pss_bytes", "helpers_bytes")]
+            ratio = _ratio(medians.ratio(case, way, "serving_s"))
+            rows.append([f"{case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), *times, ratio, *sizes])
+    head = ["container", "way", "runs", "command", "all serve", "to podman's", "memory of the copies", "of their helpers"]
+    return f"{COPIES} copies of a checkpoint (podman: restore -i -n, one after another)", head, rows
 
 
 def _own(medians: Medians) -> Table:
