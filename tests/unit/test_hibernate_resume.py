@@ -110,6 +110,14 @@ def test_all_come_back_once(world: World) -> None:
     assert world.counters(web) == 1
 
 
+def test_not_by_itself(world: World) -> None:
+    web = world.engine.start("web")
+    world.saved(web)
+    settings = replace(SETTINGS, on_boot="ignore")
+    assert "on_boot" in resuming.resume(store_root=world.root, settings=settings, at_boot=True, emit=ignore).reason
+    assert world.state(web) == "exited" and world.how(settings) == {"web": "restored"}
+
+
 def test_not_in_the_same_boot_unless_told_so(world: World) -> None:
     web = world.engine.start("web")
     world.plan(web, boot_id=journals.identity()["boot_id"])
