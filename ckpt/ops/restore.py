@@ -23,7 +23,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, isolation, lazy, policy, proof, recover, warm
 from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
@@ -61,6 +61,9 @@ class Source:
     """The lock that keeps `checkpoint` in the store."""
     signed: bool = False
     """A signature was asked for, and is there."""
+    unpacked: Callable[[], None] | None = None
+    """It is being unpacked into the draft by the caller, for several restores at once (of lazy ones, the last keeper removes it): waits until
+    all of it is there, before CRIU looks. Raises what went wrong with that."""
 
     @property
     def made_here(self) -> bool:
@@ -167,6 +170,7 @@ def prepare(
     can = engine.probe()
     if not can.usable:
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
+    options = isolation.settled(options, manifest, can)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
     if options.cold and not can.remakes:
@@ -177,13 +181,14 @@ def prepare(
         memory.require()
     old = _in_the_way(engine, manifest, options, source) if looked is None else looked.old
     options = options if looked is None else replace(options, checked=True, terse=True)
+    isolation.require(source.checkpoint.directory if source.checkpoint else source.draft.stage, options, manifest)
     options = replace(options, kept_volumes=tuple({*kept_volumes, *_shared_volumes(engine, manifest, options, together)}))
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     hooks = hooking.gather(source.label, engine, consent.Labels(), enabled=options.hooks, emit=emit, facts=_hook_facts(source, options))
     stats: Figures = {}
-    if source.checkpoint is not None:
+    if source.checkpoint is not None and source.unpacked is None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
     faults.point("verified")
@@ -258,6 +263,8 @@ class Attempt:
             faults.point("filling")
             if not options.ignore_rootfs:
                 self.warn(rootfs.apply(stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES, root))
+            if self.source.unpacked is not None:
+                self.source.unpacked()
 
         def volume_ready(name: str, directory: Path) -> None:
             tar = stage / "volumes" / f"{name}.tar"
@@ -280,8 +287,12 @@ class Attempt:
 
     def _keeper(self) -> lazy.Keeper:
         source = self.source
+        demand = self.options.on_demand
+        if source.unpacked is not None:
+            fds = tuple(fd for fd in (source.draft.fileno(), source.lease_fd) if fd >= 0)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=fds, draft=True, shared=True, on_demand=demand)
         if source.checkpoint is None:
-            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True, on_demand=demand)
         return lazy.Keeper(
             self.job,
             source.draft.stage,
@@ -290,6 +301,7 @@ class Attempt:
             memory="chunks",
             criu_version=features.version_text(),
             checkpoint_id=source.checkpoint.manifest.id,
+            on_demand=demand,
         )
 
     def release(self) -> None:
@@ -475,6 +487,8 @@ def _runs(manifest: Manifest) -> bool:
 def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions, source: Source) -> Container | None:
     """The stopped container that the restored one replaces; BusyError for one that runs, or for another of the same name."""
     if options.name is not None:
+        if options.checked:
+            return None
         if any(c.name == options.name for c in engine.find(options.name)):
             raise BusyError(f"there is a container {options.name!r} already", hint="choose another name, or remove it first")
         return None
