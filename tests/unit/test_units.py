@@ -235,5 +235,23 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("down", [False, True])
+def test_a_unit_that_is_stopped_by_itself_saves_nothing(down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[object] = []
+
+    def save(*given: object, **rest: object) -> None:
+        saved.append(given)
+        raise EngineUnavailable("far enough")
+
+    monkeypatch.setenv("CKPT_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(systemd, "running", lambda: True)
+    monkeypatch.setattr(systemd, "going_down", lambda: down)
+    monkeypatch.setattr("ckpt.ops.hibernate.save.save", save)
+    assert main(["hibernate", "save", "--at-shutdown"]) == (12 if down else 0)
+    assert len(saved) == down
+    assert not (tmp_path / "store").exists()
+
+
 def _order(root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in install_units.files(install_units.Place(root), STORE)]
