@@ -24,7 +24,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import systemd
 from ckpt.model import Checkpoint, Manifest, RestoreOptions
 from ckpt.ops import checkpoint as saving
-from ckpt.ops import faults, recover, warm
+from ckpt.ops import faults, journald, recover, warm
 from ckpt.ops import restore as restoring
 from ckpt.ops.hibernate import guards
 from ckpt.ops.hibernate.earlier import Earlier, written
@@ -244,7 +244,8 @@ class _Saving:
                 left_s = max(0.0, self.deadline_s - time.monotonic())
                 systemd.notify(f"{len(self.ended)} saved, {target} was the last", extend_s=left_s + EXTEND_S)
             one = self.plan.chosen[target]
-            systemd.journal(f"{target} is {'saved' if one.action == 'save' else 'stopped'}", CKPT_PHASE="hibernate", **_fields(result))  # type: ignore[arg-type]
+            done = "saved" if one.action == "save" else "stopped"
+            self._tell(f"{target} is {done}", target, done, result)
             return
         error = result.error if isinstance(result, Outcome) else result
         if not isinstance(error, Exception):
@@ -259,7 +260,21 @@ class _Saving:
         with suppress(OSError):
             self.hibernation.write(state, item=target, error=error.to_json())
         if state == "save-failed":
-            systemd.journal(f"{target} could not be saved: {error.message}", priority=3, CKPT_PHASE="hibernate", CKPT_TARGET=target)
+            self._tell(f"{target} could not be saved: {error.message}", target, state, self.outcomes[target])
+
+    def _tell(self, message: str, target: str, result: str, outcome: Outcome) -> None:
+        freeze_s = outcome.stats.get("freeze_s")
+        journald.tell(
+            message,
+            phase="hibernate",
+            result=result,
+            id=self.hibernation.id,
+            target=target,
+            checkpoint=outcome.checkpoint.manifest.id if outcome.checkpoint is not None else "",
+            freeze_s=float(freeze_s) if freeze_s is not None else None,
+            error=outcome.error.message if outcome.error is not None else "",
+            priority=6 if outcome.ok else 3,
+        )
 
     # -- what fails ------------------------------------------------------------------------------------------------------
 
@@ -330,11 +345,3 @@ class _Saving:
                     self.catalog.remove(old)
                 except CkptError as error:
                     self.emit(Notice("", f"{old.ref} is still there: {error.message}", warning=True))
-
-
-def _fields(outcome: Outcome) -> dict[str, str | int | float | None]:
-    freeze = outcome.stats.get("freeze_s")
-    found: dict[str, str | int | float | None] = {"CKPT_TARGET": outcome.target, "CKPT_FREEZE_S": freeze}
-    if outcome.checkpoint is not None:
-        found |= {"CKPT_ID": outcome.checkpoint.manifest.id, "CKPT_REF": outcome.checkpoint.ref}
-    return found
