@@ -13,7 +13,6 @@ from ckpt.cli.render.rows import OUTCOME_FIELDS, Row, outcome_row
 from ckpt.cli.render.tables import columns
 from ckpt.cli.render.units import size
 from ckpt.errors import DoneWithWarnings, UsageError
-from ckpt.events import Notice
 from ckpt.model import Target
 
 if TYPE_CHECKING:
@@ -76,9 +75,6 @@ def command(session: Session, at_shutdown: bool, **given: Any) -> int:
         return show_plan(session, wish, settings)
     from ckpt.ops.hibernate import save as use_case
 
-    if at_shutdown and not use_case.host_goes_down():
-        session.emit(Notice("", "the host does not go down, only the unit is stopped: nothing is saved"))
-        return 0
     return show_saved(session, use_case.save(wish, settings=settings, store_root=session.store_root, emit=session.emit), wish)
 
 

@@ -22,6 +22,7 @@ class Host:
         self.refuses = False
         self.down = False
         self.units.mkdir()
+        self.transient.mkdir()
 
     def control(self, *words: str) -> str:
         self.calls.append(words)
@@ -118,6 +119,7 @@ def test_only_units_that_really_own_it(host: Host, monkeypatch: pytest.MonkeyPat
 def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd, "running", lambda: False)
     monkeypatch.setattr(guards, "UNITS", tmp_path)
+    monkeypatch.setattr(guards, "TRANSIENT", tmp_path)
     assert guards.guard_units(["web.service"]) == ()
     guards.resume_over()
     assert list(tmp_path.iterdir()) == []

@@ -171,6 +171,7 @@ class Manager:
         monkeypatch.setattr(install_units, "LOCAL", root / "etc/systemd/system")
         monkeypatch.setattr(units, "QUADLET", root / "etc/containers/systemd/container.d/10-ckpt.conf")
         monkeypatch.setattr(guards, "UNITS", root / "etc/systemd/system")
+        monkeypatch.setattr(guards, "TRANSIENT", root / "run/systemd/system")
 
     def control(self, *words: str) -> str:
         self.calls.append(words)
@@ -233,24 +234,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["install-units", "--root", str(tmp_path), "--prefix", "usr"]) == 2
     assert main(["install-units", "--root", str(tmp_path), "--uninstall"]) == 0
     assert files(tmp_path) == []
-
-
-@pytest.mark.parametrize("down", [False, True])
-def test_a_unit_that_is_stopped_by_itself_saves_nothing(down: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[object] = []
-
-    def save(*given: object, **rest: object) -> None:
-        saved.append(given)
-        raise EngineUnavailable("far enough")
-
-    monkeypatch.setenv("CKPT_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(systemd, "running", lambda: True)
-    monkeypatch.setattr(systemd, "going_down", lambda: down)
-    monkeypatch.setattr("ckpt.ops.hibernate.save.save", save)
-    assert main(["hibernate", "save", "--at-shutdown"]) == (12 if down else 0)
-    assert len(saved) == down
-    assert not (tmp_path / "store").exists()
 
 
 def _order(root: Path) -> list[str]:

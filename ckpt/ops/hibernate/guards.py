@@ -57,7 +57,8 @@ def guard_units(units: Iterable[str]) -> tuple[str, ...]:
             continue
         try:
             _write(UNITS / f"{unit}.d" / DROP_IN, text(unit))
-            _write(TRANSIENT / f"{unit}.d" / HOLD, f"{HEADER}\n[Service]\nRestart=no\n")
+            if TRANSIENT.is_dir():  # its presence is what says that systemd runs: never made here
+                _write(TRANSIENT / f"{unit}.d" / HOLD, f"{HEADER}\n[Service]\nRestart=no\n")
             written += 1
         except OSError as error:
             failed.append(f"{unit} may start cold after the boot: {error.strerror}")

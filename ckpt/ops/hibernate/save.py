@@ -43,11 +43,6 @@ TAG: Final = "hibernate"
 EXTEND_S: Final = 30.0
 
 
-def host_goes_down() -> bool:
-    """Whether a unit that is being stopped shall save: not when it is stopped or restarted by itself. True without systemd, which asks nobody."""
-    return not systemd.running() or systemd.going_down()
-
-
 @dataclass(frozen=True, slots=True)
 class Saved:
     """How a save went."""
