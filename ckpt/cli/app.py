@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from typing import Final
 
 import click
 
 from ckpt import __version__
-from ckpt.cli.common import global_options
+from ckpt.cli.common import LazyGroup, global_options
 
 VERBS: Final = {
     "checkpoint": "ckpt.cli.checkpoint",
@@ -19,12 +17,18 @@ VERBS: Final = {
     "migrate": "ckpt.cli.migrate",
     "drain": "ckpt.cli.drain",
     "undrain": "ckpt.cli.undrain",
+    "watch": "ckpt.cli.watch",
     "check": "ckpt.cli.check",
     "list": "ckpt.cli.list_",
     "inspect": "ckpt.cli.inspect",
     "verify": "ckpt.cli.verify",
     "diff": "ckpt.cli.diff",
+    "snapshot": "ckpt.cli.snapshot",
     "rewind": "ckpt.cli.rewind",
+    "clone": "ckpt.cli.clone",
+    "run": "ckpt.cli.run",
+    "reboot": "ckpt.cli.reboot",
+    "hibernate": "ckpt.cli.hibernate",
     "copy": "ckpt.cli.copy",
     "prune": "ckpt.cli.prune",
     "tag": "ckpt.cli.tag",
@@ -43,27 +47,6 @@ VERBS: Final = {
 HIDDEN: Final = frozenset({"peer", "guard"})
 
 
-class LazyGroup(click.Group):
-    """Imports a verb's module only when that verb (or the whole help) is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        module = VERBS.get(cmd_name)
-        if module is None:
-            return None
-        command = importlib.import_module(module).command
-        assert isinstance(command, click.Command)
-        return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in VERBS:
-            close = difflib.get_close_matches(args[0], [name for name in VERBS if name not in HIDDEN])
-            ctx.fail(f"there is no verb {args[0]!r}" + (f", did you mean {' or '.join(close)}?" if close else ""))
-        return super().resolve_command(ctx, args)
-
-
 @click.group(cls=LazyGroup, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @global_options
 @click.version_option(__version__, "-V", "--version", prog_name="ckpt", message="%(prog)s %(version)s")
@@ -73,3 +56,7 @@ def app(**options: object) -> None:
     A TARGET is a container's name or id (web), with its engine where that is not clear (podman:web, runc:web), or a process tree
     (pid:1234). A CHECKPOINT in the store is web (the newest of web), web@2, or an id.
     """
+
+
+assert isinstance(app, LazyGroup)
+app.verbs, app.hidden_verbs = VERBS, HIDDEN

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -115,6 +117,31 @@ class Verb(click.Command):
                 formatter.write_dl(list(self.examples), col_max=44)
 
 
+class LazyGroup(click.Group):
+    """Imports a verb's module only when that verb (or the whole help) is asked for."""
+
+    verbs: Mapping[str, str] = {}
+    """Verb -> module; the module's `command` is the verb."""
+    hidden_verbs: frozenset[str] = frozenset()
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = self.verbs.get(cmd_name)
+        if module is None:
+            return None
+        command = importlib.import_module(module).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.verbs:
+            close = difflib.get_close_matches(args[0], [name for name in self.verbs if name not in self.hidden_verbs])
+            ctx.fail(f"there is no verb {args[0]!r}" + (f", did you mean {' or '.join(close)}?" if close else ""))
+        return super().resolve_command(ctx, args)
+
+
 def global_options(function: F) -> F:
     """The options that stand before or after the verb."""
     for option in reversed((
@@ -161,8 +188,13 @@ def verb(
 
 
 def _outer() -> dict[str, Any]:
-    parent = click.get_current_context().parent
-    return parent.params if parent else {}
+    """What was said before the verb; the nearer to it, the more it counts."""
+    found: dict[str, Any] = {}
+    above = click.get_current_context().parent
+    while above is not None:
+        found = {**above.params, **{key: value for key, value in found.items() if value is not None}}
+        above = above.parent
+    return found
 
 
 def _session(reporter: Reporter, store: str | None, log_level: str | None) -> Session:

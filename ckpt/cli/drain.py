@@ -74,7 +74,7 @@ def make_request(session: Session, command: click.Command, to: tuple[str, ...], 
 @click.option("--exclude", multiple=True, metavar="NAME", shell_complete=completion.containers, help="Leave this one here. Repeatable.")
 @click.option(
     "-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE",
-    help="Only those with this name, engine, runtime, image, label (KEY or KEY=VALUE), pod or id; * matches anything. Repeatable.",
+    help="Only those with this: label=KEY[=VALUE], name=REGEX, engine=NAME, id=BEGINNING, pod=ID. Repeatable.",
 )  # fmt: skip
 @click.option("--also", multiple=True, metavar="TARGET", help="Also this one: a process tree, pid:1234. Repeatable.")
 @click.option("--best-effort", is_flag=True, help="Move those that fit and can go, when others do not.")

@@ -25,9 +25,23 @@ def pages() -> dict[str, str]:
     verbs = [(name, command) for name, command in known if command is not None and not command.hidden]
     made = {"ckpt.1": "\n".join(_top(context, verbs)) + "\n"}
     for name, command in verbs:
-        inner = click.Context(command, info_name=f"ckpt {name}", help_option_names=["-h", "--help"])
-        made[f"ckpt-{name}.1"] = "\n".join(_verb(inner, name, command)) + "\n"
+        _pages_of(made, name, command)
     return made
+
+
+def _pages_of(made: dict[str, str], name: str, command: click.Command) -> None:
+    """The page of a verb, and of those below it (`ckpt hibernate save`: ckpt-hibernate-save)."""
+    inner = click.Context(command, info_name=f"ckpt {name}", help_option_names=["-h", "--help"])
+    made[f"ckpt-{name.replace(' ', '-')}.1"] = "\n".join(_verb(inner, name, command)) + "\n"
+    for word, below in _below(inner, command):
+        _pages_of(made, f"{name} {word}", below)
+
+
+def _below(context: click.Context, command: click.Command) -> list[tuple[str, click.Command]]:
+    """The verbs of a verb."""
+    if not isinstance(command, click.Group):
+        return []
+    return [(word, found) for word in command.list_commands(context) if (found := command.get_command(context, word)) is not None]
 
 
 def _top(context: click.Context, verbs: Sequence[tuple[str, click.Command]]) -> Iterator[str]:
@@ -59,11 +73,16 @@ def _top(context: click.Context, verbs: Sequence[tuple[str, click.Command]]) -> 
 
 
 def _verb(context: click.Context, name: str, command: click.Command) -> Iterator[str]:
-    yield from _head(f"ckpt-{name}", command.get_short_help_str(200).rstrip(".").split(":")[0])
+    page = f"ckpt-{name.replace(' ', '-')}"
+    yield from _head(page, command.get_short_help_str(200).rstrip(".").split(":")[0])
     usage = " ".join(command.collect_usage_pieces(context)).removeprefix("[OPTIONS]").strip()
     yield from (".SH SYNOPSIS", rf".B ckpt {_escape(name)}", rf"[\fIOPTION\fR]... {_escape(usage)}".rstrip())
     yield ".SH DESCRIPTION"
     yield from _paragraphs(command.help or "")
+    if verbs := _below(context, command):
+        yield ".SH VERBS"
+        for word, below in verbs:
+            yield from (".TP", rf"\fB{_escape(f'{page}-{word}')}\fR(1)", _escape(below.get_short_help_str(200)))
     options = [param for param in command.get_params(context) if isinstance(param, click.Option)]
     yield ".SH OPTIONS"
     yield from _options(context, [option for option in options if option.name not in _COMMON])
@@ -133,6 +152,7 @@ _FILES = (
     ("$XDG_CONFIG_HOME/ckpt/known_servers", "certificates of the servers behind https:// that are known by their fingerprint"),
     ("/etc/ckpt/ckpt.toml", "configuration of the host: store, stores, log_dir, log_level, compress, timeout_s, link_timeout_s, "
      "hook_timeout_s, ssh_options, http, allow, encrypt, identity, sign_key, allowed_signers, require_signature"),
+    ("/etc/ckpt/hooks.d/NN-name", "commands that run before and after checkpoint, restore and migrate (docs/hooks.md)"),
     ("/etc/ckpt/ckpt.toml.d/*.toml", "more of it, in the order of their names"),
     ("$XDG_CONFIG_HOME/ckpt/ckpt.toml", "configuration of the user; it wins over the host's, the environment over both, options over all"),
     ("/var/log/ckpt", "logs of failures"),

@@ -74,5 +74,6 @@ def container_from_inspect(data: dict[str, Any]) -> Container:
         requires=tuple(map(str, data.get("Dependencies") or ())),
         pod=str(data.get("Pod") or ""),
         units=(labels["PODMAN_SYSTEMD_UNIT"],) if labels.get("PODMAN_SYSTEMD_UNIT") else (),
+        restarts=str((host.get("RestartPolicy") or {}).get("Name") or "no") != "no",
         infra=bool(data.get("IsInfra")),
     )

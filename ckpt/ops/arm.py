@@ -21,7 +21,7 @@ from ckpt.events import Emit, Notice
 from ckpt.host import systemd
 from ckpt.model import Checkpoint, DumpOptions, Target
 from ckpt.ops import checkpoint as saving
-from ckpt.ops import install_units, mark, resolve, units
+from ckpt.ops import consent, install_units, resolve, units
 from ckpt.ops.result import Outcome
 from ckpt.store import durable, locks, place, retention
 from ckpt.store.catalog import Catalog
@@ -109,6 +109,7 @@ def arm(targets: Sequence[str], *, every_s: float, keep_last: int, store_root: P
     Raises:
         FeatureMissing: there is no systemd; nothing was changed.
         TargetNotFound, UsageError: of a target; nothing was changed.
+        PolicyRefused: a label of it forbids checkpoints; nothing was changed.
         BusyError: a file of the units' names is not ours; nothing was changed.
         EngineUnavailable: systemd refused; what had been changed for that target was taken back.
     """
@@ -118,6 +119,7 @@ def arm(targets: Sequence[str], *, every_s: float, keep_last: int, store_root: P
     wanted = []
     for text in targets:
         engine, container = resolve.resolve(Target.parse(text))
+        consent.require(container, "arm")
         target = resolve.qualified(engine, container)
         instance(target)
         wanted.append(Armed(target, every_s, keep_last, engine.name, container.id, container.name or container.id))
@@ -220,17 +222,15 @@ def run(target: str, *, options: DumpOptions, store_root: Path = DEFAULT_ROOT, e
     if _at_work(container.id, store_root):
         return _skip(target, "is just being worked on by another ckpt", emit)
     systemd.notify(f"saving {target}")
-    done = saving.checkpoint([Target.parse(target)], options=replace(options, leave_running=True), store_root=store_root, emit=emit)[0]
+    done = saving.checkpoint([Target.parse(target)], options=replace(options, leave_running=True), store_root=store_root, emit=emit, tags=(TAG,))[0]
     if isinstance(done.error, BusyError | TargetNotFound):
         return _skip(target, f"was left alone: {done.error.message}", emit)
     if done.error is not None or done.checkpoint is None:
         raise done.error or CkptError(f"{target} could not be saved")
-    done = mark.made([done], [TAG], "", store_root=store_root)[0]
     with _changing(store_root) as armed:
         if target in armed:  # a container that was made anew under its name
             armed[target] = replace(armed[target], container_id=container.id)
     gone = thin(one, store_root=store_root, emit=emit)
-    assert done.checkpoint is not None
     systemd.notify(f"{done.checkpoint.ref} saved" + (f", {gone} older removed" if gone else ""))
     return done
 

@@ -33,7 +33,7 @@ from ckpt.errors import (
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, consent, faults, intake, knobs, recover, resolve, warm
+from ckpt.ops import capture, consent, faults, filling, intake, knobs, recover, resolve, warm
 from ckpt.ops import check as checks
 from ckpt.ops import hooks as hooking
 from ckpt.ops.result import Outcome, failure
@@ -59,6 +59,7 @@ def checkpoint(
     emit: Emit,
     keep_going: bool = False,
     outgoing: trust.Outgoing = trust.OPEN,
+    tags: Sequence[str] = (),
 ) -> list[Outcome]:
     """Save each target to the store and end it (or not: `options.leave_running`).
 
@@ -69,6 +70,7 @@ def checkpoint(
         all: every running container, instead of `targets`.
         latest: the container created last, instead of `targets`.
         outgoing: its key signs the checkpoint.
+        tags: what it is marked with from its first moment in the store.
 
     Raises:
         CkptError: nothing could be begun at all.
@@ -83,6 +85,7 @@ def checkpoint(
     catalog = Catalog(store_root)
 
     def keep(draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
+        draft.tags = tuple(tags)
         return draft.commit(manifest, sign=outgoing.signer()), {}
 
     for label, engine, container in found:
@@ -156,6 +159,7 @@ def prepare(
     """
     ready(container, label)
     labels = consent.require(container, "checkpoint", override=options.override_label, emit=emit)
+    filling.bring_rest(catalog.root, container.pid or 0)
     hooks = hooking.gather(label, engine, labels, container=container, enabled=options.hooks, emit=emit)
     if hooks.any("pre-checkpoint"):
         chosen = options  # a hook may close what cannot be saved: it is looked for after it then

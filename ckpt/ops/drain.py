@@ -124,9 +124,9 @@ def drain(
             drainstate.settle(journal, store_root=store_root, emit=emit)
             earlier = _earlier(journal)
         looked = draining.workloads(request, only=only)
-        there = draining.rooms(request, looked.candidates, emit)
+        there = _rooms(request, looked, emit)
         placed = draining.placement(looked.candidates, there, reserve=request.reserve_bytes)
-        stays = [*_staying(looked), *_unplaced(looked, placed)]
+        stays = [*_staying(looked), *(() if request.else_checkpoint else _unplaced(looked, placed))]
         if not request.best_effort:
             _refuse(stays, there)
         if dry_run:
@@ -180,6 +180,8 @@ class _Draining:
             if one.target in placed.chosen:
                 self.groups.setdefault(one.group or one.target, []).append(one)
                 self._take(placed.chosen[one.target], one.memory_bytes)
+            elif request.else_checkpoint:
+                self.groups.setdefault(one.group or one.target, []).append(one)
 
     def run(self, earlier: list[Went], stays: list[Went]) -> Report:
         """All groups, `parallel` at a time."""
@@ -200,7 +202,7 @@ class _Draining:
                     self._end(one, "dropped", reason="it was broken off" if self.stop.is_set() else "time was up")
         self.journal.write("interrupted" if interrupted is not None or self.stop.is_set() else drains.DRAINED)
         faults.point("drain-over")
-        drains.mark(self.root, self.journal)
+        drains.mark(self.root)
         known = {*self.went, *(one.target for one in stays)}
         ours = [self.went[one.target] for group in self.groups.values() for one in group]
         went = (*(one for one in earlier if one.target not in known), *ours, *stays)
@@ -216,6 +218,10 @@ class _Draining:
 
     def _group(self, members: list[Candidate]) -> None:
         """Its members one after the other, to one host; to another one when the first did not take the first of them."""
+        if members[0].target not in self.placed.chosen:
+            for one in members:
+                self._instead(one)
+            return
         destination = self.placed.chosen[members[0].target]
         tried = {destination}
         moved = 0
@@ -295,7 +301,7 @@ class _Draining:
         where = self.request.else_checkpoint
         left_s = self.until_s - time.monotonic()
         if not where or OVERHEAD_S / 2 + one.memory_bytes / SAVING_BYTES_S > left_s:
-            self._end(one, "dropped", reason="it could not be moved in time; it runs on here")
+            self._end(one, "dropped", reason="there is no time to move it; it runs on here")
             return
         place = [] if where == STORE else ["-e", f"{where.rstrip('/')}/{one.container.name.replace('/', '_')}.tar.zst"]
 
@@ -312,6 +318,7 @@ class _Draining:
 
     def _failed(self, one: Candidate, destination: str, error: CkptError, *, split: bool = False) -> None:
         waits = isinstance(error, NeedsContinue | StateUnknown)
+        error.where = error.where or f"{one.container.name} is running here"
         if split and not waits:
             self.emit(Notice(one.target, f"others of its group are on {destination} already", warning=True))
         state = "waiting" if waits else "dropped" if self._stopped() else "failed"
@@ -350,6 +357,17 @@ def _elsewhere(error: CkptError) -> bool:
 
 def _json(error: CkptError | None) -> dict[str, object] | None:
     return error.to_json() if error is not None else None
+
+
+def _rooms(request: DrainRequest, looked: Looked, emit: Emit) -> list[Room]:
+    """The destinations. With none of them there, what can be saved instead is."""
+    try:
+        return draining.rooms(request, looked.candidates, emit)
+    except CkptError as error:
+        if not request.else_checkpoint:
+            raise
+        emit(Notice("drain", f"{error.message}; what there is time for is saved", warning=True))
+        return []
 
 
 def _item(one: Candidate, destination: str) -> DrainItem:

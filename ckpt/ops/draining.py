@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,12 +16,12 @@ from ckpt.host.procfs import OpenKinds
 from ckpt.model import Container, DumpOptions, Target
 from ckpt.ops import check, consent, look, resolve
 from ckpt.ops.destination import destination_findings, destination_request, facts_from
+from ckpt.ops.hibernate import selection
 from ckpt.ops.placing import Demand, Placement, Room, place, together
 from ckpt.peer import client
 from ckpt.transports.https_peer import Access
 
 _PROJECTS: Final = ("io.podman.compose.project", "com.docker.compose.project")
-FILTERS: Final = ("name", "engine", "runtime", "image", "label", "pod", "id")
 PEER_LIMIT_S: Final = 120.0
 """How long the destinations are waited for, all at once."""
 
@@ -106,9 +105,9 @@ def workloads(request: DrainRequest, *, only: frozenset[str] | None = None) -> L
         EngineUnavailable: no engine can be used.
         TargetNotFound: a target that was named is not there.
     """
-    filters = [_filter(text) for text in request.filters]
+    wanted = selection.parse_filters(request.filters)
     every = resolve.all_running()
-    found = [pair for pair in every if _meant(pair[1], filters)]
+    found = [pair for pair in every if selection.matches(pair[1], wanted)]
     named = [resolve.resolve(Target.parse(text)) for text in request.also]
     found += [(engine, engine.describe(container)) for engine, container in named if container.id not in {one.id for _, one in found}]
     candidates: list[Candidate] = []
@@ -186,34 +185,6 @@ def in_order(found: Sequence[Candidate]) -> list[Candidate]:
     for one in found:
         visit(one, ())
     return list(done.values())
-
-
-def _filter(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or key not in FILTERS or not value:
-        raise UsageError(f"--filter: {text[:64]!r} is not known", hint=f"filters: {', '.join(f'{key}=...' for key in FILTERS)}")
-    return key, value
-
-
-def _meant(container: Container, filters: Sequence[tuple[str, str]]) -> bool:
-    """Every key has to hold by one of its values."""
-    return all(any(_holds(container, key, value) for one, value in filters if one == key) for key in {key for key, _ in filters})
-
-
-def _holds(container: Container, key: str, value: str) -> bool:
-    if key == "label":
-        name, equals, wanted = value.partition("=")
-        return name in container.labels and (not equals or fnmatch.fnmatchcase(container.labels[name], wanted))
-    image = container.container_image
-    has = {
-        "name": container.name,
-        "engine": container.engine,
-        "runtime": container.runtime or "",
-        "image": image.name if image else "",
-        "pod": container.pod,
-        "id": container.id,
-    }[key]
-    return fnmatch.fnmatchcase(has, value) or (key in ("id", "pod") and len(value) >= 4 and has.startswith(value))
 
 
 def rooms(request: DrainRequest, candidates: Sequence[Candidate], emit: Emit) -> list[Room]:

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+from ckpt.store import place
 from ckpt.store.job import Job
 
 
@@ -17,6 +18,8 @@ def guard_main(directory: str) -> int:
     # Ctrl-C goes to the owner; the guard outlives whatever ends its terminal.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if Path(directory).parent.name == place.HIBERNATIONS:
+        return _of_hibernation(Path(directory))
     job = Job(Path(directory))
     try:
         job.acquire(wait=True)
@@ -41,4 +44,20 @@ def guard_main(directory: str) -> int:
             return 1
     finally:
         job.release()
+    return 0
+
+
+def _of_hibernation(directory: Path) -> int:
+    """One guard for all jobs of a hibernation: what its owner was saving goes on, or is ended, as each job's journal says."""
+    from ckpt.store.hibernation import Hibernation
+
+    hibernation = Hibernation(directory)
+    hibernation.acquire(wait=True)
+    try:
+        from ckpt.ops import recover
+
+        for line in recover.sweep(place.store_of(directory)):
+            sys.stderr.write(line + "\n")
+    finally:
+        hibernation.release()
     return 0

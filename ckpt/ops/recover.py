@@ -25,15 +25,16 @@ from typing import Any, Final
 import ckpt
 from ckpt.criu import action, lazy, tree
 from ckpt.engines import registry
-from ckpt.engines.base import Engine
+from ckpt.engines.base import Engine, StaysEnded
 from ckpt.errors import CkptError
-from ckpt.host import announce, traffic
+from ckpt.host import announce, netns, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import groupjob, journald, knobs
 from ckpt.store import history, place, volatile
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import DEFAULT_ROOT, Job
+from ckpt.store.journal import Journal
 
 FINAL: Final = ("done", "rolled-back")
 """Journal states after which nothing is left to do."""
@@ -58,8 +59,8 @@ def guard_argv(directory: Path) -> list[str]:
     return [sys.executable or "/usr/bin/python3", "-I", "-c", _GUARD, parent, str(directory)]
 
 
-def start_guard(job: Job) -> Process | None:
-    """Start the guard of a job that this process owns. None when it cannot be started: the next command's sweep is left."""
+def start_guard(job: Job | Journal) -> Process | None:
+    """Start the guard of a job, or of several, that this process owns. None when it cannot be started: the next command's sweep is left."""
     try:
         with open(job.directory / "guard.log", "ab") as log:
             return spawn(guard_argv(job.directory), cwd="/", stderr=log, new_session=True)
@@ -219,6 +220,11 @@ def close(job: Job, guard: Process | None) -> None:
     job.release()
 
 
+def dismiss(guard: Process | None) -> None:
+    """End the guard of a journal; its owner still has the lock."""
+    _dismiss(guard)
+
+
 def hand_over(job: Job, guard: Process | None) -> None:
     """Leave a job whose restore was lazy to the keeper of its memory; the guard goes."""
     _dismiss(guard)
@@ -244,6 +250,8 @@ def _served(job: Job) -> str:
     """A lazy restore that nobody owns: left while its daemon runs; afterwards only what a dead keeper did not remove is left of it."""
     facts = job.facts
     keeper = tree.stat(int(facts.get("keeper_pid", 0)))
+    if (keeper is None or not keeper.alive) and not tree.same(int(facts.get("restored_pid", 0)), int(facts.get("restored_ticks", 0))):
+        lazy.end(job.directory)  # one that brings only what is asked for would not end by itself
     if lazy.running(job.directory) or (keeper is not None and keeper.alive and str(job.directory) in tree.argv(keeper.pid)):
         return "left"
     job.write("done", by="sweep")
@@ -254,6 +262,7 @@ def _served(job: Job) -> str:
 def remove(job: Job) -> None:
     """Remove a job's directory, its journal last, so that a crash in between is found and finished. The history keeps a record of it."""
     traffic.unblock(job.directory)
+    netns.drop(f"ckpt-{job.id}")
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)
@@ -348,9 +357,11 @@ def _finish(job: Job, kind: str, engine: Engine, facts: dict[str, object]) -> No
     """Give a committed job's waiting action-script its verdict and wait until the engine agrees."""
     if kind == "checkpoint" and facts.get("leave_running"):
         return  # it went on before the commit
+    wanted = kind == "restore"
+    if not wanted and isinstance(engine, StaysEnded):
+        engine.stay_ended(Container(engine.name, str(facts.get("container_id", "")), str(facts.get("name", "")), "running"))
     job.decide("0")
     traffic.unblock(job.directory)
-    wanted = kind == "restore"
     name, identity = str(facts.get("name", "")), str(facts.get("new_container_id") or facts.get("container_id") or "")
 
     def meant(container: Container) -> bool:

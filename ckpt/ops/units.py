@@ -146,6 +146,8 @@ After={RESUME} local-fs.target
 [Service]
 Type=oneshot
 ExecStart={command(argv, "arm", "--run", "%I")}
+# Broken off, as at a shutdown.
+SuccessExitStatus=143
 {environment}TimeoutStartSec=3600
 NotifyAccess=all
 KillMode=process

@@ -100,13 +100,18 @@ class Hibernation(Journal):
         """The one made last."""
         return (cls.every(root) or [None])[-1]  # type: ignore[list-item]
 
-    def extend(self, items: Sequence[Item]) -> None:
+    @property
+    def kind(self) -> str:
+        """What it was made, or gone on with, for."""
+        return next((str(entry["kind"]) for entry in reversed(self.entries()) if "kind" in entry and "item" not in entry), "")
+
+    def extend(self, items: Sequence[Item], kind: Kind) -> None:
         """Plan more, or some of them anew: from now on it is being saved (again).
 
         Raises:
             OSError: the disk.
         """
-        self.write("saving", more=[asdict(item) for item in items])
+        self.write("saving", kind=kind, more=[asdict(item) for item in items])
 
     @property
     def items(self) -> tuple[Item, ...]:

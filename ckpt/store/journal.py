@@ -32,11 +32,11 @@ class Journal:
     def id(self) -> str:
         return self.directory.name
 
-    def acquire(self) -> None:
-        """Take the owner's lock. Raises BusyError when another ckpt has it."""
+    def acquire(self, *, wait: bool = False) -> None:
+        """Take the owner's lock. Raises BusyError when another ckpt has it (`wait`: block until it is gone)."""
         fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(fd)
             raise BusyError(f"another ckpt works on {self.what} {self.id}", hint=self.look or None) from None

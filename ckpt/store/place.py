@@ -17,6 +17,7 @@ from ckpt.host import filesystem
 DEFAULT_ROOT: Final = Path("/var/lib/ckpt")
 _AWAY: Final = "away"
 _STORE: Final = "store"
+HIBERNATIONS: Final = "hibernate"
 
 
 def own(root: Path) -> Path:
@@ -47,9 +48,14 @@ def history(root: Path) -> Path:
     return own(root) / "history"
 
 
+def chains(root: Path) -> Path:
+    """What was taken as evidence to the store at `root`: a list for each case. With the checkpoints: a store that is moved takes it along."""
+    return root / "evidence"
+
+
 def hibernations(root: Path) -> Path:
     """What was saved of this host, for the time after its next start, to the store at `root`."""
-    return own(root) / "hibernate"
+    return own(root) / HIBERNATIONS
 
 
 def drains(root: Path) -> Path:

@@ -187,8 +187,8 @@ def saved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What checkpoint() was called with; `answer` is what it gives."""
     calls: list[Any] = []
 
-    def checkpoint(targets: Any, *, options: DumpOptions, **rest: Any) -> list[Outcome]:
-        calls.append((targets, options))
+    def checkpoint(targets: Any, *, options: DumpOptions, tags: Any, **rest: Any) -> list[Outcome]:
+        calls.append((targets, options, tags))
         return [bench_answer[0]]
 
     bench_answer: list[Outcome] = [failure("toy:web", DumpFailed("x"))]
@@ -219,7 +219,7 @@ def test_busy_is_a_quiet_success_and_a_failure_is_one(bench: Bench, saved: list[
     bench.answer[0] = failure("toy:web", DumpFailed("CRIU"))  # type: ignore[attr-defined]
     with pytest.raises(DumpFailed):
         run(bench)
-    assert [options.leave_running for _, options in saved] == [True, True]
+    assert [(options.leave_running, tags) for _, options, tags in saved] == [(True, ("armed",))] * 2
 
 
 def one(number: int, *, tags: tuple[str, ...] = ("armed",), pinned: bool = False, note: str = "", name: str = "web", engine: str = "toy") -> Any:

@@ -389,7 +389,7 @@ def test_whiteouts_become_deletions(tmp_path: Path) -> None:
     assert (stage / "rootfs-diff.tar").read_bytes() == before
 
 
-@pytest.mark.parametrize("data", [b"\x1f\x8b\x08garbage", gzip.compress(b"no tar, " * 100), layer()[:-20]])
+@pytest.mark.parametrize("data", [b"\x1f\x8b\x08garbage", gzip.compress(b"no tar, " * 100), layer()[:-20]], ids=["garbage", "no-tar", "cut"])
 def test_a_damaged_layer(tmp_path: Path, data: bytes) -> None:
     stage = foreign_stage(tmp_path / "stage", "", REDUCED, rootfs_diff__tar=data)
     with pytest.raises(ArchiveInvalid):

@@ -44,6 +44,7 @@ def test_a_full_disk_leaves_what_was_there(small: Path, plain: bool) -> None:
             (draft.stage / "checkpoint").mkdir()
             if plain:
                 (draft.stage / PAGES).write_bytes(noise(1200, 2))
+                (small / "filler").write_bytes(noise(700, 3))  # so that not even its first pack has room
                 draft.commit(manifest())
             with draft.sink(PAGES) as sink:
                 for seed in range(40):
@@ -52,6 +53,7 @@ def test_a_full_disk_leaves_what_was_there(small: Path, plain: bool) -> None:
         finally:
             draft.discard()
     assert set(threading.enumerate()) <= threads
+    (small / "filler").unlink(missing_ok=True)
     assert catalog.all() == [first]
     assert catalog.check(first) == []
     assert list(catalog.drafts.iterdir()) == [] and len(list(catalog.packs.iterdir())) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ckpt.engines import registry
@@ -12,13 +12,10 @@ from ckpt.engines.registry import NamedEngine
 from ckpt.errors import CkptError, TargetNotFound, UsageError
 from ckpt.host import systemd
 from ckpt.model import Container, Target
-from ckpt.ops import resolve
-from ckpt.ops.hibernate.settings import ACTIONS, Action, HibernateSettings, Tree
+from ckpt.ops import consent, resolve
+from ckpt.ops.hibernate.settings import Action, HibernateSettings, Tree
 from ckpt.store.hibernation import Item
 
-LABEL: Final = "ckpt.reboot"
-AFTER: Final = "ckpt.after"
-GROUP: Final = "ckpt.group"
 TREE: Final = "ckpt.tree"
 """Not of a container: how hibernate.toml calls a process tree."""
 _KEPT: Final = ("ckpt.", "com.docker.compose.project", "com.docker.compose.service", "com.docker.compose.depends_on")
@@ -80,7 +77,7 @@ def select(
         TargetNotFound, EngineUnavailable: what was named is not there.
         UsageError: a filter or a label makes no sense; tells of all labels.
     """
-    wanted = _parse(filters)
+    wanted = parse_filters(filters)
     if targets and filters:
         raise UsageError("name targets, or choose them by --filter, not both")
     notices: list[str] = []
@@ -88,11 +85,12 @@ def select(
     problems: list[str] = []
     chosen: dict[tuple[str, str], Chosen] = {}
     for engine, container, tree in pairs:
-        if _matches(container, wanted):
+        if matches(container, wanted):
             one = _decide(engine, container, tree, settings, default, named=bool(targets), problems=problems)
             chosen.setdefault((engine.name, container.id), one)
     if problems and not lenient:
-        raise UsageError("; ".join(problems), where="nothing was touched", hint=f"{LABEL} is one of {', '.join(ACTIONS)}")
+        hint = "make the container anew with other labels, or say in hibernate.toml what becomes of it"
+        raise UsageError("; ".join(problems), where="nothing was touched", hint=hint)
     return Selection(_unique(chosen.values()), _known(), (*notices, *problems))
 
 
@@ -125,8 +123,21 @@ def _named(target: Target, settings: HibernateSettings) -> tuple[NamedEngine, Co
 
 
 def _tree(tree: Tree) -> tuple[NamedEngine, Container]:
-    """The process tree of an entry of the file. Raises TargetNotFound, EngineUnavailable, UsageError."""
-    return resolve.resolve(Target(str(pid_of(tree)), "pid"))
+    """The process tree of an entry of the file, with the unit that would start it anew. Raises TargetNotFound, EngineUnavailable, UsageError."""
+    pid = pid_of(tree)
+    engine, container = resolve.resolve(Target(str(pid), "pid"))
+    unit = tree.unit or systemd.unit_of(pid)
+    # Only of its main process: what was started from ssh.service must not keep that from starting.
+    if unit.endswith(".service") and (tree.unit or _main_pid(unit) == str(pid)):
+        container = replace(container, units=(unit,))
+    return engine, container
+
+
+def _main_pid(unit: str) -> str:
+    try:
+        return systemd.control("show", "--property=MainPID", "--value", "--", unit).strip() if systemd.running() else ""
+    except CkptError:
+        return ""
 
 
 def pid_of(tree: Tree) -> int:
@@ -146,7 +157,7 @@ def pid_of(tree: Tree) -> int:
         if not re.fullmatch(r"[1-9]\d{0,9}", text, re.ASCII):
             raise TargetNotFound(f"its pidfile {tree.pidfile} holds no number")
         return int(text)
-    said = systemd.control("show", "--property=MainPID", "--value", "--", tree.unit).strip() if systemd.running() else ""
+    said = _main_pid(tree.unit)
     if not said.isdigit() or int(said) < 2:
         raise TargetNotFound(f"its unit {tree.unit} has no main process")
     return int(said)
@@ -159,21 +170,21 @@ def _decide(
     target = f"{engine.prefixes[0]}:{container.pid if tree or 'pid' in engine.prefixes else name}"
     file = settings.workload(target, tree.name if tree else name)
     labels = dict(container.labels)
-    said = labels.get(LABEL, "").strip()
-    if said and said not in ACTIONS:
-        problems.append(f"{target} has the label {LABEL}={said[:64]!r}, which means nothing")
-        said = ""
-    action: Action = "save" if named else (said or (tree.action if tree else None) or file.action or default)  # type: ignore[assignment]
-    after = [word.strip() for word in labels.get(AFTER, "").split(",") if word.strip()]
-    after += [*file.after, *(tree.after if tree else ())]
-    group = labels.get(GROUP, "").strip()
-    if group and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", group, re.ASCII):
-        problems.append(f"{target} has the label {GROUP}={group[:64]!r}, which is no name")
-        group = ""
+    try:
+        said = consent.labels(container)
+    except UsageError as error:
+        problems.append(error.message)
+        said = consent.Labels()
+    action: Action = said.at_reboot((tree.action if tree else None) or file.action or default)
+    if named:
+        if forbidding := said.forbids("hibernate"):
+            problems.append(f"{target} must not be saved: its label {forbidding} forbids it")
+        action = "save"
+    after = [*said.after, *file.after, *(tree.after if tree else ())]
     names = tuple(dict.fromkeys(filter(None, (target, name, container.id, container.id[:12], tree.name if tree else ""))))
     if tree:
         labels[TREE] = tree.name
-    return Chosen(engine, container, action, target, names, tuple(dict.fromkeys(after)), group, labels)
+    return Chosen(engine, container, action, target, names, tuple(dict.fromkeys(after)), said.group, labels)
 
 
 def _unique(chosen: Iterable[Chosen]) -> tuple[Chosen, ...]:
@@ -200,7 +211,8 @@ def _known() -> frozenset[str]:
     return frozenset(found)
 
 
-def _parse(filters: Sequence[str]) -> dict[str, list[str]]:
+def parse_filters(filters: Sequence[str]) -> dict[str, list[str]]:
+    """Filters as `select` takes them, by key. Raises UsageError."""
     found: dict[str, list[str]] = {}
     for text in filters:
         key, equals, value = text.partition("=")
@@ -215,7 +227,9 @@ def _parse(filters: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _matches(container: Container, wanted: dict[str, list[str]]) -> bool:
+def matches(container: Container, wanted: dict[str, list[str]]) -> bool:
+    """Whether a container is meant by what `parse_filters` gave."""
+
     def label(text: str) -> bool:
         key, equals, value = text.partition("=")
         return container.labels.get(key) == value if equals else key in container.labels
