@@ -23,6 +23,7 @@ VERBS: Final = {
     "inspect": "ckpt.cli.inspect",
     "verify": "ckpt.cli.verify",
     "diff": "ckpt.cli.diff",
+    "snapshot": "ckpt.cli.snapshot",
     "rewind": "ckpt.cli.rewind",
     "clone": "ckpt.cli.clone",
     "run": "ckpt.cli.run",

@@ -211,6 +211,14 @@ class DescribesMany(Protocol):
         """`Engine.describe` of each; those that are gone by now are left out."""
 
 
+@runtime_checkable
+class NamesContainerImages(Protocol):
+    """What an engine with `Capabilities.container_images` offers besides whose containers are made from a container image by its name."""
+
+    def has_named(self, image: ContainerImage) -> bool:
+        """True when the container image with this very id is there, and its name means it."""
+
+
 class CarriesContainerImages(Protocol):
     """What an engine with `Capabilities.container_images` offers besides."""
 

@@ -97,7 +97,7 @@ class Podman:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
         can = Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
-        return replace(can, pages=True, lazy=True, early=True, startable=True, remakes=True, takes_frozen=True)
+        return replace(can, pages=True, lazy=True, early=True, isolates=True, startable=True, remakes=True, takes_frozen=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -217,20 +217,27 @@ class Podman:
             _hold.disarm(job)
         return True
 
-    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest, options: RestoreOptions) -> None:
+    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest, options: RestoreOptions, changed: dict[str, dict[str, Any]]) -> None:
         import io
         import tarfile
 
         config = b"" if options.checked and not options.name else self._by_id(stage, manifest)
+        own = {CONFIG: config} if config else {}
+        for name, content in changed.items():
+            known = json.loads(config) if config and name == CONFIG else {}
+            image = {key: known[key] for key in ("rootfsImageName",) if key in known}
+            own[name] = json.dumps(content | image).encode()
+        if changed:
+            own["network.status"] = b"null"
         if options.unpublished and not options.publish:
-            told = json_object(config or (stage / CONFIG).read_bytes(), CONFIG)
-            config = json.dumps({key: value for key, value in told.items() if key not in PORTS}).encode()
+            told = json_object(own.get(CONFIG) or (stage / CONFIG).read_bytes(), CONFIG)
+            own[CONFIG] = json.dumps({key: value for key, value in told.items() if key not in PORTS}).encode()
         with tarfile.open(stub, "w", format=tarfile.PAX_FORMAT) as tar:
             for name in STUB_MEMBERS:
-                if name == CONFIG and config:
+                if name in own:
                     member = tarfile.TarInfo(name)
-                    member.size = len(config)
-                    tar.addfile(member, io.BytesIO(config))
+                    member.size = len(own[name])
+                    tar.addfile(member, io.BytesIO(own[name]))
                 elif (stage / name).exists():
                     tar.add(stage / name, name, recursive=False)
             # podman looks whether this one is there, no more; the runtime is shown the stage's.
@@ -277,9 +284,10 @@ class Podman:
         if options.cold:
             self._forget_runtime(manifest)
         try:
-            if not options.ignore_volumes:
+            changed = attempt.isolate(stage, volume_ready) if options.isolated else {}
+            if not options.ignore_volumes and not options.isolated:
                 attempt.make_volumes(volume_ready)
-            self._pack_stub(job.directory / STUB, stage, manifest, options)
+            self._pack_stub(job.directory / STUB, stage, manifest, options, changed)
             _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy, tcp_close=options.tcp_close, cold=options.cold)
             attempt.start(job.directory / STUB)
             attempt.mounted()
@@ -372,6 +380,10 @@ class Podman:
         if image.name and not podman("image", "exists", image.name, check=False).ok:
             podman("image", "tag", image.id, image.name)
 
+    def has_named(self, image: ContainerImage) -> bool:
+        found = podman("image", "inspect", "--format", "{{.Id}}", "--", image.name or image.id, check=False)
+        return found.ok and found.text.strip() == image.id
+
     def remove_container_image(self, image_id: str) -> None:
         podman("image", "rm", "--force", image_id, check=False)
 
@@ -380,9 +392,11 @@ class Podman:
         return podman("image", "exists", image_id, check=False).ok
 
     def remove(self, container: Container) -> None:
-        if self.describe(container).state in ("running", "paused"):
-            raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
-        podman("container", "rm", container.id)
+        result = podman("container", "rm", container.id, check=False)
+        if not result.ok:  # podman looks itself whether it runs
+            if self.describe(container).state in ("running", "paused"):
+                raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
+            raise CkptError(f"podman cannot remove {container.name}: {result.error_text.strip() or result.returncode}")
 
     def volume_users(self, name: str) -> list[str]:
         return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()

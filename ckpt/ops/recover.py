@@ -27,7 +27,7 @@ from ckpt.criu import action, lazy, tree
 from ckpt.engines import registry
 from ckpt.engines.base import Engine, StaysEnded
 from ckpt.errors import CkptError
-from ckpt.host import announce, traffic
+from ckpt.host import announce, netns, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import groupjob, journald, knobs
@@ -262,6 +262,7 @@ def _served(job: Job) -> str:
 def remove(job: Job) -> None:
     """Remove a job's directory, its journal last, so that a crash in between is found and finished. The history keeps a record of it."""
     traffic.unblock(job.directory)
+    netns.drop(f"ckpt-{job.id}")
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)

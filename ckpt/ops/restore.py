@@ -23,7 +23,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, isolation, lazy, policy, proof, recover, warm
 from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
@@ -35,6 +35,17 @@ from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports.base import CarrierOptions, Location
 
 Figures = dict[str, float | int | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What the caller saw of this host a moment ago, for many at once: the container image is here, the name is nobody else's.
+
+    It also guards the job: when it dies, its own guard settles all of them.
+    """
+
+    old: Container | None = None
+    """The stopped container that the restored one replaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +121,9 @@ def restore(
     return outcomes
 
 
-def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: Emit, *, keep: bool = True) -> Outcome:
+def bring_back(
+    source: Source, options: RestoreOptions, catalog: Catalog, emit: Emit, *, keep: bool = True, looked: Looked | None = None
+) -> Outcome:
     """Restore: unpack and verify it, make room for it, restore it held, compare it with what was dumped, let it run.
 
     Raises:
@@ -118,7 +131,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         ArchiveInvalid, DigestMismatch: the checkpoint is damaged; nothing was touched.
         RestoreFailed: nothing of the restore is left.
     """
-    attempt = prepare(source, options, catalog, emit)
+    attempt = prepare(source, options, catalog, emit, looked=looked)
     try:
         attempt.hold()
         attempt.release()
@@ -136,6 +149,7 @@ def prepare(
     group_job: str = "",
     together: Collection[str] = (),
     kept_volumes: Collection[str] = (),
+    looked: Looked | None = None,
 ) -> Attempt:
     """Look whether it can be restored here, unpack and verify it, and make its job; nothing of the host is touched.
 
@@ -143,6 +157,7 @@ def prepare(
         group_job: the job that decides for this one.
         together: ids of the containers that are restored with it, if any.
         kept_volumes: named volumes that another one of those fills.
+        looked: what need not be asked for.
 
     Raises:
         CkptError: as `bring_back`.
@@ -155,6 +170,7 @@ def prepare(
     can = engine.probe()
     if not can.usable:
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
+    options = isolation.settled(options, manifest, can)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
     if options.cold and not can.remakes:
@@ -163,7 +179,9 @@ def prepare(
         if not can.lazy:
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
-    old = _in_the_way(engine, manifest, options, source)
+    old = _in_the_way(engine, manifest, options, source) if looked is None else looked.old
+    options = options if looked is None else replace(options, checked=True, terse=True)
+    isolation.require(source.checkpoint.directory if source.checkpoint else source.draft.stage, options, manifest)
     options = replace(options, kept_volumes=tuple({*kept_volumes, *_shared_volumes(engine, manifest, options, together)}))
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
@@ -184,7 +202,7 @@ def prepare(
         **({action.GROUP: group_job} if group_job else {}),
     )
     hooks.job = job
-    return Attempt(engine, source, options, job, recover.start_guard(job), emit, stats, hooks, old)
+    return Attempt(engine, source, options, job, None if looked is not None else recover.start_guard(job), emit, stats, hooks, old)
 
 
 class Attempt:
@@ -392,11 +410,18 @@ def stored(
 
 
 def from_store(
-    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+    label: str,
+    checkpoint: Checkpoint,
+    options: RestoreOptions,
+    catalog: Catalog,
+    emit: Emit,
+    keep: bool,
+    incoming: trust.Incoming,
+    looked: Looked | None = None,
 ) -> Outcome:
     """Restore one checkpoint of the store. Raises as `bring_back`."""
     with stored(label, checkpoint, options, catalog, emit, incoming) as source:
-        return bring_back(source, options, catalog, emit, keep=keep)
+        return bring_back(source, options, catalog, emit, keep=keep, looked=looked)
 
 
 def _from_archive(
