@@ -133,4 +133,5 @@ def test_a_clone_that_is_killed_leaves_whole_copies_or_none(lab: Lab) -> None:
     bound = host.run(["ckpt", "clone", "own", "--count", "1"], check=False)
     assert bound.returncode == 21 and "address" in bound.stderr and "0.0.0.0" in bound.stderr and state(host, "own-1") == "", bound.stderr
     host.run(["podman", "rm", "-f", "-t", "0", "web-1", "web-2", "web-3", "own"])
+    assert host.run(["ckpt", "restore", "nothing"], check=False).returncode == 10  # any next command ends the daemon of a killed keeper
     assert_clean(host)
