@@ -141,7 +141,7 @@ def running_owners() -> tuple[tuple[str, ...], int]:
             with suppress(OSError, ValueError):
                 pid = int(one.pidfile.read_text())
         unit = one.unit or systemd.unit_of(pid)
-        if unit.endswith(".service"):
+        if unit.endswith((".service", ".scope")):
             owners.append(unit)
         memory += _memory_bytes(pid)
     return tuple(dict.fromkeys(owners)), memory

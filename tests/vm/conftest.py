@@ -21,8 +21,6 @@ ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519
 cat /root/.ssh/id_ed25519.pub >>/root/.ssh/authorized_keys
 printf 'Host *\n StrictHostKeyChecking no\n LogLevel ERROR\n' >/root/.ssh/config
 echo '127.0.0.1 there' >>/etc/hosts
-# The kernel marks a huge page as a whole: with small ones it can be said exactly what must be read.
-echo madvise >/sys/kernel/mm/transparent_hugepage/enabled
 podman load -q -i /opt/lab/busybox.tar
 """
 

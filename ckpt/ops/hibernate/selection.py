@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ckpt.engines import registry
@@ -123,8 +123,21 @@ def _named(target: Target, settings: HibernateSettings) -> tuple[NamedEngine, Co
 
 
 def _tree(tree: Tree) -> tuple[NamedEngine, Container]:
-    """The process tree of an entry of the file. Raises TargetNotFound, EngineUnavailable, UsageError."""
-    return resolve.resolve(Target(str(pid_of(tree)), "pid"))
+    """The process tree of an entry of the file, with the unit that would start it anew. Raises TargetNotFound, EngineUnavailable, UsageError."""
+    pid = pid_of(tree)
+    engine, container = resolve.resolve(Target(str(pid), "pid"))
+    unit = tree.unit or systemd.unit_of(pid)
+    # Only of its main process: what was started from ssh.service must not keep that from starting.
+    if unit.endswith(".service") and (tree.unit or _main_pid(unit) == str(pid)):
+        container = replace(container, units=(unit,))
+    return engine, container
+
+
+def _main_pid(unit: str) -> str:
+    try:
+        return systemd.control("show", "--property=MainPID", "--value", "--", unit).strip() if systemd.running() else ""
+    except CkptError:
+        return ""
 
 
 def pid_of(tree: Tree) -> int:
@@ -144,7 +157,7 @@ def pid_of(tree: Tree) -> int:
         if not re.fullmatch(r"[1-9]\d{0,9}", text, re.ASCII):
             raise TargetNotFound(f"its pidfile {tree.pidfile} holds no number")
         return int(text)
-    said = systemd.control("show", "--property=MainPID", "--value", "--", tree.unit).strip() if systemd.running() else ""
+    said = _main_pid(tree.unit)
     if not said.isdigit() or int(said) < 2:
         raise TargetNotFound(f"its unit {tree.unit} has no main process")
     return int(said)

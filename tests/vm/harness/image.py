@@ -22,13 +22,16 @@ PACKAGES = (
 )
 # fmt: on
 DISK_SIZE = "6G"  # sparse
+NETWORK = "[Match]\nName=eth0\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nLinkLocalAddressing=no\nIPv6AcceptRA=no\n"
+"""As QEMU's user network has it, without asking."""
 FILES = {
-    "etc/fstab": "/dev/vda / ext4 defaults,noatime 0 0\n",
+    "etc/fstab": "",  # the root is mounted by the initrd: nothing waits for udev to find it
     "etc/hostname": "vm\n",
     "etc/hosts": "127.0.0.1 localhost vm\n",
     "etc/machine-id": "",
-    "etc/systemd/network/10-all.network": "[Match]\nName=en* eth*\n[Network]\nDHCP=yes\n",
-    "etc/ssh/sshd_config.d/vm.conf": "PermitRootLogin prohibit-password\nUseDNS no\nMaxSessions 100\n",
+    "etc/systemd/network/10-all.network": NETWORK,
+    "etc/ssh/sshd_config.d/vm.conf": "PermitRootLogin prohibit-password\nUseDNS no\nMaxSessions 100\nHostKey /etc/ssh/ssh_host_ed25519_key\n",
+    "etc/systemd/system/ssh.service.d/quick.conf": "[Service]\nExecStartPre=\n",
     # initramfs-tools need not pack anything: the kernel boots without.
     "etc/initramfs-tools/update-initramfs.conf": "update_initramfs=no\n",
 }
@@ -46,6 +49,8 @@ NO_UNITS = (
     *("podman-restart.service", "podman-clean-transient.service", "systemd-timesyncd.service", "nftables.service", "getty@tty1.service"),
     *("nginx.service", "systemd-networkd-persistent-storage.service", "systemd-pstore.service", "modprobe@drm.service"),
     *("modprobe@efi_pstore.service",),
+    *("modprobe@configfs.service", "dev-hugepages.mount", "dev-mqueue.mount", "sys-kernel-debug.mount", "sys-kernel-tracing.mount"),
+    *("serial-getty@ttyS0.service", "systemd-random-seed.service", "systemd-update-utmp.service", "systemd-tmpfiles-clean.timer"),
     *("systemd-pcrphase.service", "systemd-hwdb-update.service", "ldconfig.service", "podman-auto-update.service"),
 )
 """Masked: what a test machine does not need while it boots under emulation."""

@@ -80,12 +80,13 @@ class Vm:
             raise VmError(f"cannot make the disk: {done.stderr}")
 
     def _start(self) -> None:
+        # Huge pages by request only: the kernel marks one as a whole, with small ones it can be said exactly what must be read.
         # Nehalem without cx16: what QEMU 7.2's emulation runs this kernel on without faults. cache=unsafe: what the machine synchronises
         # goes to this machine's page cache and no further; killing the emulator loses none of it. Should we be killed, it goes with us.
         argv = [
             *(QEMU, "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16", "-m", str(self._memory_mib), "-smp", str(self._cpus)),
             *("-display", "none", "-no-user-config", "-nodefaults", "-kernel", str(self._made / "vmlinuz"), "-initrd", str(self._made / "initrd")),
-            *("-append", "console=ttyS0 quiet net.ifnames=0 mitigations=off"),
+            *("-append", "console=ttyS0 quiet net.ifnames=0 mitigations=off transparent_hugepage=madvise"),
             *("-drive", f"file={self._disk},format=qcow2,if=none,id=d0,cache=unsafe", "-device", "virtio-blk-pci,drive=d0"),
             *("-netdev", f"user,id=n0,hostfwd=tcp:127.0.0.1:{self.port}-:22", "-device", "virtio-net-pci,netdev=n0,romfile="),
             *("-chardev", f"file,id=c0,path={self.directory / 'console'},append=on", "-serial", "chardev:c0"),
@@ -129,16 +130,16 @@ class Vm:
             self._qemu.wait()
             self._qemu = None
 
-    def wait_for_boot(self, *, other_than: str = "") -> str:
+    def wait_for_boot(self, *, other_than: str = "", limit_s: float = BOOT_LIMIT_S) -> str:
         """Wait until programs can be run; the boot's id. `other_than`: the id of a boot that is to be over.
 
         Raises:
             VmError: not in time; with the end of the console.
         """
-        deadline = time.monotonic() + BOOT_LIMIT_S
+        deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if self._qemu is None or self._qemu.poll() is not None:
-                raise VmError(f"the emulator ended: {(self.directory / 'qemu.log').read_text(errors='replace')[-2000:]}")
+                raise VmError(f"the emulator ended: {(self.directory / 'qemu.log').read_text(errors='replace')[-2000:]}\n{self.console()[-3000:]}")
             try:
                 found = self.boot_id()
             except VmError:
@@ -146,7 +147,7 @@ class Vm:
             if found and found != other_than:
                 return found
             time.sleep(0.3)
-        raise VmError(f"no boot in {BOOT_LIMIT_S:g} s:\n{self.console()[-3000:]}")
+        raise VmError(f"no boot in {limit_s:g} s:\n{self.console()[-3000:]}")
 
     def boot_id(self) -> str:
         return self.run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=10).strip()
@@ -197,17 +198,31 @@ class Vm:
         if done.returncode or packing.returncode not in (0, 1):  # 1: a file changed meanwhile
             raise VmError(f"cannot copy to the machine: {done.stderr.decode(errors='replace')}")
 
-    def reboot(self) -> None:
-        """Restart it the orderly way and wait until it is back.
+    def reboot(self, command: str = "systemctl reboot", *, timeout_s: float = 60.0) -> str:
+        """Restart it with a command of its own and wait until it has started all; what the command said.
+
+        Args:
+            timeout_s: for the command to be over, and again for the machine to go down.
 
         Raises:
-            VmError: it did not come back.
+            VmError: the command failed, or it did not come back.
         """
         before = self.boot_id()
-        self.run(["systemctl", "reboot"], check=False, timeout_s=30)
+        said = self.run(f"{{ {command}; }} 2>&1; echo \"ended with $?\"", check=False, timeout_s=timeout_s)
+        if (status := said.rpartition("ended with ")[2].strip()) not in ("", "0", "100"):  # "": cut off by the reboot itself
+            raise VmError(f"in the machine: {command}: status {status}\n{said}")
         self._end_connection()
-        self.wait_for_boot(other_than=before)
+        self.wait_for_boot(other_than=before, limit_s=BOOT_LIMIT_S + timeout_s)
         self._share_connection()
+        return said
+
+    def wait_for_units(self, timeout_s: float = BOOT_LIMIT_S) -> str:
+        """Wait until init has started all; its word for the machine's state (systemctl(1), is-system-running).
+
+        Raises:
+            VmError: not in time.
+        """
+        return self.run(["systemctl", "is-system-running", "--wait"], check=False, timeout_s=timeout_s).strip()
 
 
 def _free_port() -> int:
