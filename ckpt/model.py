@@ -140,6 +140,8 @@ class Capabilities:
     """A restore with `RestoreOptions.cold` makes a container again that is gone."""
     container_images: bool = False
     volumes: bool = False
+    isolates: bool = False
+    """A restored copy can be without network and with volumes of its own (`RestoreOptions.isolated`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +224,16 @@ class RestoreOptions:
     """Of these "replace" keeps the content all the same: others have them mounted too."""
     checked: bool = False
     """The caller saw a moment ago that name, id and container image are as they must be: an engine need not ask while a source is frozen."""
+    terse: bool = False
+    """Of the restored container the caller needs id, name and first process only: an engine that would have to ask for the rest does not."""
     allow: tuple[str, ...] = ()
     """What a checkpoint from elsewhere may have beyond this host's defaults, as KIND:VALUE (see ops/policy.py)."""
     lazy: bool = False
     """Let it run at once; its memory follows. The owner has started the keeper of the memory (ckpt/ops/lazy.py) for the job."""
+    on_demand: bool = False
+    """With `lazy`: of its memory only that follows which it touches, so that the rest stays shared with other copies."""
+    unpublished: bool = False
+    """A copy without ports of the host, unless `publish` names some: the original has its own. With `checked`, nobody has its name either."""
     tcp_close: bool = False
     """Established TCP connections come back closed: the workload finds them reset, its peers hear so at their next word."""
     cold: bool = False
@@ -233,6 +241,8 @@ class RestoreOptions:
     timeout_s: float = 200.0
     hooks: bool = True
     """Run what is to run before and after (ops/hooks.py)."""
+    isolated: bool = False
+    """A copy for a look into it: in a network of its own that has nothing but a loopback, and with volumes of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +281,27 @@ class Process:
     ppid: int
     comm: str
     threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What makes a checkpoint a link of a chain (`ckpt snapshot`): who took it, when and why, and which one was taken before."""
+
+    case: str
+    number: int
+    """From 1 on."""
+    reason: str
+    taken_s: float
+    """When the workload was frozen for it, seconds since the epoch."""
+    previous: str = ""
+    """"sha256:HEX" of the manifest of the one before, as bytes; "" for the first."""
+    previous_id: str = ""
+    operator: str = ""
+    """The user who gave the command (of `sudo`: who called it), by name."""
+    uid: int = 0
+    """The user that the kernel knows from the login (loginuid of the audit system), else the real one."""
+    machine_id: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +344,8 @@ class Manifest:
     """(mount point, type of file system) of the mounts in the dump."""
     external: dict[str, str] = field(default_factory=dict)
     """What an engine needs to find again, by its own keys (process: cwd, ...)."""
+    evidence: Evidence | None = None
+    """Of a snapshot: its link to the one before."""
 
 
 @dataclass(frozen=True, slots=True)

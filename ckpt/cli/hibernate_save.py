@@ -40,7 +40,7 @@ def save_options(function: F) -> F:
             "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
             help="For all together (default: as configured, 300).",
         ),
-        click.option("--no-verify", is_flag=True, help="Don't read back what was stored."),
+        click.option("--verify", is_flag=True, help="Read back each checkpoint before its workload ends (a restore reads it back anyway)."),
     )):  # fmt: skip
         function = option(function)
     return function
@@ -91,7 +91,7 @@ def make_wish(session: Session, kind: Kind, given: dict[str, Any]) -> tuple[Wish
 
     wish = Wish(
         tuple(Target.parse(target) for target in targets), given["filters"], kind, given["best_effort"], given["parallel"], given["timeout_s"],
-        not given["no_verify"],
+        given["verify"],
     )  # fmt: skip
     return wish, load()
 

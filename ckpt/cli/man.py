@@ -152,6 +152,7 @@ _FILES = (
     ("$XDG_CONFIG_HOME/ckpt/known_servers", "certificates of the servers behind https:// that are known by their fingerprint"),
     ("/etc/ckpt/ckpt.toml", "configuration of the host: store, stores, log_dir, log_level, compress, timeout_s, link_timeout_s, "
      "hook_timeout_s, ssh_options, http, allow, encrypt, identity, sign_key, allowed_signers, require_signature"),
+    ("/etc/ckpt/hooks.d/NN-name", "commands that run before and after checkpoint, restore and migrate (docs/hooks.md)"),
     ("/etc/ckpt/ckpt.toml.d/*.toml", "more of it, in the order of their names"),
     ("$XDG_CONFIG_HOME/ckpt/ckpt.toml", "configuration of the user; it wins over the host's, the environment over both, options over all"),
     ("/var/log/ckpt", "logs of failures"),

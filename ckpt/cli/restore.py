@@ -25,6 +25,7 @@ from ckpt.model import RestoreOptions
         ("ckpt restore --lazy web", "runs at once, its memory follows"),
         ("ckpt restore -n copy web", "beside the original, under another name"),
         ("ckpt restore --group shop", "the newest set of a group, all or none"),
+        ("ckpt restore --isolated web@3", "a copy without network, to look into it"),
         ("ckpt restore -i web.tar.zst", "from an archive, podman's too"),
         ("ckpt restore -i https://a/web.tar.zst", "the same from a web server"),
     ),
@@ -43,6 +44,7 @@ from ckpt.model import RestoreOptions
 @click.option("-k", "--keep", is_flag=True, help="Keep CRIU's logs of a restore that went well.")
 @click.option("--allow", multiple=True, metavar="KIND:VALUE", help="What a checkpoint from elsewhere may have: cap:SYS_ADMIN. Can be repeated.")
 @click.option("--lazy", is_flag=True, help="Resume at once, memory follows.")
+@click.option("--isolated", is_flag=True, help="As a copy NAME-isolated for analysis: no network but a loopback, volumes of its own, no hooks.")
 @state_options(restoring=True)
 @hooks_option
 @click.option("--ignore-static-ip", is_flag=True, help="Take a new IP address.")
@@ -113,7 +115,7 @@ def command(
     limit_s = timeout_s if timeout_s is not None else session.settings.timeout_s
     options = RestoreOptions(publish=publish, timeout_s=limit_s, allow=(*session.settings.allow, *allow), **given)
     if group is not None:
-        from ckpt.ops import group as together
+        from ckpt.ops import group_restore as together
 
         outcomes = together.bring_back_group(
             group, options=options, store_root=session.store_root, emit=session.emit, keep=keep, incoming=incoming

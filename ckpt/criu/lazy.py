@@ -221,8 +221,7 @@ def _recorded(job_dir: Path) -> tuple[int, int]:
 
 
 def _log(job_dir: Path) -> str | None:
-    path = work_dir(job_dir) / LOG
-    return str(path) if path.exists() else None
+    return next((str(path) for path in sorted(job_dir.glob(f"*/{LOG}"))), None)
 
 
 def _write(path: Path, text: str) -> None:

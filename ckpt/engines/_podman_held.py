@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ckpt.criu import lazy
 from ckpt.engines import _hold
+from ckpt.engines import _podman_isolated as isolated
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
 from ckpt.host import netns, traffic
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
@@ -175,6 +176,8 @@ class PodmanRestore:
         self.options = options
         self.process: Process | None = None
         self.container_id = ""
+        self.network = ""
+        """Of an isolated copy: the path of its network namespace."""
 
     @property
     def name(self) -> str:
@@ -196,6 +199,30 @@ class PodmanRestore:
                 run([podman, "volume", "create", name])
             mount = run([podman, "volume", "inspect", "--format", "{{.Mountpoint}}", name]).text.strip()
             volume_ready(name, Path(mount))
+
+    def isolate(self, stage: Path, volume_ready: Callable[[str, Path], None]) -> dict[str, dict[str, Any]]:
+        """Make the network namespace and the volumes of an isolated copy; returns its config.dump and spec.dump."""
+        from ckpt.archive.manifest import json_object
+
+        podman = which("podman") or "podman"
+        config, spec = (json_object((stage / name).read_bytes(), name) for name in ("config.dump", "spec.dump"))
+        names, mounts = isolated.volume_names(config, self.name), {}
+        changed = isolated.config(config, names)
+        for name, own in names.items():
+            if run([podman, "volume", "exists", own], check=False).ok:
+                raise BusyError(
+                    f"volume {own} already exists here", hint=f"remove it (podman volume rm {own}), or give the copy another name: -n NAME"
+                )
+            self.job.write("volume", created_volumes=[*self.job.facts.get("created_volumes", []), own])
+            run([podman, "volume", "create", own])
+            mount = run([podman, "volume", "inspect", "--format", "{{.Mountpoint}}", own]).text.strip()
+            mounts[isolated.destinations(config)[name]] = mount
+            volume_ready(name, Path(mount))
+        try:
+            self.network = os.fspath(netns.make(f"ckpt-{self.job.id}", self.manifest.addresses))  # its name goes with the job
+        except OSError as error:
+            raise RestoreFailed(f"no network namespace can be made for {self.name}: {error}") from error
+        return {"config.dump": changed, "spec.dump": isolated.spec(spec, self.network, mounts)}
 
     def start(self, stub: Path) -> None:
         """Start `podman container restore --import` on the stub."""
@@ -246,6 +273,8 @@ class PodmanRestore:
         if self.options.name and Path(self.manifest.runtime or "").name == "runc":
             self._own_cgroup(spec)
         networks = [space.get("path") for space in spec["linux"]["namespaces"] if space.get("type") == "network"]
+        if self.options.isolated and networks not in ([self.network], [None]):
+            raise RestoreFailed(f"podman gave {self.name} another network than the isolated one: it was not started")
         if networks and networks[0]:
             netns.settle(networks[0], self.manifest.addresses)  # what goes wrong CRIU meets again, and says it
         if self.options.lazy:
@@ -323,7 +352,8 @@ class PodmanHeldRestore:
             undo_restore(attempt.job)
             raise error
         _hold.disarm(attempt.job)
-        return self.engine.describe(Container("podman", attempt.container_id, attempt.name, "running"))
+        found = Container("podman", attempt.container_id, attempt.name, "running", pid=self.init_pid or None, runtime=attempt.manifest.runtime)
+        return found if attempt.options.terse and self.init_pid else self.engine.describe(found)
 
     def abort(self) -> None:
         undo_restore(self.attempt.job)

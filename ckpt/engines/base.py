@@ -159,6 +159,35 @@ class ChecksHealth(Protocol):
 
 
 @runtime_checkable
+class RunsNew(Protocol):
+    """What an engine offers besides that starts a container from nothing, by arguments of its own command line."""
+
+    def run_command(self, name: str, arguments: Sequence[str], publish: Sequence[str]) -> list[str]:
+        """The command line that starts it in the background."""
+
+    def run_new(self, name: str, command: Sequence[str]) -> Container:
+        """Start it by a command line of `run_command`. Raises RestoreFailed, with everything it made removed again."""
+
+    def command_of(self, container: Container) -> list[str]:
+        """The command line that made a container; [] where the engine does not know."""
+
+    def command_in(self, config: bytes) -> list[str]:
+        """The same, of a checkpoint's `config.dump`."""
+
+    def image_now(self, image: ContainerImage) -> str:
+        """The id of the container image that this one's name means now; "" for none."""
+
+    def log_command(self, container: Container) -> list[str]:
+        """The command that follows its log, from the first line on, on standard output and error."""
+
+    def last_words(self, container: Container, lines: int) -> str:
+        """The last lines of its log; best effort."""
+
+    def discard(self, container: Container) -> None:
+        """End it at once and remove it. Raises StateUnknown."""
+
+
+@runtime_checkable
 class HasProfile(Protocol):
     """What an engine offers besides whose defaults for containers are known."""
 
@@ -180,6 +209,14 @@ class DescribesMany(Protocol):
 
     def describe_many(self, containers: Sequence[Container]) -> list[Container]:
         """`Engine.describe` of each; those that are gone by now are left out."""
+
+
+@runtime_checkable
+class NamesContainerImages(Protocol):
+    """What an engine with `Capabilities.container_images` offers besides whose containers are made from a container image by its name."""
+
+    def has_named(self, image: ContainerImage) -> bool:
+        """True when the container image with this very id is there, and its name means it."""
 
 
 class CarriesContainerImages(Protocol):

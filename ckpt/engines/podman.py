@@ -48,7 +48,11 @@ from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Fin
 from ckpt.store.job import Job
 
 QUERY_TIMEOUT_S: Final = 60.0
+PORTS: Final = ("newPortMappings", "portMappings")
+"""Of podman's config.dump: the ports of the host (libpod/container_config.go)."""
 START_LIMIT_S: Final = 120.0
+RUN_LIMIT_S: Final = 900.0
+"""It may have to fetch a container image first."""
 HOLD_LIMIT_S: Final = 240.0
 """Podman gives up on a runtime that does not answer within its container-create timeout (containers.conf(5))."""
 
@@ -93,7 +97,7 @@ class Podman:
             return Capabilities(False, "checkpointing a podman container requires root", version)
         runtimes = tuple(name for name in ("crun", "runc") if which(name))
         can = Capabilities(True, "", version, runtimes, hold=True, clone=True, container_images=True, volumes=True)
-        return replace(can, pages=True, lazy=True, early=True, startable=True, remakes=True, takes_frozen=True)
+        return replace(can, pages=True, lazy=True, early=True, isolates=True, startable=True, remakes=True, takes_frozen=True)
 
     def containers(self) -> list[Container]:
         rows = self._rows([])
@@ -213,17 +217,27 @@ class Podman:
             _hold.disarm(job)
         return True
 
-    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest, options: RestoreOptions) -> None:
+    def _pack_stub(self, stub: Path, stage: Path, manifest: Manifest, options: RestoreOptions, changed: dict[str, dict[str, Any]]) -> None:
         import io
         import tarfile
 
-        config = b"" if options.checked else self._by_id(stage, manifest)
+        config = b"" if options.checked and not options.name else self._by_id(stage, manifest)
+        own = {CONFIG: config} if config else {}
+        for name, content in changed.items():
+            known = json.loads(config) if config and name == CONFIG else {}
+            image = {key: known[key] for key in ("rootfsImageName",) if key in known}
+            own[name] = json.dumps(content | image).encode()
+        if changed:
+            own["network.status"] = b"null"
+        if options.unpublished and not options.publish:
+            told = json_object(own.get(CONFIG) or (stage / CONFIG).read_bytes(), CONFIG)
+            own[CONFIG] = json.dumps({key: value for key, value in told.items() if key not in PORTS}).encode()
         with tarfile.open(stub, "w", format=tarfile.PAX_FORMAT) as tar:
             for name in STUB_MEMBERS:
-                if name == CONFIG and config:
+                if name in own:
                     member = tarfile.TarInfo(name)
-                    member.size = len(config)
-                    tar.addfile(member, io.BytesIO(config))
+                    member.size = len(own[name])
+                    tar.addfile(member, io.BytesIO(own[name]))
                 elif (stage / name).exists():
                     tar.add(stage / name, name, recursive=False)
             # podman looks whether this one is there, no more; the runtime is shown the stage's.
@@ -264,15 +278,16 @@ class Podman:
         job.write(
             "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
         )
-        if not options.checked or options.name:
+        if not options.checked or (options.name and not options.unpublished):
             self._refuse(manifest, options)
         _podman_apparmor.ensure(stage / SPEC, lambda: self._load_profile(manifest))
         if options.cold:
             self._forget_runtime(manifest)
         try:
-            if not options.ignore_volumes:
+            changed = attempt.isolate(stage, volume_ready) if options.isolated else {}
+            if not options.ignore_volumes and not options.isolated:
                 attempt.make_volumes(volume_ready)
-            self._pack_stub(job.directory / STUB, stage, manifest, options)
+            self._pack_stub(job.directory / STUB, stage, manifest, options, changed)
             _hold.arm(job, "restore", stage / "checkpoint", job.directory / "criu", lazy=options.lazy, tcp_close=options.tcp_close, cold=options.cold)
             attempt.start(job.directory / STUB)
             attempt.mounted()
@@ -365,6 +380,10 @@ class Podman:
         if image.name and not podman("image", "exists", image.name, check=False).ok:
             podman("image", "tag", image.id, image.name)
 
+    def has_named(self, image: ContainerImage) -> bool:
+        found = podman("image", "inspect", "--format", "{{.Id}}", "--", image.name or image.id, check=False)
+        return found.ok and found.text.strip() == image.id
+
     def remove_container_image(self, image_id: str) -> None:
         podman("image", "rm", "--force", image_id, check=False)
 
@@ -373,9 +392,11 @@ class Podman:
         return podman("image", "exists", image_id, check=False).ok
 
     def remove(self, container: Container) -> None:
-        if self.describe(container).state in ("running", "paused"):
-            raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
-        podman("container", "rm", container.id)
+        result = podman("container", "rm", container.id, check=False)
+        if not result.ok:  # podman looks itself whether it runs
+            if self.describe(container).state in ("running", "paused"):
+                raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
+            raise CkptError(f"podman cannot remove {container.name}: {result.error_text.strip() or result.returncode}")
 
     def volume_users(self, name: str) -> list[str]:
         return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()
@@ -393,6 +414,52 @@ class Podman:
         if not result.ok:
             said = (result.error_text.strip() or f"status {result.returncode}").splitlines()[-1]
             raise StateUnknown(f"podman cannot stop {container.name}: {said}", where=f"{container.name} may be running", hint="podman ps")
+
+    def run_command(self, name: str, arguments: Sequence[str], publish: Sequence[str]) -> list[str]:
+        ports = [word for mapping in publish for word in ("--publish", mapping)]
+        return ["podman", "run", "--detach", "--name", name, *ports, *arguments]
+
+    def run_new(self, name: str, command: Sequence[str]) -> Container:
+        result = podman(*command[1:], check=False, timeout_s=RUN_LIMIT_S)
+        made = podman("container", "inspect", "--format", "{{.Id}}", result.text.strip() or name, check=False)
+        container = Container(self.name, made.text.strip(), name, "unknown") if made.ok else None
+        if result.ok and container is not None:
+            return self.describe(container)
+        said = (result.error_text or f"status {result.returncode}").splitlines()[-1]
+        if container is not None and self.command_of(container)[1:] == list(command[1:]):
+            self.discard(container)  # podman leaves behind what it could not start
+        raise RestoreFailed(f"podman cannot start {name}: {said}", where="nothing is left of it")
+
+    def command_of(self, container: Container) -> list[str]:
+        result = podman("container", "inspect", "--format", "{{json .Config.CreateCommand}}", container.id, check=False)
+        try:
+            found = json.loads(result.text or "[]")
+        except ValueError:
+            return []
+        return [str(word) for word in found] if isinstance(found, list) else []
+
+    def command_in(self, config: bytes) -> list[str]:
+        found = json_object(config, CONFIG).get("CreateCommand")
+        return [str(word) for word in found] if isinstance(found, list) else []
+
+    def image_now(self, image: ContainerImage) -> str:
+        found = podman("image", "inspect", "--format", "{{.Id}}", "--", image.name, check=False)
+        return found.text.strip() if found.ok else ""
+
+    def log_command(self, container: Container) -> list[str]:
+        return [which("podman") or "podman", "container", "logs", "--follow", container.id]
+
+    def last_words(self, container: Container, lines: int) -> str:
+        try:
+            result = podman("container", "logs", "--tail", str(lines), container.id, check=False)
+        except CommandFailed:
+            return ""
+        return "\n".join((result.text + "\n" + result.error_text).strip().splitlines()[-lines:])
+
+    def discard(self, container: Container) -> None:
+        result = podman("container", "rm", "--force", "--ignore", "--time", "0", container.id, check=False)
+        if not result.ok:
+            raise StateUnknown(f"podman cannot remove {container.name}: {result.error_text[-200:]}", hint=f"podman rm -f {container.name}")
 
     def volume_names(self) -> list[str]:
         """The named volumes here."""

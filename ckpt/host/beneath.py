@@ -14,6 +14,7 @@ from typing import Final
 
 _OPENAT2: Final = 437  # the same on every architecture (Linux 5.6)
 _RESOLVE: Final = 0x02 | 0x04 | 0x08  # NO_MAGICLINKS, NO_SYMLINKS, BENEATH
+_RESOLVE_IN_ROOT: Final = 0x02 | 0x10  # NO_MAGICLINKS, IN_ROOT
 _HOW: Final = struct.Struct("=QQQ")
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENXIO, errno.ESTALE)
@@ -134,3 +135,13 @@ class Tree:
 
 def _error(number: int, path: bytes) -> Exception:
     return Gone() if number in _GONE else OSError(number, os.strerror(number), os.fsdecode(path))
+
+
+def exists_in(root_fd: int, path: str) -> bool:
+    """Whether a process whose root directory is `root_fd` finds something at `path`: links lead where they lead for that process."""
+    how = _HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)
+    name = ctypes.c_char_p(os.fsencode(path))
+    fd = int(_libc.syscall(ctypes.c_long(_OPENAT2), ctypes.c_int(root_fd), name, how, ctypes.c_size_t(len(how))))
+    if fd >= 0:
+        os.close(fd)
+    return fd >= 0

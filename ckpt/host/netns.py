@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -10,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, TypeVar
 
 _CLONE_NEWNET: Final = 0x40000000
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 16, 18, 20, 21, 22
@@ -20,7 +22,9 @@ _IFLA_ADDRESS, _IFA_ADDRESS, _IFA_LOCAL = 1, 1, 2
 _IFF_UP, _IFF_LOOPBACK, _IFF_NOARP = 0x1, 0x8, 0x80
 _IFA_F_NODAD, _IFA_F_DADFAILED, _IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 _ARPHRD_ETHER: Final = 1
+_MS_BIND, _MNT_DETACH, _SIOCSIFFLAGS = 4096, 2, 0x8914
 LIMIT_S: Final = 2.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,35 @@ def thread(namespace: int, body: Callable[[], None], failed: Callable[[str], Non
             failed(str(error))
 
     return threading.Thread(target=run, name="ckpt-netns", daemon=True)
+
+
+def call(pid: int, body: Callable[[], T], limit_s: float) -> T:
+    """What `body` returns, called in the network namespace of a process (setns(2)). It sees to its own time limits.
+
+    Raises:
+        OSError: of `body`, or there is no such process; TimeoutError: `body` did not come to an end in that time.
+    """
+    found: list[T] = []
+    failed: list[OSError] = []
+
+    def run() -> None:
+        try:
+            found.append(body())
+        except OSError as error:
+            failed.append(error)
+
+    namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        worker = thread(namespace, run, lambda text: failed.append(OSError(text)))
+        worker.start()
+        worker.join(limit_s)
+    finally:
+        os.close(namespace)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError("no answer in time")
+    return found[0]
 
 
 def addresses() -> Iterator[Address]:
@@ -106,6 +139,69 @@ def settle(path: str, wanted: Collection[str]) -> str:
         return told[0] if told else "the kernel does not answer" if worker.is_alive() else ""
     finally:
         os.close(namespace)
+
+
+NAMED: Final = Path("/run/netns")
+"""Where ip-netns(8) and podman keep namespaces that have a name."""
+
+
+def make(name: str, wanted: Collection[str] = ()) -> Path:
+    """A new network namespace with a name; it has a loopback and nothing else.
+
+    Args:
+        wanted: addresses that the loopback gets: what was bound to them can be bound again, and nothing leads anywhere.
+
+    Returns:
+        Its path, for `drop`.
+
+    Raises:
+        OSError: the kernel does not make it.
+    """
+    told: list[str] = []
+    path = NAMED / name
+    NAMED.mkdir(mode=0o755, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+
+    def body() -> None:
+        import ctypes
+        import fcntl
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        own = f"/proc/self/task/{threading.get_native_id()}/ns/net"
+        try:
+            if libc.unshare(_CLONE_NEWNET) or libc.mount(own.encode(), os.fsencode(path), None, _MS_BIND, None):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as card:
+                fcntl.ioctl(card, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP | _IFF_LOOPBACK))
+            index = socket.if_nametoindex("lo")
+            for address in map(ipaddress.ip_address, wanted):
+                family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+                message = struct.pack("=BBBBI", family, address.max_prefixlen, 0 if address.version == 4 else _IFA_F_NODAD, 0, index)
+                for kind in (_IFA_LOCAL, _IFA_ADDRESS):
+                    message += struct.pack("=HH", 4 + len(address.packed), kind) + address.packed
+                _ask(_RTM_NEWADDR, _NLM_F_REQUEST_ACK | _NLM_F_CREATE_EXCL, message)
+        except (OSError, ValueError, struct.error) as error:
+            told.append(str(error))
+
+    worker = threading.Thread(target=body, name="ckpt-netns", daemon=True)
+    worker.start()
+    worker.join(2 * LIMIT_S)
+    if told or worker.is_alive():
+        drop(name)
+        raise OSError(told[0] if told else "the kernel does not answer")
+    return path
+
+
+def drop(name: str) -> None:
+    """Take the name away; the namespace goes with the last process in it. Nothing is done when there is none."""
+    path = NAMED / name
+    if not path.exists():
+        return
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), _MNT_DETACH)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _ask(kind: int, flags: int, message: bytes) -> None:

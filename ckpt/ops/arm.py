@@ -21,7 +21,7 @@ from ckpt.events import Emit, Notice
 from ckpt.host import systemd
 from ckpt.model import Checkpoint, DumpOptions, Target
 from ckpt.ops import checkpoint as saving
-from ckpt.ops import install_units, resolve, units
+from ckpt.ops import consent, install_units, resolve, units
 from ckpt.ops.result import Outcome
 from ckpt.store import durable, locks, place, retention
 from ckpt.store.catalog import Catalog
@@ -109,6 +109,7 @@ def arm(targets: Sequence[str], *, every_s: float, keep_last: int, store_root: P
     Raises:
         FeatureMissing: there is no systemd; nothing was changed.
         TargetNotFound, UsageError: of a target; nothing was changed.
+        PolicyRefused: a label of it forbids checkpoints; nothing was changed.
         BusyError: a file of the units' names is not ours; nothing was changed.
         EngineUnavailable: systemd refused; what had been changed for that target was taken back.
     """
@@ -118,6 +119,7 @@ def arm(targets: Sequence[str], *, every_s: float, keep_last: int, store_root: P
     wanted = []
     for text in targets:
         engine, container = resolve.resolve(Target.parse(text))
+        consent.require(container, "arm")
         target = resolve.qualified(engine, container)
         instance(target)
         wanted.append(Armed(target, every_s, keep_last, engine.name, container.id, container.name or container.id))

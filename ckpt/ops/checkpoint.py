@@ -33,7 +33,7 @@ from ckpt.errors import (
 from ckpt.events import BytesMoved, Emit, Frozen, Notice, StepDone, StepStarted, Thawed
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, DumpOptions, DumpStats, HostFacts, Manifest, Target
-from ckpt.ops import capture, consent, faults, intake, knobs, recover, resolve, warm
+from ckpt.ops import capture, consent, faults, filling, intake, knobs, recover, resolve, warm
 from ckpt.ops import check as checks
 from ckpt.ops import hooks as hooking
 from ckpt.ops.result import Outcome, failure
@@ -159,6 +159,7 @@ def prepare(
     """
     ready(container, label)
     labels = consent.require(container, "checkpoint", override=options.override_label, emit=emit)
+    filling.bring_rest(catalog.root, container.pid or 0)
     hooks = hooking.gather(label, engine, labels, container=container, enabled=options.hooks, emit=emit)
     if hooks.any("pre-checkpoint"):
         chosen = options  # a hook may close what cannot be saved: it is looked for after it then

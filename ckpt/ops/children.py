@@ -41,7 +41,7 @@ class Ended:
     error: CkptError | None
     job: str
     said: str = ""
-    """The end of what it wrote to stderr."""
+    """The end of what it wrote to stderr besides events."""
 
     @property
     def ok(self) -> bool:
@@ -92,7 +92,7 @@ def follow(process: Process, *, emit: Emit, stopped: Callable[[], bool], tell: C
                 told = True
                 tell() if tell is not None else _interrupt(process)
             continue
-        if number == 1:
+        if number == 1 and not line.startswith(b"{"):
             tail = (tail + line + b"\n")[-_TAIL_BYTES:]
         value = _json(line)
         match str(value.pop("event", "")):

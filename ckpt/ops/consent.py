@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from ckpt.errors import PolicyRefused, UsageError
 from ckpt.events import Emit, Notice, ignore
 from ckpt.model import Container
+from ckpt.ops import journald
 
 Verb = Literal["checkpoint", "export", "snapshot", "arm", "hibernate", "migrate", "drain", "rewind", "clone", "group"]
 """What is to be done with a container. All but `migrate` and `drain` save it here; those move it away."""
@@ -129,7 +130,7 @@ def require(container: Container, verb: Verb, *, override: bool = False, emit: E
     except UsageError as error:
         if not override:
             raise
-        emit(Notice(name, f"overridden (--override-label): {error.message}; it has none of its ckpt.* labels now", warning=True))
+        _told(name, f"overridden (--override-label): {error.message}; it has none of its ckpt.* labels now", verb, emit)
         return Labels(overridden="labels")
     forbidding = found.forbids(verb)
     if not forbidding:
@@ -141,8 +142,13 @@ def require(container: Container, verb: Verb, *, override: bool = False, emit: E
             where=f"{name} is {container.state}, untouched",
             hint="--override-label does it all the same, and records that",
         )
-    emit(Notice(name, f"its label {forbidding} was overridden (--override-label)", warning=True))
+    _told(name, f"its label {forbidding} was overridden (--override-label)", verb, emit)
     return replace(found, checkpoint="allow", migratable=True, overridden=forbidding)
+
+
+def _told(name: str, text: str, verb: Verb, emit: Emit) -> None:
+    emit(Notice(name, text, warning=True))
+    journald.tell(f"{verb} of {name}: {text}", phase=verb, result="overridden", target=name, priority=4)
 
 
 def seconds(text: str) -> float:

@@ -202,7 +202,7 @@ class _Draining:
                     self._end(one, "dropped", reason="it was broken off" if self.stop.is_set() else "time was up")
         self.journal.write("interrupted" if interrupted is not None or self.stop.is_set() else drains.DRAINED)
         faults.point("drain-over")
-        drains.mark(self.root, self.journal)
+        drains.mark(self.root)
         known = {*self.went, *(one.target for one in stays)}
         ours = [self.went[one.target] for group in self.groups.values() for one in group]
         went = (*(one for one in earlier if one.target not in known), *ours, *stays)
@@ -318,6 +318,7 @@ class _Draining:
 
     def _failed(self, one: Candidate, destination: str, error: CkptError, *, split: bool = False) -> None:
         waits = isinstance(error, NeedsContinue | StateUnknown)
+        error.where = error.where or f"{one.container.name} is running here"
         if split and not waits:
             self.emit(Notice(one.target, f"others of its group are on {destination} already", warning=True))
         state = "waiting" if waits else "dropped" if self._stopped() else "failed"

@@ -25,7 +25,7 @@ from ckpt.events import Emit, Notice, ignore
 from ckpt.host import marked
 from ckpt.host.run import CommandFailed, Result
 from ckpt.model import Container, Severity
-from ckpt.ops import consent, faults
+from ckpt.ops import consent, faults, journald
 from ckpt.ops.consent import InsideHook, Labels
 from ckpt.store.job import Job
 
@@ -247,6 +247,7 @@ def gather(
     if not enabled:
         if labels.hooks or (HOOKS_DIR.is_dir() and any(is_hook(path) for path in HOOKS_DIR.iterdir())):
             emit(Notice(label, "hooks are left out (--no-hooks)"))
+            journald.tell(f"{label}: hooks were left out (--no-hooks)", phase="hooks", result="skipped", target=label, priority=5)
         return none(label)
     known = {"target": label, "engine": engine.name if engine is not None else "", **(facts or {})}
     if container is not None:

@@ -3,6 +3,9 @@
 It starts CRIU's lazy-pages daemon for a restore and waits for ckpt's word on its standard input: "0", the tree runs, serve it; "1",
 the restore was undone. Without a word (ckpt died) the journal decides, as it does for CRIU's action-script: committed, go on.
 
+A keeper that is told so (`on_demand`) has the daemon bring only what the tree asks for, until somebody wants all of it (`fill`) or the tree has
+ended: memory that a copy never touches stays one with that of all other copies, in the page cache (see lazyrelay.py).
+
 Serving, it holds the lease on the checkpoint (the daemon holds it too, so it outlives a killed keeper) and owns the job, whose journal
 says `serving`. Memory in the store's chunks the daemon gets from a feeder (feeder.py). When all memory is there the keeper removes the
 job, and the draft that was made for this one restore.
@@ -27,14 +30,18 @@ from typing import IO, Any, Final, Literal
 
 import ckpt
 from ckpt.criu import action, bindings, lazy, pagefeed, tree
+from ckpt.criu.lazyrelay import Relay
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
 from ckpt.ops.feeder import Feeder, damage
+from ckpt.ops.filling import FILL
 from ckpt.store import place
 from ckpt.store.job import Job
 
 FOLLOW_S: Final = 0.05
 """A task whose memory is complete may have to wait this long once, for our copy of its descriptor to be closed."""
+REST_S: Final = 0.5
+"""The same where nothing is brought that nobody asked for; so long may a wish for the rest have to wait, too."""
 ABORT_LIMIT_S: Final = 30.0
 _BODY: Final = (
     "import sys; p = sys.argv[1]; sys.path.count(p) or sys.path.insert(0, p); "
@@ -63,6 +70,8 @@ class Keeper:
         checkpoint_id: str = "",
         newest: Path | None = None,
         waits: bool = False,
+        shared: bool = False,
+        on_demand: bool = False,
     ) -> None:
         """Start it; the daemon is on its way (`criu.lazy.wait_listening`).
 
@@ -73,6 +82,8 @@ class Keeper:
                 `newest` and their parents; "source", still on the source of a migration (see postcopy.py).
             criu_version: of this host, for all but the first.
             waits: for `go`, because the stage is not complete.
+            shared: other keepers have the same draft, which goes with the last of them.
+            on_demand: only what the tree asks for is brought, until `fill`.
 
         Raises:
             CommandFailed, OSError: it cannot be started.
@@ -81,7 +92,7 @@ class Keeper:
         lazy.work_dir(job.directory).mkdir(mode=0o700, exist_ok=True)
         self._plan = {
             "stage": str(stage), "fds": list(lease_fds), "draft": draft, "memory": memory, "criu_version": criu_version,
-            "checkpoint_id": checkpoint_id,
+            "checkpoint_id": checkpoint_id, "shared": shared, "on_demand": on_demand,
         }  # fmt: skip
         job.write("lazy", lazy={**self._plan, "newest": str(newest or ""), "waits": waits})
         parent = str(Path(ckpt.__file__).resolve().parent.parent)
@@ -157,8 +168,20 @@ def keeper_main(directory: str) -> int:
                 plan = _facts(journal)["lazy"]
             return _keep(_Served(job, journal, stage), plan)
         finally:
-            if plan["draft"]:
+            if plan.get("shared"):
+                _drop(job.directory, plan["fds"])
+            elif plan["draft"]:
                 shutil.rmtree(stage, ignore_errors=True)
+
+
+def _drop(job_dir: Path, fds: Sequence[int]) -> None:
+    """Give up our share of a draft; nobody's drafts are removed."""
+    for fd in fds:
+        os.close(fd)
+    from ckpt.store.catalog import Catalog  # at a keeper's end, not at its start
+
+    with suppress(CkptError, OSError):
+        Catalog(place.store_of(job_dir)).sweep()
 
 
 @dataclass(slots=True)
@@ -242,9 +265,15 @@ def _keep(served: _Served, plan: dict[str, Any]) -> int:
 def _bring(served: _Served, plan: dict[str, Any], stack: ExitStack) -> str | None:
     """All of the keeper's work: "" or why the memory is lost; None when there was nothing to bring it to in the end."""
     directory = served.job.directory
+    relay: Relay | None = None
     try:
         port = _feed(served, plan, stack)
-        daemon = lazy.Daemon(served.stage / "checkpoint", lazy.work_dir(directory), plan["fds"], page_server_port=port)
+        work, fds = lazy.work_dir(directory), list(plan["fds"])
+        if plan.get("on_demand"):
+            relay = Relay(work)
+            stack.callback(relay.close)
+            work, fds = relay.daemon_dir, [*fds, relay.upstream.fileno()]
+        daemon = lazy.Daemon(served.stage / "checkpoint", work, fds, page_server_port=port)
     except (CkptError, run.CommandFailed, OSError) as error:
         lazy.mark_failed(directory, str(error))
         return None
@@ -252,9 +281,13 @@ def _bring(served: _Served, plan: dict[str, Any], stack: ExitStack) -> str | Non
         if not daemon.wait_listening():
             lazy.mark_failed(directory, "CRIU's lazy-pages daemon did not start")
             return None
+        if relay is not None:
+            relay.start()
         lazy.mark_ready(directory, daemon)
         if not _wanted(served, daemon):
             return None
+        if relay is not None:
+            _rest(served, daemon, relay)
         lost = _serve(served, daemon)
     except Exception as error:
         # Whatever it is: the daemon ends with us, so a tree that runs must end before.
@@ -289,6 +322,25 @@ def _wanted(served: _Served, daemon: lazy.Daemon) -> bool:
                 daemon.let_go()  # a restore that still waits for a page comes to its end, and is refused by `Keeper.check`
         else:
             daemon.follow()
+
+
+def _rest(served: _Served, daemon: lazy.Daemon, relay: Relay) -> None:
+    """Let the daemon answer faults only, until the rest is wanted, the tree has ended, or the daemon has."""
+    wish = served.job.directory / FILL
+    poller = select.poll()
+    poller.register(daemon.pidfd, select.POLLIN)
+    tree_fd = -1
+    with suppress(OSError):  # it has ended
+        tree_fd = os.pidfd_open(served.root[0])
+        poller.register(tree_fd, select.POLLIN)
+    try:
+        daemon.follow()
+        while served.alive() and not wish.exists() and not poller.poll(1000 * REST_S):
+            daemon.follow()
+    finally:
+        if tree_fd >= 0:
+            os.close(tree_fd)
+        relay.fill()
 
 
 def _serve(served: _Served, daemon: lazy.Daemon) -> str:

@@ -21,7 +21,7 @@ from ckpt.events import BytesMoved, Emit, Figures, Frozen, Notice, StepDone, Ste
 from ckpt.host import announce, traffic
 from ckpt.host.run import Process
 from ckpt.model import Carriage, Container, DumpOptions, HostFacts, Manifest, PrecopyLimits, Target
-from ckpt.ops import capture, consent, faults, look, recover, statistics
+from ckpt.ops import capture, consent, faults, filling, look, recover, statistics
 from ckpt.ops import hooks as hooking
 from ckpt.ops.early import EarlyStart
 from ckpt.ops.memory import MemoryMove
@@ -191,6 +191,7 @@ class _Migration:
             self.emit(Figures(self.typed, {"overridden": labels.overridden}))
         facts = {"destination": self.destination}
         self.hooks = hooking.gather(self.typed, self.engine, labels, container=container, enabled=self.options.hooks, emit=self.emit, facts=facts)
+        filling.bring_rest(self.root, container.pid or 0)
         wanted = DumpOptions(
             tcp_established=self.options.tcp_established, file_locks=self.options.file_locks, ignore_volumes=self.options.ignore_volumes
         )

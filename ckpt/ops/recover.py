@@ -27,7 +27,7 @@ from ckpt.criu import action, lazy, tree
 from ckpt.engines import registry
 from ckpt.engines.base import Engine, StaysEnded
 from ckpt.errors import CkptError
-from ckpt.host import announce, traffic
+from ckpt.host import announce, netns, traffic
 from ckpt.host.run import CommandFailed, Process, spawn
 from ckpt.model import Container
 from ckpt.ops import groupjob, journald, knobs
@@ -250,6 +250,8 @@ def _served(job: Job) -> str:
     """A lazy restore that nobody owns: left while its daemon runs; afterwards only what a dead keeper did not remove is left of it."""
     facts = job.facts
     keeper = tree.stat(int(facts.get("keeper_pid", 0)))
+    if (keeper is None or not keeper.alive) and not tree.same(int(facts.get("restored_pid", 0)), int(facts.get("restored_ticks", 0))):
+        lazy.end(job.directory)  # one that brings only what is asked for would not end by itself
     if lazy.running(job.directory) or (keeper is not None and keeper.alive and str(job.directory) in tree.argv(keeper.pid)):
         return "left"
     job.write("done", by="sweep")
@@ -260,6 +262,7 @@ def _served(job: Job) -> str:
 def remove(job: Job) -> None:
     """Remove a job's directory, its journal last, so that a crash in between is found and finished. The history keeps a record of it."""
     traffic.unblock(job.directory)
+    netns.drop(f"ckpt-{job.id}")
     record = history.of_journal(job)
     if record is not None:
         history.keep(store_root(job), record)

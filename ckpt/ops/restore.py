@@ -23,7 +23,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted, Thawed
 from ckpt.host import announce
 from ckpt.host.run import CommandFailed, Process
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
-from ckpt.ops import consent, faults, lazy, policy, proof, recover, warm
+from ckpt.ops import consent, faults, isolation, lazy, policy, proof, recover, warm
 from ckpt.ops import hooks as hooking
 from ckpt.ops.import_ import Archive, arriving
 from ckpt.ops.import_ import unpack as unpack_archive
@@ -35,6 +35,17 @@ from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.transports.base import CarrierOptions, Location
 
 Figures = dict[str, float | int | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What the caller saw of this host a moment ago, for many at once: the container image is here, the name is nobody else's.
+
+    It also guards the job: when it dies, its own guard settles all of them.
+    """
+
+    old: Container | None = None
+    """The stopped container that the restored one replaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,9 @@ class Source:
     """The lock that keeps `checkpoint` in the store."""
     signed: bool = False
     """A signature was asked for, and is there."""
+    unpacked: Callable[[], None] | None = None
+    """It is being unpacked into the draft by the caller, for several restores at once (of lazy ones, the last keeper removes it): waits until
+    all of it is there, before CRIU looks. Raises what went wrong with that."""
 
     @property
     def made_here(self) -> bool:
@@ -107,7 +121,9 @@ def restore(
     return outcomes
 
 
-def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: Emit, *, keep: bool = True) -> Outcome:
+def bring_back(
+    source: Source, options: RestoreOptions, catalog: Catalog, emit: Emit, *, keep: bool = True, looked: Looked | None = None
+) -> Outcome:
     """Restore: unpack and verify it, make room for it, restore it held, compare it with what was dumped, let it run.
 
     Raises:
@@ -115,7 +131,7 @@ def bring_back(source: Source, options: RestoreOptions, catalog: Catalog, emit: 
         ArchiveInvalid, DigestMismatch: the checkpoint is damaged; nothing was touched.
         RestoreFailed: nothing of the restore is left.
     """
-    attempt = prepare(source, options, catalog, emit)
+    attempt = prepare(source, options, catalog, emit, looked=looked)
     try:
         attempt.hold()
         attempt.release()
@@ -133,6 +149,7 @@ def prepare(
     group_job: str = "",
     together: Collection[str] = (),
     kept_volumes: Collection[str] = (),
+    looked: Looked | None = None,
 ) -> Attempt:
     """Look whether it can be restored here, unpack and verify it, and make its job; nothing of the host is touched.
 
@@ -140,6 +157,7 @@ def prepare(
         group_job: the job that decides for this one.
         together: ids of the containers that are restored with it, if any.
         kept_volumes: named volumes that another one of those fills.
+        looked: what need not be asked for.
 
     Raises:
         CkptError: as `bring_back`.
@@ -152,6 +170,7 @@ def prepare(
     can = engine.probe()
     if not can.usable:
         raise EngineUnavailable(f"{source.label} needs {engine.name}, which cannot be used here", hint=can.reason or None)
+    options = isolation.settled(options, manifest, can)
     if options.name is not None and not can.clone:
         raise UsageError(f"{engine.name} cannot restore under another name")
     if options.cold and not can.remakes:
@@ -160,14 +179,16 @@ def prepare(
         if not can.lazy:
             raise UsageError(f"{engine.name} cannot let it run before its memory is there", hint="restore it without --lazy")
         memory.require()
-    old = _in_the_way(engine, manifest, options, source)
+    old = _in_the_way(engine, manifest, options, source) if looked is None else looked.old
+    options = options if looked is None else replace(options, checked=True, terse=True)
+    isolation.require(source.checkpoint.directory if source.checkpoint else source.draft.stage, options, manifest)
     options = replace(options, kept_volumes=tuple({*kept_volumes, *_shared_volumes(engine, manifest, options, together)}))
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")
     hooks = hooking.gather(source.label, engine, consent.Labels(), enabled=options.hooks, emit=emit, facts=_hook_facts(source, options))
     stats: Figures = {}
-    if source.checkpoint is not None:
+    if source.checkpoint is not None and source.unpacked is None:
         took_s = unpack(catalog, source.checkpoint, source.draft.stage, lazy=options.lazy, signed=source.signed, emit=emit, label=source.label)
         stats["materialize_s"] = round(took_s, 6)
     faults.point("verified")
@@ -181,7 +202,7 @@ def prepare(
         **({action.GROUP: group_job} if group_job else {}),
     )
     hooks.job = job
-    return Attempt(engine, source, options, job, recover.start_guard(job), emit, stats, hooks, old)
+    return Attempt(engine, source, options, job, None if looked is not None else recover.start_guard(job), emit, stats, hooks, old)
 
 
 class Attempt:
@@ -242,6 +263,8 @@ class Attempt:
             faults.point("filling")
             if not options.ignore_rootfs:
                 self.warn(rootfs.apply(stage / layout.ROOTFS_DIFF, stage / layout.DELETED_FILES, root))
+            if self.source.unpacked is not None:
+                self.source.unpacked()
 
         def volume_ready(name: str, directory: Path) -> None:
             tar = stage / "volumes" / f"{name}.tar"
@@ -264,8 +287,12 @@ class Attempt:
 
     def _keeper(self) -> lazy.Keeper:
         source = self.source
+        demand = self.options.on_demand
+        if source.unpacked is not None:
+            fds = tuple(fd for fd in (source.draft.fileno(), source.lease_fd) if fd >= 0)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=fds, draft=True, shared=True, on_demand=demand)
         if source.checkpoint is None:
-            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True)
+            return lazy.Keeper(self.job, source.draft.stage, lease_fds=(source.draft.fileno(),), draft=True, on_demand=demand)
         return lazy.Keeper(
             self.job,
             source.draft.stage,
@@ -274,6 +301,7 @@ class Attempt:
             memory="chunks",
             criu_version=features.version_text(),
             checkpoint_id=source.checkpoint.manifest.id,
+            on_demand=demand,
         )
 
     def release(self) -> None:
@@ -382,11 +410,18 @@ def stored(
 
 
 def from_store(
-    label: str, checkpoint: Checkpoint, options: RestoreOptions, catalog: Catalog, emit: Emit, keep: bool, incoming: trust.Incoming
+    label: str,
+    checkpoint: Checkpoint,
+    options: RestoreOptions,
+    catalog: Catalog,
+    emit: Emit,
+    keep: bool,
+    incoming: trust.Incoming,
+    looked: Looked | None = None,
 ) -> Outcome:
     """Restore one checkpoint of the store. Raises as `bring_back`."""
     with stored(label, checkpoint, options, catalog, emit, incoming) as source:
-        return bring_back(source, options, catalog, emit, keep=keep)
+        return bring_back(source, options, catalog, emit, keep=keep, looked=looked)
 
 
 def _from_archive(
@@ -452,6 +487,8 @@ def _runs(manifest: Manifest) -> bool:
 def _in_the_way(engine: NamedEngine, manifest: Manifest, options: RestoreOptions, source: Source) -> Container | None:
     """The stopped container that the restored one replaces; BusyError for one that runs, or for another of the same name."""
     if options.name is not None:
+        if options.checked:
+            return None
         if any(c.name == options.name for c in engine.find(options.name)):
             raise BusyError(f"there is a container {options.name!r} already", hint="choose another name, or remove it first")
         return None

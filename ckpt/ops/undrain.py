@@ -11,12 +11,13 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ckpt.engines import registry
-from ckpt.errors import CannotConnect, CkptError, NeedsContinue, RemoteRefused, StateUnknown, TargetNotFound
+from ckpt.errors import CannotConnect, CkptError, MigrationRolledBack, NeedsContinue, RemoteRefused, StateUnknown, TargetNotFound, TransferFailed
 from ckpt.events import Emit, Notice
 from ckpt.host.run import PIPE as FROM_HERE
 from ckpt.host.run import CommandFailed, spawn
@@ -51,7 +52,7 @@ class UndrainRequest:
 
 
 def undrain(request: UndrainRequest, *, dry_run: bool = False, store_root: Path, emit: Emit) -> Report:
-    """Bring back what the newest drain moved away.
+    """Bring back what drains moved away.
 
     Raises:
         TargetNotFound: this host was not drained, or there is no such workload among those that left.
@@ -60,22 +61,33 @@ def undrain(request: UndrainRequest, *, dry_run: bool = False, store_root: Path,
     """
     for said in recover.sweep(store_root):
         emit(Notice("undrain", said))
-    journal = Drain.newest(store_root)
-    if journal is None or journal.state == drains.UNDRAINED:
+    journals = [journal for journal in Drain.every(store_root) if journal.state != drains.UNDRAINED]
+    if not journals:
         raise TargetNotFound("this host was not drained, or all is back", where="nothing was touched")
-    journal.acquire()
-    try:
-        drainstate.settle(journal, store_root=store_root, emit=emit)
-        states = journal.states()
-        items = [item for item in journal.items if states[item.target].state in drains.AWAY]
-        if unknown := [name for name in request.only if not any(name in (item.target, item.name) for item in items)]:
-            raise TargetNotFound(f"{unknown[0]!r} is not among what was moved away", hint=f"there are: {', '.join(i.name for i in items) or 'none'}")
-        items = [item for item in items if not request.only or {item.target, item.name} & set(request.only)]
-        if dry_run:
-            return Report(journal.id, tuple(_planned(item, states[item.target]) for item in items))
-        return _Undraining(request, journal, store_root, emit).run(items)
-    finally:
-        journal.release()
+    with ExitStack() as stack:
+        for journal in journals:
+            journal.acquire()
+            stack.callback(journal.release)
+            drainstate.settle(journal, store_root=store_root, emit=emit)
+        away = {journal.id: _away(journal) for journal in journals}
+        known = [item for items in away.values() for item in items]
+        if unknown := [name for name in request.only if not any(name in (item.target, item.name) for item in known)]:
+            raise TargetNotFound(f"{unknown[0]!r} is not among what was moved away", hint=f"there are: {', '.join(i.name for i in known) or 'none'}")
+        went: list[Went] = []
+        for journal in journals:
+            items = [item for item in away[journal.id] if not request.only or {item.target, item.name} & set(request.only)]
+            if dry_run:
+                went += [_planned(item, journal.states()[item.target]) for item in items]
+            else:
+                went += _Undraining(request, journal, store_root, emit).run(items)
+        if not dry_run:
+            drains.mark(store_root)
+        return Report(journals[-1].id, tuple(went))
+
+
+def _away(journal: Drain) -> list[DrainItem]:
+    states = journal.states()
+    return [item for item in journal.items if states[item.target].state in drains.AWAY]
 
 
 class _Undraining:
@@ -92,7 +104,7 @@ class _Undraining:
         self.told: dict[str, dict[str, Any]] = {}
         """Figures of the migrations."""
 
-    def run(self, items: Sequence[DrainItem]) -> Report:
+    def run(self, items: Sequence[DrainItem]) -> list[Went]:
         """Groups stay together: one after the other, as they went."""
         if items:
             self.journal.write(drains.UNDRAINING)
@@ -107,11 +119,8 @@ class _Undraining:
         states = self.journal.states()
         if not any(state.state in drains.AWAY for state in states.values()):
             self.journal.write(drains.UNDRAINED)
-            drains.unmark(self.root)
-        else:
-            drains.mark(self.root, self.journal)
         rest = [_saved(item, states[item.target]) for item in self.journal.items if states[item.target].state == "saved"]
-        return Report(self.journal.id, (*(self.went[item.target] for item in items if item.target in self.went), *rest))
+        return [*(self.went[item.target] for item in items if item.target in self.went), *rest]
 
     def _group(self, items: Sequence[DrainItem]) -> None:
         for item in items:
@@ -160,11 +169,14 @@ class _Undraining:
         limit = ["--bwlimit", str(self.request.bwlimit_bytes_s)] if self.request.bwlimit_bytes_s else []
         ended = self._pull(destination, [*self.request.words, *limit, "--", target], item)
         error = ended.error
+        settled = True
         if isinstance(error, NeedsContinue | StateUnknown) and JOB_ID.fullmatch(ended.job):
             error = self._pull(destination, ["--continue", ended.job], item).error
-        if error is not None and not drainstate.runs_here(replace(item, container_id=self._id(item))):
-            error.where = error.where or f"{item.name} runs on {destination}"
-            raise error
+            settled = error is None
+        ids = (self._id(item), str(ended.row.get("container_id") or ""))  # a process tree has another id when it was restored
+        if not any(drainstate.runs_here(replace(item, container_id=one)) for one in ids if one):
+            # Continued it may have ended well for the other host: it went on there.
+            raise _from_here(error or ended.error or TransferFailed(f"{item.name} was not brought back"), item, destination, settled=settled)
         self.told[item.target] = {key: ended.row.get(key) for key in ("total_s", "downtime_s", "sent_bytes")}
         return "returned", ""
 
@@ -174,7 +186,7 @@ class _Undraining:
             if row.get("container_id") == self._id(item) and row.get("state") == "waiting" and JOB_ID.fullmatch(str(row.get("id"))):
                 error = self._pull(destination, ["--continue", str(row["id"])], item).error
                 if error is not None:
-                    raise error
+                    raise _from_here(error, item, destination)
 
     def _changed(self, item: DrainItem, destination: str) -> str:
         """Why what is there is not what went there; "" when it is. Raises CkptError when it cannot be asked."""
@@ -234,7 +246,12 @@ class _Undraining:
             if peer.poll() is None:
                 peer.terminate()
             peer.wait()
-        if not ended.row and ended.returncode in (255, 127):
+        if ended.row:
+            return ended
+        if ended.job:
+            lost = f"the ckpt on {destination} ended before it said what became of {item.name}"
+            return replace(ended, error=StateUnknown(lost, hint="ckpt undrain, once more"))
+        if ended.returncode in (255, 127):
             return replace(ended, error=ssh.explain(destination, ended.returncode, ended.said))
         return ended
 
@@ -245,6 +262,21 @@ class _Undraining:
             self.emit(replace(event, target=item.target))
 
         return emit
+
+
+def _from_here(error: CkptError, item: DrainItem, destination: str, *, settled: bool = False) -> CkptError:
+    """An error of the ckpt there: what is "here" to it is there to us. `settled`: what was in doubt was continued since."""
+    if settled and isinstance(error, NeedsContinue | StateUnknown):
+        error = MigrationRolledBack(f"{item.name} was not brought back: {error.message}", hint="ckpt undrain, once more", log=error.log)
+    if isinstance(error, NeedsContinue | StateUnknown) and not settled:
+        error.where = f"{item.name} is frozen on {destination}, and may be running here"
+        error.hint = "when it can be reached again: ckpt undrain"
+    else:
+        error.where = f"{item.name} runs on {destination}, nothing is left of it here"
+    host = ssh.Destination.parse(destination).host
+    if error.log is not None and error.log.startswith("/"):
+        error.log = f"{host}:{error.log}"
+    return error
 
 
 def _planned(item: DrainItem, state: DrainState) -> Went:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -73,6 +74,45 @@ def unpack(catalog: Catalog, checkpoint: Checkpoint, stage: Path, *, lazy: bool,
     took_s = time.monotonic() - began
     emit(StepDone(label, "verify", _verified(manifest, lazy), took_s))
     return took_s
+
+
+class Unpacking:
+    """A checkpoint of the store on its way into a directory: all but its memory is there, memory follows in a thread.
+
+    Args and Raises: as of `unpack`, not lazily; what is wrong with the memory `wait` raises.
+    """
+
+    def __init__(self, catalog: Catalog, checkpoint: Checkpoint, stage: Path, *, emit: Emit, label: str) -> None:
+        self._catalog, self._checkpoint, self._stage, self._emit, self._label = catalog, checkpoint, stage, emit, label
+        self._began = time.monotonic()
+        self._error: BaseException | None = None
+        emit(StepStarted(label, "verify"))
+        with catalog.storage("unpack the checkpoint"):
+            found = catalog.materialize(checkpoint, stage, only=_not_pages)
+            with catalog.members(checkpoint) as members:
+                _compare(found, checkpoint.manifest, stage, members.names())
+        self.took_s = 0.0
+        self._thread = threading.Thread(target=self._pages, name="ckpt-unpack")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all of it is there. Raises ArchiveInvalid, DigestMismatch, NoSpace."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _pages(self) -> None:
+        manifest = self._checkpoint.manifest
+        try:
+            with self._catalog.storage("unpack the checkpoint"):
+                found = self._catalog.materialize(self._checkpoint, self._stage, only=layout.is_pages)
+            known = {name: digest for name, digest in manifest.digests.items() if layout.is_pages(name)}
+            if known:
+                layout.compare_digests(found, replace(manifest, digests=known))
+            self.took_s = time.monotonic() - self._began
+            self._emit(StepDone(self._label, "verify", _verified(manifest, False), self.took_s))
+        except BaseException as error:
+            self._error = error
 
 
 def _digests(members: Members, names: list[str]) -> dict[str, str]:

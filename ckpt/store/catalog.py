@@ -136,7 +136,7 @@ class Catalog:
                 data = manifest_file.dumps(final)
                 durable.write_file(draft.stage / MANIFEST, data)
             entry = Entry(
-                draft.name, generation, size_bytes, time.time(), draft.origin, draft.tags, draft.note, _digest(data), group=draft.group
+                draft.name, generation, size_bytes, time.time(), draft.origin, draft.tags, draft.note, _digest(data), draft.pinned, draft.group
             )
             entries.write(draft.stage, entry)
             place = self.entries / draft.id

@@ -43,6 +43,8 @@ class Draft:
         self.name = name
         self.id = identity
         self.origin = origin
+        self.pinned = False
+        """The checkpoint that becomes of it is pinned from its first moment on."""
         self.tags: tuple[str, ...] = ()
         """Tags, note and group that the checkpoint has from its first moment."""
         self.note = ""

@@ -8,6 +8,7 @@ Directory `drains/ID/` beside the jobs (this host's own, see place), as journal.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ AWAY: Final = ("moved", "returning")
 """States of an item that is on another host, as far as this one knows."""
 UNSURE: Final = ("moving", "waiting", "saving")
 """States whose truth has to be looked up when their owner is gone."""
+KEPT: Final = 20
+"""So many journals of drains of which all is back are kept."""
 _MARK_CAP: Final = 64 << 10
 
 
@@ -71,6 +74,9 @@ class Drain(Journal):
         """Make it for the store at `root` and take its lock. Raises OSError."""
         above = place.drains(root)
         above.mkdir(mode=0o700, parents=True, exist_ok=True)
+        over = [drain for drain in cls.every(root) if drain.state == UNDRAINED]
+        for drain in over[:-KEPT]:
+            shutil.rmtree(drain.directory, ignore_errors=True)
         made = cls(above / new_id())
         made.directory.mkdir(mode=0o700)
         made.acquire()
@@ -133,17 +139,15 @@ class Drain(Journal):
         return self.state in OPEN
 
 
-def mark(root: Path, drain: Drain) -> None:
-    """Say that this host is drained. Raises OSError."""
-    states = drain.states()
-    away = sorted(target for target, state in states.items() if state.state in AWAY)
-    note = {"schema": SCHEMA, "t": time.time(), "id": drain.id, "away": len(away)}
-    durable.write_file(place.own(root) / "drained.json", json.dumps(note).encode() + b"\n")
-
-
-def unmark(root: Path) -> None:
-    """This host is in service again."""
-    (place.own(root) / "drained.json").unlink(missing_ok=True)
+def mark(root: Path) -> None:
+    """Say that this host is drained, and how much of it; or no more, when nothing is away. Raises OSError."""
+    away = sum(state.state in AWAY for drain in Drain.every(root) if drain.state != UNDRAINED for state in drain.states().values())
+    path = place.own(root) / "drained.json"
+    newest = Drain.newest(root)
+    if newest is None or (not away and newest.state != DRAINED):
+        path.unlink(missing_ok=True)
+        return
+    durable.write_file(path, json.dumps({"schema": SCHEMA, "t": time.time(), "id": newest.id, "away": away}).encode() + b"\n")
 
 
 def marked(root: Path) -> dict[str, Any] | None:

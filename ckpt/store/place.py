@@ -48,6 +48,11 @@ def history(root: Path) -> Path:
     return own(root) / "history"
 
 
+def chains(root: Path) -> Path:
+    """What was taken as evidence to the store at `root`: a list for each case. With the checkpoints: a store that is moved takes it along."""
+    return root / "evidence"
+
+
 def hibernations(root: Path) -> Path:
     """What was saved of this host, for the time after its next start, to the store at `root`."""
     return own(root) / HIBERNATIONS

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["migrate", "store", "dedup", "archive", "own"]
+Kind = Literal["migrate", "store", "dedup", "archive", "own", "clone"]
 
 MIGRATE_FLAGS: dict[str, tuple[str, ...]] = {"ckpt": (), "precopy": ("--precopy",), "postcopy": ("--postcopy",)}
 """Our ways to migrate, and their flags. One whose flag this ckpt does not know is skipped."""
 WAYS: dict[Kind, tuple[str, ...]] = {
     "migrate": ("podman", *MIGRATE_FLAGS), "store": ("podman", "ckpt"), "dedup": ("ckpt",), "archive": ("ckpt",), "own": ("criu", "ckpt"),
+    "clone": ("podman", "ckpt"),
 }  # fmt: skip
 GENERATIONS = 10
 DIRTIED = 0.05
 """Of the memory, between two checkpoints of a "dedup" case."""
 SLOW_MBIT = 200
+COPIES = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,7 +27,8 @@ class Case:
 
     Args:
         kind: "migrate": to the other host; "store": checkpoint and restore on one host; "dedup": an archive of each kind, then checkpoint after
-            checkpoint; "archive": archives written and looked into; "own": checkpoint and restore of a process of 1 MiB, beside criu alone.
+            checkpoint; "archive": archives written and looked into; "own": checkpoint and restore of a process of 1 MiB, beside criu alone;
+            "clone": `COPIES` copies of a service (warm) that touches little of its memory.
         runtime: podman's OCI runtime, or "process" for a process tree without a container.
         memory_mib: of the workload (memhog: half of it incompressible).
         dirty_mb_s: megabytes that it rewrites a second.
@@ -61,6 +64,7 @@ class Sizes:
     main: int = 2048
     store: int = 1024
     large: int = 4096
+    clone: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ def quick(sizes: Sizes, name: str = "quick", repeat: tuple[int, int] = (3, 1)) -
             Entry(Case("store", "crun", sizes.store, 0), WAYS["store"], some),
             Entry(Case("dedup", "crun", sizes.store), WAYS["dedup"], once),
             Entry(Case("archive", "crun", sizes.large, 0), WAYS["archive"], once),
+            Entry(Case("clone", "crun", sizes.clone, 0), WAYS["clone"], some),
             Entry(Case("migrate", "crun", sizes.large), OURS, once),
         ),
         sizes,
@@ -117,6 +122,7 @@ def full(sizes: Sizes, repeat: int = 5) -> Plan:
             Entry(Case("store", runtime, sizes.store, 0), WAYS["store"], repeat),
             Entry(Case("dedup", runtime, sizes.store), WAYS["dedup"], repeat),
             Entry(Case("archive", runtime, sizes.large, 0), WAYS["archive"], 1),
+            Entry(Case("clone", runtime, sizes.clone, 0), WAYS["clone"], repeat),
         ]
     entries.append(Entry(OWN, WAYS["own"], repeat))
     entries += [Entry(Case("migrate", "crun", size), ALL, repeat) for size in (256, 512, 1024, sizes.large)]
@@ -125,7 +131,7 @@ def full(sizes: Sizes, repeat: int = 5) -> Plan:
     return Plan("full", tuple(entries), sizes)
 
 
-TRIAL_SIZES = Sizes(small=64, main=256, store=256, large=256)
+TRIAL_SIZES = Sizes(small=64, main=256, store=256, large=256, clone=64)
 
 
 def plan(name: str) -> Plan:

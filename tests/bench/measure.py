@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from tests.bench.cases import DIRTIED, GENERATIONS, MIGRATE_FLAGS, Case
+from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, MIGRATE_FLAGS, Case
 from tests.bench.rss import PeakWatcher
 from tests.bench.workload import Hog, WorkloadError, first_after, lab_for, stalls_s
 from tests.lab.harness import Host, Lab
@@ -38,7 +38,8 @@ def measure(case: Case, way: str, wheel: Path) -> tuple[Figures, dict[str, int]]
         Skipped: there is no such way.
     """
     with lab_for(case, wheel=wheel) as lab, PeakWatcher(lab) as peaks:
-        figures = {"migrate": _migrate, "store": _store, "dedup": _dedup, "archive": _archive, "own": _own}[case.kind](lab, case, way)
+        kinds = {"migrate": _migrate, "store": _store, "dedup": _dedup, "archive": _archive, "own": _own, "clone": _clone}
+        figures = kinds[case.kind](lab, case, way)
     return {key: round(value, 4) for key, value in figures.items()}, dict(sorted(peaks.peak_bytes.items()))
 
 
@@ -175,6 +176,60 @@ def _archive(lab: Lab, case: Case, way: str) -> Figures:
             argv = [program, "inspect", "/root/plain.tar.zst"]
             took.setdefault(figure, []).append(_timed(lambda argv=argv: host.run(argv, timeout_s=limit)))  # type: ignore[misc]
     return {figure: min(times) for figure, times in took.items()}
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------------------------
+
+SERVED = """
+port=$1; shift
+for address in $(podman container inspect --format '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}' "$@"); do
+    timeout 30 bash -c 'until exec 3<>"/dev/tcp/$0/$1"; do :; done 2>/dev/null; cat <&3' "$address" "$port" || exit 1
+done
+"""
+"""Asks each container once; prints what they answer."""
+
+
+def _clone(lab: Lab, case: Case, way: str) -> Figures:
+    """`command_s`: to make the copies of a checkpoint. `serving_s`: until each of them has answered, too. `pss_bytes`, `resident_bytes`: of all
+    copies together after that; `helpers_bytes`: of the processes that serve them their memory."""
+    host, limit, port = lab.a, limit_s(case) * 2, "7000"
+    host.run(["podman", "run", "-d", "--name", "web", host.load_image(), "warm", str(case.memory_mib), port, "0", "/data/starts"])
+    host.run(["bash", "-c", SERVED, "ask", port, "web"], timeout_s=limit)
+    copies = [f"web-{number}" for number in range(1, COPIES + 1)]
+    if way == "podman":
+        host.run(["podman", "container", "checkpoint", "-R", "-c", "zstd", "-e", "/root/web.tar.zst", "web"], timeout_s=limit)
+    else:
+        host.run(["ckpt", "checkpoint", "-R", "web"], timeout_s=limit)
+
+    def make() -> None:
+        if way == "podman":
+            for name in copies:
+                host.run(["podman", "container", "restore", "-i", "/root/web.tar.zst", "-n", name], timeout_s=limit)
+        else:
+            host.run(["ckpt", "clone", "web@latest", "--count", str(COPIES)], timeout_s=limit)
+
+    began_s = time.monotonic()
+    make()
+    figures = {"command_s": time.monotonic() - began_s}
+    answers = host.run(["bash", "-c", SERVED, "ask", port, *copies], timeout_s=limit).stdout.split()
+    figures["serving_s"] = time.monotonic() - began_s
+    if answers != ["2"] * COPIES:
+        raise WorkloadError(f"the copies answered {answers}")
+    pids = host.run(["podman", "container", "inspect", "--format", "{{.State.Pid}}", *copies]).stdout.split()
+    figures["pss_bytes"], figures["resident_bytes"] = _memory(host, pids)
+    helpers = host.run(["sh", "-c", "grep -lE 'lazy-pages|keeper_main' /proc/[0-9]*/cmdline | cut -d/ -f3; true"]).stdout.split()
+    figures["helpers_bytes"] = _memory(host, helpers)[0]
+    return figures
+
+
+def _memory(host: Host, pids: list[str]) -> tuple[float, float]:
+    """Proportional and resident memory of processes, in bytes."""
+    sums = {"Pss:": 0, "Rss:": 0}
+    for pid in pids:
+        for line in host.run(["cat", f"/proc/{pid}/smaps_rollup"], check=False).stdout.splitlines():
+            if (words := line.split()) and words[0] in sums:
+                sums[words[0]] += int(words[1]) * 1024
+    return float(sums["Pss:"]), float(sums["Rss:"])
 
 
 def _timed(act: Callable[[], object]) -> float:

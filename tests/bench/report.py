@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.bench.cases import DIRTIED, GENERATIONS, Case, Sizes
+from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, Case, Sizes
 from tests.bench.results import MIB, Medians, bars, size
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -16,7 +16,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(medians: Medians, sizes: Sizes) -> list[Table]:
-    stores = [_stores(medians), _dedups(medians), _archives(medians)]
+    stores = [_stores(medians), _dedups(medians), _archives(medians), _clones(medians)]
     made = [_migrations(medians), *stores, _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
     return [table for table in made if table[2]]
 
@@ -115,6 +115,19 @@ def _archives(medians: Medians) -> Table:
             times = [_seconds(found.get(key)) for key in ("export_s", "sealed_s", "inspect_s", "checkpointctl_s")]
             rows.append([f"{case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), *times])
     return "Archives of a checkpoint in the store", ["container", "way", "runs", "export", "encrypted", "inspect", "checkpointctl inspect"], rows
+
+
+def _clones(medians: Medians) -> Table:
+    rows = []
+    for case, way in medians.keys():
+        if case.kind == "clone":
+            found = medians.figures(case, way)
+            times = [_seconds(found.get(key)) for key in ("command_s", "serving_s")]
+            sizes = ["" if found.get(key) is None else f"{found[key] / MIB:.0f} MiB" for key in ("pss_bytes", "helpers_bytes")]
+            ratio = _ratio(medians.ratio(case, way, "serving_s"))
+            rows.append([f"{case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), *times, ratio, *sizes])
+    head = ["container", "way", "runs", "command", "all serve", "to podman's", "memory of the copies", "of their helpers"]
+    return f"{COPIES} copies of a checkpoint (podman: restore -i -n, one after another)", head, rows
 
 
 def _own(medians: Medians) -> Table:

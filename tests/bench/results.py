@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from tests.bench.cases import DIRTIED, GENERATIONS, OWN, SLOW_MBIT, Case, Sizes
+from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, OWN, SLOW_MBIT, Case, Sizes
 
 MIB = 1 << 20
 SCHEMA = 1
@@ -146,7 +146,8 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
         main, small = Case("migrate", runtime, sizes.main), Case("migrate", runtime, sizes.small)
         slow, store = Case("migrate", runtime, sizes.main, link_mbit=SLOW_MBIT), Case("store", runtime, sizes.store, 0)
         dedup, archive = Case("dedup", runtime, sizes.store), Case("archive", runtime, sizes.large, 0)
-        if not {main, slow, store, dedup, archive} & {case for case, _ in medians.keys()}:
+        clone = Case("clone", runtime, sizes.clone, 0)
+        if not {main, slow, store, dedup, archive, clone} & {case for case, _ in medians.keys()}:
             continue
 
         def ratio(text: str, limit: float, case: Case, way: str, figure: str, base: str | None = None, runtime: str = runtime) -> Bar:
@@ -193,6 +194,8 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
             times(f"{GENERATIONS} checkpoints, {DIRTIED:.0%} dirtied between them", "of the size after the first", 1.7, dedup, "ckpt", growth),
             times("checkpoint to the empty store, command", "of an archive's (podman's or ckpt's)", 1.3, dedup, "ckpt", to_archive),
             times("export, encrypted", "of one that is not", 1.3, archive, "ckpt", partial(between, "sealed_s", "export_s")),
+            ratio(f"{COPIES} copies, all serving", 1 / 4, clone, "ckpt", "serving_s"),
+            ratio(f"{COPIES} copies, their memory", 1 / 4, clone, "ckpt", "pss_bytes"),
             times("inspect of an archive", "of checkpointctl's", 1 / 20, archive, "ckpt", partial(between, "inspect_s", "checkpointctl_s")),
         ]
     mine, theirs = medians.get(OWN, "ckpt", "checkpoint_s"), medians.get(OWN, "criu", "checkpoint_s")

@@ -118,8 +118,8 @@ def first_after(ticks: Ticks, moment_ns: int) -> int | None:
 
 
 def room_mib(lab_case: Case) -> int:
-    """Size for each of a host's file systems: a container's memory image may be there twice, with an archive of it."""
-    return lab_case.memory_mib * 3 + 1024
+    """Size for each of a host's file systems: a memory image may be there twice, with an archive of it (podman leaves one with each copy)."""
+    return lab_case.memory_mib * (12 if lab_case.kind == "clone" else 3) + 1024
 
 
 def lab_for(case: Case, **options: object) -> Lab:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
 
-from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, start_counter, state
+from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, start_counter, state, wait_until
 from tests.lab.harness import Lab
 from tests.lab.harness.host import Host
 
@@ -24,7 +25,7 @@ def drained(host: Host, *words: str, code: int | None = 0, env: dict[str, str] |
 @THREE
 def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     a, b, c = lab
-    names = [f"c{number}" for number in range(3)]
+    names = [f"c{number}" for number in range(2)]
     for name in names:
         start_counter(a, name)
     start_counter(a, "stays", "--label", "ckpt.migratable=false")
@@ -36,7 +37,14 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     planned = drained(a, "--to", "root@b,root@c", "--dry-run", code=100)
     assert {row["state"] for row in planned.values()} == {"planned", "skipped"} and state(a, "c0") == "running"
 
-    killed = a.run(["ckpt", "drain", "--to", "root@b,root@c", "--parallel", "2"], check=False, env={"CKPT_FAULT": "drain-moved:kill"}, timeout_s=60)
+    stopped = a.popen(["ckpt", "drain", "--to", "root@b,root@c"], env={"CKPT_FAULT": "migrate-files:gate=/tmp/gate"})
+    wait_until(lambda: a.exists("/tmp/gate.reached"), "a migration is under way")
+    stopped.send_signal(signal.SIGINT)
+    a.write_file("/tmp/gate", "")
+    _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "ckpt drain --resume" in said.decode() and all(counts_on(a, name) for name in names)
+
+    killed = a.run(["ckpt", "drain", "--to", "root@b,root@c"], check=False, env={"CKPT_FAULT": "drain-moved:kill"}, timeout_s=60)
     assert killed.returncode in (-9, 137), killed
     rows = drained(a, "--resume", code=50)
     assert {name: rows[name]["state"] for name in names} == dict.fromkeys(names, "moved"), rows

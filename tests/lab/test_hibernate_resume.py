@@ -23,7 +23,7 @@ root, items = Path("/var/lib/ckpt"), []
 for target in sys.argv[1:]:
     engine, container = resolve.resolve(Target.parse(target))
     items.append(Item(target, engine.name, container.id, container.name, "save"))
-made = Hibernation.create(root, "reboot", items)
+made = Hibernation.create(root, "reboot", items, kernel="another one")  # so that the canary sings
 for item in items:
     (done,) = checkpoint([Target.parse(item.target)], options=DumpOptions(), store_root=root, emit=lambda event: None)
     if done.error:
@@ -74,11 +74,16 @@ def ticks_of(host: Host, path: str) -> list[int]:
     return [int(line.split()[0]) for line in text.split("\n")[:-1] if line]
 
 
+def connections(host: Host) -> str:
+    return host.run(["podman", "exec", "web", "netstat", "-tn"]).stdout
+
+
 @pytest.mark.parametrize("lab_options", [{"hosts": ("a",)}])
 def test_all_come_back_after_a_boot(lab: Lab) -> None:
     """Of every kind one, one whose restore fails, killed again and again; nothing runs twice, nothing is lost."""
     host = lab.a
-    start_counter(host, "web", "-v", "vol1:/vol", before="echo kept > /data/state; echo volume > /vol/file")
+    connected = "echoserver 77 & (until netstat -tln | grep -q :77; do sleep 0.1; done; exec echoclient 127.0.0.1 77 /data/echoed) & true"
+    start_counter(host, "web", "-v", "vol1:/vol", before=f"echo kept > /data/state; echo volume > /vol/file; {connected}")
     host.run(["mkdir", "/root/mnt"])
     host.write_file("/root/mnt/open", "x")
     bad = "echo kept > /data/state; rm /etc/gone 2>/dev/null; [ -e /mnt/open ] && exec 3</mnt/open"
@@ -116,5 +121,14 @@ def test_all_come_back_after_a_boot(lab: Lab) -> None:
     journal = [json.loads(line) for line in host.run(["cat", f"{directory}/journal.jsonl"]).stdout.splitlines()]
     assert journal[-1]["state"] == "resumed"
     assert state(host, "bad") == "running"
+    assert next(entry for entry in journal if entry.get("canary"))["canary"]["ok"]
+    # With its connections closed: nobody is left behind them.
+    wait_until(lambda: " ESTABLISHED" in connections(host), "it has a connection")
+    at = last_tick(host, "web")
+    python(host, SAVE, "podman:web")
+    code, rows, said = resume(host, "--same-boot", fault="hibernate-rung-restore:fail")
+    assert (code, rows["podman:web"]["how"]) == (0, "restored-closed"), said
+    assert counts_on(host, "web") and " ESTABLISHED" not in connections(host)
+    assert_never_back(host, "web", at_least=at)
     assert_clean(host)
     host.run(["umount", "/proc/sys/kernel/random/boot_id"])

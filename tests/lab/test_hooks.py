@@ -68,6 +68,9 @@ def test_hooks_around_checkpoint_restore_and_migration(lab: Lab, lab_options: di
     wait_until(lambda: inside(a) == ["pre-checkpoint", "checkpoint-failed"], "the guard unfreezes it")
     assert_clean(a)
 
+    if lab_options["runtime"] == "runc":
+        return  # what follows is the same with both
+
     # To another host: before here, after there; the other host's own hooks have their say.
     then(a, "pre-checkpoint", "sleep 0.3 &")
     a.run(["rm", "/root/hooks"])
@@ -84,15 +87,9 @@ def test_hooks_around_checkpoint_restore_and_migration(lab: Lab, lab_options: di
     assert_never_back(b, at_least=at)
     assert_clean(a, b)
 
-    # Labels that forbid.
-    if lab_options["runtime"] == "crun":
-        start_counter(a, "keep", "--label=ckpt.checkpoint=deny")
-        start_counter(a, "stay", "--label=ckpt.migratable=false")
-        start_counter(a, "odd", "--label=ckpt.migratable=maybe")
-        fails(a, "checkpoint", "keep", code=34, says="ckpt.checkpoint=deny")
-        fails(a, "export", "podman:keep", "/root/keep.tar.zst", code=34, says="ckpt.checkpoint=deny")
-        fails(a, "migrate", "stay", "root@b", code=34, says="ckpt.migratable=false")
-        fails(a, "checkpoint", "odd", code=2, says="must be true or false")
-        assert "ckpt.checkpoint=deny" in a.run(["ckpt", "check", "keep"]).stdout
-        a.run(["ckpt", "checkpoint", "-R", "--override-label", "keep"])
-        assert all(state(a, name) == "running" for name in ("keep", "stay", "odd"))
+    # A label that forbids, read from podman; the others are the unit tests'.
+    start_counter(a, "keep", "--label=ckpt.checkpoint=deny")
+    fails(a, "migrate", "keep", "root@b", code=34, says="ckpt.checkpoint=deny")
+    fails(a, "checkpoint", "-R", "keep", code=34, says="ckpt.checkpoint=deny")
+    a.run(["ckpt", "checkpoint", "-R", "--override-label", "keep"])
+    assert state(a, "keep") == "running"

@@ -19,7 +19,7 @@ from ckpt.errors import BusyError, CkptError, MigrationRolledBack, NeedsContinue
 from ckpt.events import BytesMoved, Event, Figures, StepDone
 from ckpt.host.run import PIPE, spawn
 from ckpt.model import Compression, Container, JobRecord
-from ckpt.ops import children, draining, drainstate, watch
+from ckpt.ops import children, draining, drainstate, undrain, watch
 from ckpt.ops.drain import Report, Went
 from ckpt.ops.placing import Demand, Room, place, reserve_bytes, together
 from ckpt.peer import inherited, rate
@@ -145,13 +145,33 @@ def test_the_mark_of_a_drained_host(tmp_path: Path) -> None:
     made = Drain.create(tmp_path)
     made.write_plan({}, [WEB])
     made.write("moved", item=WEB.target)
+    made.write(drains.DRAINED)
     assert drains.marked(tmp_path) is None
-    drains.mark(tmp_path, made)
+    drains.mark(tmp_path)
     assert (drains.marked(tmp_path) or {})["away"] == 1
     (tmp_path / "drained.json").write_text("[1")
     assert drains.marked(tmp_path) is None
-    drains.unmark(tmp_path)
-    drains.unmark(tmp_path)
+    made.write("returned", item=WEB.target)
+    made.write(drains.UNDRAINED)
+    drains.mark(tmp_path)
+    drains.mark(tmp_path)
+    assert not (tmp_path / "drained.json").exists()
+
+
+def test_two_drains_count_together(tmp_path: Path) -> None:
+    """One more container was started here after the first, and moved too: nobody forgets the first."""
+    for item in (WEB, DrainItem("podman:db", "podman", "2" * 64, "db", "root@c")):
+        made = Drain.create(tmp_path)
+        made.write_plan({}, [item])
+        made.write("moved", item=item.target)
+        made.write(drains.DRAINED)
+        made.release()
+    drains.mark(tmp_path)
+    assert (drains.marked(tmp_path) or {})["away"] == 2
+    went = undrain.undrain(undrain.UndrainRequest(), dry_run=True, store_root=tmp_path, emit=lambda event: None).went
+    assert {(one.name, one.destination) for one in went} == {("web", "root@b"), ("db", "root@c")}
+    with pytest.raises(CkptError, match="'x' is not among"):
+        undrain.undrain(undrain.UndrainRequest(only=("x",)), store_root=tmp_path, emit=lambda event: None)
 
 
 @pytest.mark.parametrize(

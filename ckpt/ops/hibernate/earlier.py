@@ -128,9 +128,13 @@ class Earlier:
             [*(item for item in old if item.target not in fresh), *items],
             carried={target: facts for target, facts in carried.items() if target not in fresh},
         )
-        faults.point("hibernate-planned")
-        if earlier is not None:
-            earlier.write("abandoned", taken_over_by=created.id)
+        try:
+            faults.point("hibernate-planned")
+            if earlier is not None:
+                earlier.write("abandoned", taken_over_by=created.id)
+        except BaseException:
+            created.release()  # it has all that the earlier one has
+            raise
         return created
 
     def finished(self) -> str:

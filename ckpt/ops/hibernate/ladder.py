@@ -32,7 +32,7 @@ from ckpt.ops.hibernate.settings import HibernateSettings, Rung
 from ckpt.store.catalog import Catalog
 from ckpt.store.hibernation import Hibernation, Item
 
-SETTLE_S: Final = 0.5
+SETTLE_S: Final = 0.3
 """How long one must have lived to be back."""
 HEALTH_LIMIT_S: Final = 15.0
 """How long its own check of its health may say no."""
@@ -58,6 +58,8 @@ class Climb:
     """What runs, once a rung holds so far."""
     how: str = ""
     """Where it ended: a state of ITEM_BACK."""
+    looked: restoring.Looked | None = None
+    """What is known of the engine's side, good for the first rung only."""
     note: str = ""
     """Why it came back another way than asked for."""
     warnings: list[str] = field(default_factory=list)
@@ -113,7 +115,8 @@ class Climb:
         pod = str(config.get("pod") or "") or None
         if pod is not None and self.item.engine == "podman":
             options = RestoreOptions(tcp_close=options.tcp_close, cold=options.cold, timeout_s=options.timeout_s, pod=pod)
-        done = restoring.from_store(self.label, self.checkpoint, options, self.catalog, self.emit, False, trust.ANYBODY)
+        looked, self.looked = self.looked, None
+        done = restoring.from_store(self.label, self.checkpoint, options, self.catalog, self.emit, False, trust.ANYBODY, looked)
         self.warnings += done.warnings
         if done.container is None:
             raise RestoreFailed(f"{self.label} was restored, but nobody knows it")
@@ -274,12 +277,16 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def running(item: Item, manifest: Manifest | None) -> Container | None:
-    """The workload, when it runs (again): a container by its id, a process tree by its name, number and processes."""
+def running(item: Item, manifest: Manifest | None, there: Sequence[Container]) -> Container | None:
+    """The workload, when it runs (again): a container by its id, a process tree by its name, number and processes.
+
+    Args:
+        there: all containers of its engine.
+    """
     engine = registry.by_name(item.engine)
     if item.engine != "process":
-        found: Sequence[Container] = [c for c in engine.find(item.container_id) if c.id == item.container_id]
-        now = engine.describe(found[0]) if found else None
+        found = next((c for c in there if c.id == item.container_id and c.state != "exited"), None)
+        now = engine.describe(found) if found is not None else None
         return now if now is not None and now.state in ("running", "paused") else None
     for container in engine.find(manifest.name) if manifest is not None else ():
         with suppress(RestoreFailed):

@@ -12,6 +12,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import facts as host_facts
 from ckpt.model import DumpOptions, Target
 from ckpt.ops import check as checks
+from ckpt.ops import consent
 from ckpt.ops.compat import size_text
 from ckpt.ops.hibernate import guards, order
 from ckpt.ops.hibernate.selection import Chosen, Selection, select
@@ -37,7 +38,8 @@ class Wish:
     parallel: int | None = None
     timeout_s: float | None = None
     """For all together. None of these two: as the file says."""
-    verify: bool = True
+    verify: bool = False
+    """Read back all that was stored before the workload ends."""
 
     @property
     def at_shutdown(self) -> bool:
@@ -111,7 +113,8 @@ def look(made: Plan, settings: HibernateSettings, catalog: Catalog, emit: Emit) 
             try:
                 checks.raise_on_error(target, looked.findings)
             except CkptError as error:
-                problems[target] = error
+                if not prepares(made.chosen[target]):
+                    problems[target] = error
     for one in made.selection.chosen:
         if one.action == "stop" and not isinstance(one.engine, Startable):
             hint = "label it ckpt.reboot=ignore, and stop it yourself"
@@ -119,6 +122,14 @@ def look(made: Plan, settings: HibernateSettings, catalog: Catalog, emit: Emit) 
     _space(looks, problems, catalog)
     emit(StepDone("", "check", f"{len(problems)} cannot be saved" if problems else ""))
     return replace(made, looks=looks, problems=problems, needed_bytes=sum(one.needed_bytes for one in looks.values()))
+
+
+def prepares(one: Chosen) -> bool:
+    """Whether it has a command that makes it ready for a dump: what stands in the way now may be gone then."""
+    try:
+        return "pre-checkpoint" in consent.labels(one.container).hooks
+    except CkptError:
+        return False
 
 
 def _space(looks: dict[str, checks.Looked], problems: dict[str, CkptError], catalog: Catalog) -> None:

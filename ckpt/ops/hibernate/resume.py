@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckpt.engines import registry
+from ckpt.engines.base import NamesContainerImages
 from ckpt.errors import BusyError, CkptError, IncompatibleHost
 from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import systemd
-from ckpt.model import Checkpoint
+from ckpt.model import Checkpoint, Container, ContainerImage
 from ckpt.ops import arm, faults, parallel, recover, warm
+from ckpt.ops import restore as restoring
 from ckpt.ops.hibernate import canary, guards
 from ckpt.ops.hibernate.ladder import HOW, SETTLE_S, Climb, running
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung, load
@@ -97,7 +99,7 @@ def resume(
         guard = recover.start_guard(found)
         if found.state in OVER:
             return Resumed(reason=f"hibernation {found.id} is over already")
-        back, song = _Resume(found, store_root, settings, rungs, width or settings.parallel_shutdown, emit).run()
+        back, song = _Resume(found, store_root, settings, rungs, width or settings.parallel_boot, emit).run()
     finally:
         recover.dismiss(guard)
         found.release()
@@ -192,6 +194,8 @@ class _Resume:
         self.catalog = Catalog(root)
         self.known: list[Checkpoint] = []
         self.song: canary.Song | None = None
+        self.there: dict[str, Sequence[Container]] = {}
+        self.images: dict[ContainerImage, bool] = {}
 
     def run(self) -> tuple[tuple[Back, ...], canary.Song | None]:
         """Bring everything back; returns it in the order of the plan."""
@@ -205,6 +209,8 @@ class _Resume:
         todo = [item for item in items if states[item.target].state not in ITEM_BACK]
         self.known = self.catalog.all() if todo else []
         skip = self._canary(here["kernel"]) if any(item.action == "save" for item in todo) else ""
+        usable = {item.engine for item in todo if item.action != "ignore"}
+        self.there = {name: _containers(name) for name in sorted(usable)}
         climbs = {item.target: self._begin(item, states[item.target], skip) for item in todo}
         systemd.notify(f"bringing back {len(climbs)} workloads")
         for layer in layers(todo):
@@ -258,7 +264,7 @@ class _Resume:
             return climb
         rung = str(state.facts.get("rung") or "") if state.state == RESUMING else ""
         try:
-            there = running(item, checkpoint.manifest if checkpoint is not None else None)
+            there = running(item, checkpoint.manifest if checkpoint is not None else None, self.there[item.engine])
         except CkptError as error:
             climb.error = error
             climb.end("failed")
@@ -277,7 +283,21 @@ class _Resume:
             said = {"code": "feature-missing", "message": skip}
             climb.tried += [{"rung": one, "ok": False, "error": said, "took_s": 0.0} for one in climb.rungs if one not in kept]
             climb.rungs, climb.note = kept, skip
+        if climb.rungs[:1] == ["restore"] and checkpoint is not None:
+            climb.looked = self._looked(item, checkpoint)
         return climb
+
+    def _looked(self, item: Item, checkpoint: Checkpoint) -> restoring.Looked | None:
+        """What its restore need not ask podman for, which answers slowly and only after the restores that are under way; None: it must."""
+        manifest, engine = checkpoint.manifest, registry.by_name(item.engine)
+        there = self.there[item.engine]
+        image = manifest.container_image
+        taken = any(c.name == manifest.name and c.id != manifest.container_id for c in there)
+        if taken or image is None or not isinstance(engine, NamesContainerImages):
+            return None
+        if image not in self.images:
+            self.images[image] = engine.has_named(image)
+        return restoring.Looked(next((c for c in there if c.id == manifest.container_id), None)) if self.images[image] else None
 
     def _checkpoint(self, item: Item, state: ItemState) -> tuple[Checkpoint | None, str]:
         """What a workload comes back from, and why that is not what was planned."""
@@ -327,6 +347,15 @@ class _Resume:
         ref = climb.checkpoint.ref if climb.checkpoint is not None else ""
         identity, pid = (container.id, container.pid) if container is not None else ("", None)
         return Back(item.target, climb.how, ref, identity, pid, tuple(climb.tried), climb.error, tuple(climb.warnings))
+
+
+def _containers(engine: str) -> Sequence[Container]:
+    """All of an engine's; none when it cannot be asked, which each of them will meet again, and say."""
+    try:
+        registry.by_name(engine).probe()  # remembers what does not change, before many ask for it at once
+        return registry.by_name(engine).containers()
+    except CkptError:
+        return ()
 
 
 def layers(items: Sequence[Item]) -> list[list[Item]]:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +24,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import systemd
 from ckpt.model import Checkpoint, Manifest, RestoreOptions
 from ckpt.ops import checkpoint as saving
-from ckpt.ops import faults, recover, warm
+from ckpt.ops import faults, journald, recover, warm
 from ckpt.ops import restore as restoring
 from ckpt.ops.hibernate import guards
 from ckpt.ops.hibernate.earlier import Earlier, written
@@ -35,7 +35,7 @@ from ckpt.ops.parallel import Dropped, run_all
 from ckpt.ops.result import Outcome, failure
 from ckpt.store import place
 from ckpt.store.catalog import Catalog, Draft
-from ckpt.store.hibernation import SAVED, Hibernation
+from ckpt.store.hibernation import ITEM_SAVED, SAVED, Hibernation
 from ckpt.store.job import DEFAULT_ROOT
 from ckpt.store.retention import when_s
 
@@ -67,6 +67,9 @@ def save(wish: Wish, *, settings: HibernateSettings, store_root: Path = DEFAULT_
     budget_s = wish.timeout_s or settings.shutdown_timeout_s
     deadline_s = time.monotonic() + budget_s
     warm.imports(*warm.INTO_CHUNKS)
+    if wish.at_shutdown and systemd.running() and not systemd.going_down():
+        emit(Notice("", "this host does not go down: nothing is saved"))
+        return Saved()
     if wish.at_shutdown:
         systemd.notify("looking at what is to be saved", extend_s=budget_s + EXTEND_S)
     with _alone(store_root):
@@ -142,47 +145,53 @@ class _Saving:
         return self.wish.parallel or self.settings.parallel_shutdown
 
     def run(self) -> Saved:
-        hibernation, chosen = self.hibernation, self.plan.chosen
-        todo = {target: one for target, one in chosen.items() if one.action != "ignore"}
+        todo = {target: one for target, one in self.plan.chosen.items() if one.action != "ignore"}
         try:
-            hibernation.write("saving")
-            faults.point("hibernate-saving")
-            units = [unit for item in self.plan.items() for unit in item.units if item.action == "save"]
-            for text in guards.guard_units(units):
-                self.emit(Notice("", text, warning=True))
-            for target, error in self.plan.problems.items():
-                self._failed(target, error)
-            for layer in reversed(self.plan.layers):
-                works = {target: partial(self._one, todo[target]) for target in layer if target in todo and target not in self.outcomes}
-                for target, result in run_all(works, width=self.width, deadline_s=self.deadline_s, stop=self.halt, on_done=self._told).items():
-                    if isinstance(result, Dropped):
-                        self._failed(target, result, "dropped")
-                if self.halt.is_set():
-                    break
+            self._all(todo)
+            failed = [outcome for outcome in self.outcomes.values() if not outcome.ok]
+            given_up = bool(failed) and not self.wish.lenient
+            if failed and self.wish.at_shutdown and self.settings.on_failure == "stop":
+                self._stop_the_rest([todo[outcome.target] for outcome in failed])
+            if not given_up:
+                faults.point("hibernate-all")
+                self.hibernation.write(SAVED)
         except BaseException as error:
             if self.wish.at_shutdown:
                 with suppress(OSError):
-                    hibernation.write(SAVED, error=str(error)[: recover.ERROR_CAP] or type(error).__name__)
+                    self.hibernation.write(SAVED, error=str(error)[: recover.ERROR_CAP] or type(error).__name__)
                 raise
             said = self._back(error)
-            if isinstance(said, StateUnknown) or isinstance(error, (OSError, CkptError)):
+            if isinstance(said, StateUnknown) or isinstance(error, (CkptError, OSError)):
                 raise said from error
             raise
-        for target in todo:
-            if target not in self.outcomes:
-                self._failed(target, Dropped("it was not begun: another one could not be saved"), "dropped")
-        failed = [outcome for outcome in self.outcomes.values() if not outcome.ok]
-        if failed and not self.wish.lenient:
+        if given_up:
             raise self._back(failed[0].error)
-        if failed and self.wish.at_shutdown and self.settings.on_failure == "stop":
-            self._stop_the_rest([todo[outcome.target] for outcome in failed])
-        faults.point("hibernate-all")
-        hibernation.write(SAVED)
         faults.point("hibernate-saved")
         if not self.wish.at_shutdown:
             self._forget_old()
         systemd.notify(f"{sum(outcome.ok for outcome in self.outcomes.values())} of {len(todo)} workloads are saved")
-        return Saved(hibernation.id, tuple(self.outcomes[target] for target in todo), not failed)
+        return Saved(self.hibernation.id, tuple(self.outcomes[target] for target in todo), not failed)
+
+    def _all(self, todo: Mapping[str, Chosen]) -> None:
+        """Everything, layer by layer; each has its outcome then."""
+        self.hibernation.write("saving")
+        faults.point("hibernate-saving")
+        for text in guards.guard_units([unit for item in self.plan.items() for unit in item.units if item.action == "save"]):
+            self.emit(Notice("", text, warning=True))
+        for target, error in self.plan.problems.items():
+            self._failed(target, error)
+        for layer in reversed(self.plan.layers):
+            works = {target: partial(self._one, todo[target]) for target in layer if target in todo and target not in self.outcomes}
+            for target, result in run_all(works, width=self.width, deadline_s=self.deadline_s, stop=self.halt, on_done=self._told).items():
+                if isinstance(result, Dropped):
+                    self._failed(target, result, "dropped")
+                elif isinstance(result, BaseException) and not isinstance(result, Exception):
+                    raise result
+            if self.halt.is_set():
+                break
+        for target in todo:
+            if target not in self.outcomes:
+                self._failed(target, Dropped("it was not begun: another one could not be saved"), "dropped")
 
     # -- one workload ----------------------------------------------------------------------------------------------------
 
@@ -210,14 +219,16 @@ class _Saving:
         return outcome
 
     def _keep(self, draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
-        """Into the store, read back, and marked, while the workload could still go on."""
+        """Into the store and, if asked, read back, and marked, while the workload could still go on.
+
+        It is read back by its restore in any case, before anything is touched.
+        """
         kept = draft.commit(manifest)
-        if self.wish.verify and time.monotonic() < self.deadline_s - self.budget_s / 2:
-            problems = self.catalog.check(kept)
-            if problems:
-                with suppress(CkptError):
-                    self.catalog.remove(kept)
-                raise DumpFailed(f"{kept.ref} was not stored as it was made: {problems[0]}", hint="look at the disk (dmesg), or name another store")
+        problems = self.catalog.check(kept) if self.wish.verify else []
+        if problems:
+            with suppress(CkptError):
+                self.catalog.remove(kept)
+            raise DumpFailed(f"{kept.ref} was not stored as it was made: {problems[0]}", hint="look at the disk (dmesg), or name another store")
         return self.catalog.amend(kept, lambda entry: replace(entry, tags=tuple(dict.fromkeys([*entry.tags, TAG])))), {}
 
     def _stop(self, one: Chosen) -> Outcome:
@@ -238,8 +249,7 @@ class _Saving:
             if self.wish.at_shutdown:
                 left_s = max(0.0, self.deadline_s - time.monotonic())
                 systemd.notify(f"{len(self.ended)} saved, {target} was the last", extend_s=left_s + EXTEND_S)
-            one = self.plan.chosen[target]
-            systemd.journal(f"{target} is {'saved' if one.action == 'save' else 'stopped'}", CKPT_PHASE="hibernate", **_fields(result))  # type: ignore[arg-type]
+            self._journald(target, result)
             return
         error = result.error if isinstance(result, Outcome) else result
         if not isinstance(error, Exception):
@@ -254,7 +264,21 @@ class _Saving:
         with suppress(OSError):
             self.hibernation.write(state, item=target, error=error.to_json())
         if state == "save-failed":
-            systemd.journal(f"{target} could not be saved: {error.message}", priority=3, CKPT_PHASE="hibernate", CKPT_TARGET=target)
+            said = f"{target} could not be saved: {error.message}"
+            journald.tell(said, phase="hibernate", result="failed", id=self.hibernation.id, target=target, error=error.message, priority=3)
+
+    def _journald(self, target: str, outcome: Outcome) -> None:
+        how = "saved" if outcome.checkpoint is not None else "stopped"
+        freeze_s = outcome.stats.get("freeze_s")
+        journald.tell(
+            f"{target} is {how}",
+            phase="hibernate",
+            result=how,
+            id=self.hibernation.id,
+            target=target,
+            checkpoint=outcome.checkpoint.manifest.id if outcome.checkpoint is not None else "",
+            freeze_s=float(freeze_s) if isinstance(freeze_s, float) else None,
+        )
 
     # -- what fails ------------------------------------------------------------------------------------------------------
 
@@ -281,8 +305,10 @@ class _Saving:
                         with suppress(OSError):
                             self.hibernation.write("failed", item=target, error=said.to_json())
             guards.unguard_units([unit for item in self.plan.items() for unit in item.units])
+            # What an earlier save had ended waits on: it is to come back after the next boot, or by a resume.
+            waits = any(state.state in ITEM_SAVED for target, state in self.hibernation.states().items() if target not in names)
             with suppress(OSError):
-                self.hibernation.write("abandoned", error=str(error)[: recover.ERROR_CAP] or type(error).__name__)
+                self.hibernation.write(SAVED if waits else "abandoned", error=str(error)[: recover.ERROR_CAP] or type(error).__name__)
         failed = [outcome for outcome in self.outcomes.values() if outcome.error is not None and not isinstance(outcome.error, Dropped)]
         listed = "; ".join(outcome.error.message for outcome in failed if outcome.error is not None) or str(error)
         if lost:
@@ -326,10 +352,3 @@ class _Saving:
                 except CkptError as error:
                     self.emit(Notice("", f"{old.ref} is still there: {error.message}", warning=True))
 
-
-def _fields(outcome: Outcome) -> dict[str, str | int | float | None]:
-    freeze = outcome.stats.get("freeze_s")
-    found: dict[str, str | int | float | None] = {"CKPT_TARGET": outcome.target, "CKPT_FREEZE_S": freeze}
-    if outcome.checkpoint is not None:
-        found |= {"CKPT_ID": outcome.checkpoint.manifest.id, "CKPT_REF": outcome.checkpoint.ref}
-    return found

@@ -56,7 +56,9 @@ class HibernateSettings:
     on_failure: Literal["stop", "ignore"] = "ignore"
     """At a shutdown: what becomes of one that could not be saved. "stop": its engine stops it."""
     parallel_shutdown: int = field(default_factory=lambda: max(2, os.cpu_count() or 1))
-    """How many are saved, and brought back, at a time."""
+    """How many are saved at a time."""
+    parallel_boot: int = field(default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)))
+    """How many are brought back at a time; each of them waits for its engine most of its time."""
     shutdown_timeout_s: float = 300.0
     """For all together; what cannot be begun by then is not saved."""
     save_timeout_s: float = 200.0
@@ -263,6 +265,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "on_boot": _one_of("restore", "ignore"),
     "on_failure": _one_of("stop", "ignore"),
     "parallel_shutdown": _parallel,
+    "parallel_boot": _parallel,
     "shutdown_timeout_s": _seconds,
     "save_timeout_s": _seconds,
     "stop_timeout_s": _seconds,

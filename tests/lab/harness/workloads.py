@@ -17,7 +17,7 @@ from .cache import LabUnavailable, build_once, digest
 from .rootfs import rootfs, rootfs_digest
 
 SOURCES = Path(__file__).resolve().parent.parent / "workloads"
-PROGRAMS = ("counter", "memhog", "echoserver", "echoclient")
+PROGRAMS = ("counter", "memhog", "echoserver", "echoclient", "warm")
 IMAGE = "localhost/busybox:latest"
 IMAGE_ARCHIVE = "/opt/lab/busybox.tar"
 CC = ("gcc", "-O3", "-Wall", "-Wextra", "-Werror", "-static", "-s")
