@@ -32,6 +32,16 @@ def grows(host: Host, path: str) -> bool:
     return True
 
 
+def start_pair(host: Host) -> None:
+    """A group: a server, and a client that counts through a connection to it."""
+    image = host.load_image()
+    label = ("--label", "ckpt.group=shop")
+    host.run(["podman", "run", "-d", "--name", "server", *label, image, "echoserver", "7000"])
+    address = host.run(["podman", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", "server"]).stdout.strip()
+    host.run(["podman", "run", "-d", "--name", "client", *label, image, "echoclient", address, "7000", "/data/ticks"])
+    wait_until(lambda: last_tick(host, "client") > 5, "they talk")
+
+
 @pytest.mark.parametrize("lab_options", [{"hosts": ("a",)}])
 def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     host = lab.a
@@ -64,6 +74,8 @@ def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     assert ckpt(host, "save", fault="hibernate-one-saved:kill")[0] in (-9, 137)
     assert ckpt(host, "status")[0] == 20
     assert ckpt(host, "save", fault="held:kill")[0] in (-9, 137)
+    start_pair(host)
+    mine |= {"podman:server", "podman:client"}
     code, _, said = ckpt(host, "save")
     assert code == 0, said
     assert states(host) == {**dict.fromkeys(mine, "saved"), "podman:cache": "stopped", "podman:log": "ignored"}
@@ -77,9 +89,10 @@ def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     code, rows, said = ckpt(host, "resume", "--same-boot")
     assert code in (0, 100), said
     assert {row["name"]: row["how"] for row in rows if row["name"] in mine} == dict.fromkeys(mine, "restored")
-    for name in ("db", "web"):
+    for name in ("db", "web", "client"):
         assert counts_on(host, name)
         assert_never_back(host, name)
+    assert host.exists("/var/lib/ckpt/groups/shop@1.json") and state(host, "server") == "running"
     assert grows(host, TREE) and grows(host, bare)
     for path in (TREE, bare):
         seen = ticks_of(host, path)
