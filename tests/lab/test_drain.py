@@ -53,7 +53,8 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     where = {name: {"root@b": b, "root@c": c}[rows[name]["destination"]] for name in names}
     assert set(map(id, where.values())) == {id(b), id(c)}, "both hosts take some"
     for name in names:
-        assert state(a, name) == "" and counts_on(where[name], name)
+        assert state(a, name) == ""
+        wait_until(lambda name=name: counts_on(where[name], name), f"{name} counts on {where[name].name}")  # type: ignore[misc]
         assert_never_back(where[name], name, before[name])
     assert "drained" in a.run(["ckpt", "list"]).stderr
     b_has = [name for name in names if where[name] is b]
@@ -62,7 +63,8 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     back = a.run(["ckpt", "undrain", "--format", "json"], timeout_s=120).stdout
     assert {row["state"] for row in json.loads(back)["results"]} == {"returned"}
     for name in names:
-        assert state(where[name], name) == "" and counts_on(a, name)
+        assert state(where[name], name) == ""
+        wait_until(lambda name=name: counts_on(a, name), f"{name} counts on a again")  # type: ignore[misc]
         assert_never_back(a, name, before[name])
     assert "drained" not in a.run(["ckpt", "list"]).stderr
     a.write_file("/tmp/notice", "")
@@ -71,7 +73,8 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     assert noticed.returncode == 100, noticed
     rows = {row["name"]: row for row in json.loads(noticed.stdout)["results"]}
     assert {rows[name]["state"] for name in names} == {"moved"}, rows
-    assert all(counts_on(b, name) for name in names)
+    for name in names:
+        wait_until(lambda name=name: counts_on(b, name), f"{name} counts on b")  # type: ignore[misc]
     assert_clean(a, b, c)
 
 
