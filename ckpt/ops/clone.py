@@ -34,6 +34,8 @@ from ckpt.store.job import DEFAULT_ROOT
 TAG: Final = "clone"
 """Of the checkpoint that is made of a running container for its copies."""
 END_S: Final = 1.0
+BOUND: Final = "an address that the program was bound to"
+"""Of the message of a restore that misses an address (criu/log.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ def bring(
                 try:
                     outcome = restoring.bring_back(shared, mine, catalog, emit)
                 except CkptError as error:
+                    if BOUND in error.message:
+                        error.hint = "a copy has an address of its own: let the program listen on all of them (0.0.0.0), or on the loopback"
                     if all_or_none:
                         stop.set()
                     return failure(copy.name, error)

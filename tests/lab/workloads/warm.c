@@ -1,5 +1,6 @@
-/* warm MIB PORT START_MS FILE: a service that starts slowly. It waits START_MS, holds MIB of memory, half of it incompressible, appends a
- * line to FILE for each time that it was started, and then answers every connection to PORT with the number of answers that it has given, and ends it.
+/* warm MIB PORT START_MS FILE [ADDRESS]: a service that starts slowly. It waits START_MS, holds MIB of memory, half of it incompressible,
+ * appends a line to FILE for each time that it was started, and then answers every connection to PORT (of ADDRESS alone) with the number of
+ * answers that it has given, and ends it.
  *
  * An answer looks at 16 pages; one that is not as it was written ends the program with status 3.
  */
@@ -23,8 +24,8 @@ static uint64_t word_of(size_t page, size_t word) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 5) {
-        fprintf(stderr, "usage: warm MIB PORT START_MS FILE\n");
+    if (argc != 5 && argc != 6) {
+        fprintf(stderr, "usage: warm MIB PORT START_MS FILE [ADDRESS]\n");
         return 2;
     }
     size_t pages = strtoul(argv[1], NULL, 10) * 256;
@@ -39,6 +40,8 @@ int main(int argc, char **argv) {
     int fd = open_ticks(argv[4]);
     write_tick(fd, 0);
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
+    if (argc == 6 && inet_pton(AF_INET, argv[5], &address.sin_addr) != 1)
+        die(argv[5]);
     int one = 1, listener = socket(AF_INET, SOCK_STREAM, 0);
     if (listener < 0)
         die("socket");
