@@ -47,8 +47,9 @@ _CRIU_STATS = ("freezing_time_us", "frozen_time_us", "memdump_time_us", "memwrit
 @hooks_option
 @override_option
 @click.option(
-    "--group", metavar="NAME", help="Save all at one instant, as one set, all or none. Without targets: those of that label, or compose project."
+    "--group", metavar="NAME", help="Save all at one instant, as one set, all or none. Without targets: those of that label, compose project or pod."
 )
+@click.option("--pod", metavar="POD", help="Save the containers of a pod, as a group of its name.")
 @click.option("-k", "--keep", is_flag=True, help="Accepted for podman's sake: the store always keeps CRIU's logs.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag for the checkpoint: NAME@TAG. Repeatable.")
 @click.option("--note", default="", metavar="TEXT", help="A note for the checkpoint.")
@@ -64,6 +65,7 @@ def command(
     compress: str | None,
     level: int | None,
     group: str | None,
+    pod: str | None,
     keep: bool,
     tags: tuple[str, ...],
     note: str,
@@ -79,10 +81,13 @@ def command(
     With --group all are frozen at one instant, and their checkpoints are one set: "ckpt restore --group NAME" brings them back together,
     with the connections among them. When one of them cannot be saved, none is, and all run on.
     """
-    if group is None or targets or every or latest:
+    if pod is not None and (group is not None or targets):
+        raise UsageError("--pod says what to save: leave --group and targets away")
+    if (group is None and pod is None) or targets or every or latest:
         one_way(targets, every=every, latest=latest, what="target")
-    if group is not None:
-        return _group(session, group, targets, every or latest, export_to, tags, note, print_stats, state | {"leave_running": leave_running})
+    if (name := group or pod) is not None:
+        state["pod"] = pod is not None
+        return _group(session, name, targets, every or latest, export_to, tags, note, print_stats, state | {"leave_running": leave_running})
     if export_to is None and (compress or level is not None):
         raise UsageError("--compress and --level go with --export")
     if export_to is not None and (tags or note):
@@ -128,7 +133,7 @@ def _group(
     state: dict[str, Any],
 ) -> int:
     if export_to is not None or other_way:
-        raise UsageError("--group takes names, or none, and saves to the store: leave --export, --all and --latest away")
+        raise UsageError("--group and --pod save to the store: leave --export, --all and --latest away")
     from ckpt.ops import group, mark
     from ckpt.store import groups
 
@@ -138,8 +143,9 @@ def _group(
         raise UsageError("--encrypt and the passphrase's options go with --export")
     groups.check_name(name)
     session.need_root()
+    pod = state.pop("pod")
     outcomes = group.checkpoint_group(
-        name, [Target.parse(target) for target in targets], options=dump_options(session, **state), store_root=session.store_root,
+        name, [Target.parse(target) for target in targets], pod=pod, options=dump_options(session, **state), store_root=session.store_root,
         emit=session.emit, tags=tags, note=note, outgoing=protection.outgoing(session, given, archive=False),
     )  # fmt: skip
     return session.finish(outcomes, id_of="checkpoint", stats=_stats if print_stats else None)

@@ -12,6 +12,7 @@ VERBS: Final = {
     "save": "ckpt.cli.hibernate_save",
     "resume": "ckpt.cli.hibernate_resume",
     "status": "ckpt.cli.hibernate_status",
+    "arm": "ckpt.cli.arm",
 }
 
 

@@ -29,9 +29,10 @@ _RUNGS: Final = ("restore", "restore-closed", "cold", "leave")
     ),
 )
 @click.option("--same-boot", is_flag=True, help="Also when this host has not been started anew since.")
+@click.option("--at-boot", is_flag=True, help="As the unit does it: nothing when on_boot in hibernate.toml says so.")
 @click.option("--ladder", metavar="RUNG[,RUNG]...", help="What to try, in this order: restore, restore-closed, cold, leave (default: as configured).")
 @click.option("--parallel", type=click.IntRange(min=1), metavar="N", help="How many at a time (default: as configured).")
-def command(session: Session, same_boot: bool, ladder: str | None, parallel: int | None) -> int:
+def command(session: Session, same_boot: bool, at_boot: bool, ladder: str | None, parallel: int | None) -> int:
     """Bring back what was saved of this host before it went down.
 
     Process trees come first, then containers in the order of their dependencies. Each is restored; if that fails it is restored with its
@@ -44,7 +45,8 @@ def command(session: Session, same_boot: bool, ladder: str | None, parallel: int
     session.need_root()
     from ckpt.ops.hibernate import resume as use_case
 
-    done = use_case.resume(store_root=session.store_root, same_boot=same_boot, rungs=rungs, width=parallel, emit=session.emit)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"rungs": rungs, "width": parallel}
+    done = use_case.resume(store_root=session.store_root, same_boot=same_boot, at_boot=at_boot, **given, emit=session.emit)
     return _show(session, done)
 
 

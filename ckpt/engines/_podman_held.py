@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ckpt.criu import lazy
+from ckpt.criu import lazy, tree
 from ckpt.engines import _hold
 from ckpt.engines import _podman_isolated as isolated
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
@@ -58,6 +58,13 @@ def _podman(*args: str, timeout_s: float = UNDO_LIMIT_S) -> bool:
         return run([which("podman") or "podman", *args], check=False, timeout_s=timeout_s).ok
     except CommandFailed:
         return False
+
+
+def _conmon(pid: int | None) -> int:
+    """The conmon of a container's first process, 0 when its parent is none."""
+    found = tree.stat(pid) if pid else None
+    above = tree.stat(found.ppid) if found is not None else None
+    return above.pid if above is not None and above.comm == "conmon" else 0
 
 
 def unpack_stub(stub: Path, stage: Path) -> None:
@@ -148,6 +155,7 @@ class PodmanHeldDump:
 
     def end(self) -> None:
         _hold.end_before_verdict(self.job, self.container.pid, self.container.name)
+        monitor = _conmon(self.container.pid)
         if self.container.restarts:
             _podman("container", "update", "--restart", "no", self.container.id)
         self.job.decide("0")
@@ -158,8 +166,9 @@ class PodmanHeldDump:
             raise StateUnknown(
                 f"{self.container.name} did not end after its dump", where=f"{self.container.name}: frozen", hint=f"look at {self.work}/dump.log"
             )
-        # conmon tells podman of the exit; until then podman would call it running.
-        _podman("wait", self.container.id)
+        # conmon tells podman of the exit, and ends when that is done; until then podman would call it running.
+        if not monitor or not _hold.wait_gone(monitor, UNDO_LIMIT_S):
+            _podman("wait", self.container.id)
 
 
 def undo_dump(job: Job, init_pid: int | None) -> None:

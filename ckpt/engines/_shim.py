@@ -165,7 +165,8 @@ def main() -> int:
     except (OSError, ValueError):
         become(real, args)
     verb = args[at]
-    if plan.get("verb") != verb:
+    # Without a container it is a question: podman asks for `restore --lsm-mount-context`, before it restores into a pod.
+    if plan.get("verb") != verb or args[-1].startswith("-") or at == len(args) - 1:
         become(real, args)
     if plan.get("sketch"):
         return 0  # only what the engine itself writes down is wanted

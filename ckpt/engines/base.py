@@ -239,6 +239,14 @@ class CarriesContainerImages(Protocol):
 
 
 @runtime_checkable
+class HasPods(Protocol):
+    """What an engine offers besides that knows pods."""
+
+    def pod(self, name: str) -> tuple[str, str] | None:
+        """The ids of a pod (by name or id) and of its infra container ("" for none); None when there is no such pod."""
+
+
+@runtime_checkable
 class SharesVolumes(Protocol):
     """What an engine offers besides whose containers can have a named volume together."""
 

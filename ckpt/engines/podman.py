@@ -274,6 +274,8 @@ class Podman:
     def begin_restore(
         self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, volume_ready: Callable[[str, Path], None]
     ) -> PodmanEarlyRestore:
+        if options.pod is None and not options.name:
+            options = replace(options, pod=self._pod_of(stage, manifest))
         attempt = PodmanRestore(job, manifest, options)
         job.write(
             "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
@@ -295,6 +297,15 @@ class Podman:
             undo_restore(job)
             raise
         return PodmanEarlyRestore(self, attempt)
+
+    def _pod_of(self, stage: Path, manifest: Manifest) -> str | None:
+        """The pod that it was in, None for none: podman restores it into that one only when told. Raises RestoreFailed when it is not here."""
+        if not (stage / CONFIG).exists():
+            return None
+        pod = str(json_object((stage / CONFIG).read_bytes(), CONFIG).get("pod") or "")
+        if pod and not podman("pod", "exists", pod, check=False).ok:
+            raise RestoreFailed(f"{manifest.name} was in a pod that is not here ({pod[:12]})", hint="make one like it, and give its name: --pod NAME")
+        return pod or None
 
     def _refuse(self, manifest: Manifest, options: RestoreOptions) -> None:
         """Raise for a restore that podman could not do, or that could not be undone without harm to another container."""
@@ -397,6 +408,11 @@ class Podman:
             if self.describe(container).state in ("running", "paused"):
                 raise BusyError(f"{container.name} is running", hint=f"podman stop {container.name}")
             raise CkptError(f"podman cannot remove {container.name}: {result.error_text.strip() or result.returncode}")
+
+    def pod(self, name: str) -> tuple[str, str] | None:
+        found = podman("pod", "inspect", "--format", "{{.ID}} {{.InfraContainerID}}", "--", name, check=False)
+        identity, _, infra = found.text.strip().partition(" ")
+        return (identity, infra) if found.ok and identity else None
 
     def volume_users(self, name: str) -> list[str]:
         return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()

@@ -62,9 +62,10 @@ def freeze(knobs: Sequence[Knob]) -> Moment:
     """
     first_s = last_s = time.monotonic()
     try:
-        # Opened before the first one stands still.
-        files = [os.open(knob.path, os.O_WRONLY | os.O_CLOEXEC) for knob in knobs]
+        files: list[int] = []
         try:
+            for knob in knobs:  # all are open before the first one stands still
+                files.append(os.open(knob.path, os.O_WRONLY | os.O_CLOEXEC))
             first_s = time.monotonic()
             for fd in files:
                 os.write(fd, b"1")

@@ -26,6 +26,8 @@ _MANAGER: Final = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org
 _SEND_LIMIT_S: Final = 0.5
 _CALL_LIMIT_S: Final = 25.0
 """As long as D-Bus itself waits for an answer by default (sd_bus_call(3))."""
+_CONTROL_LIMIT_S: Final = 180.0
+"""As long as systemctl itself waits for daemon-reload: on a busy host the manager and its generators take their time."""
 _MOVE_LIMIT_S: Final = 5.0
 _MAX_VALUE_BYTES: Final = 16 << 10
 _FIELD: Final = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
@@ -158,7 +160,7 @@ def call(method: str, signature: str = "", *words: str) -> str:
         raise EngineUnavailable(f"systemd refused {method}: {error.reason.removeprefix('Call failed: ')}") from error
 
 
-def control(*words: str, timeout_s: float = _CALL_LIMIT_S) -> str:
+def control(*words: str, timeout_s: float = _CONTROL_LIMIT_S) -> str:
     """Run `systemctl` and return what it prints.
 
     Raises:

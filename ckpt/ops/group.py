@@ -40,6 +40,7 @@ def checkpoint_group(
     name: str,
     targets: Sequence[Target] = (),
     *,
+    pod: bool = False,
     options: DumpOptions,
     store_root: Path = DEFAULT_ROOT,
     emit: Emit,
@@ -49,6 +50,9 @@ def checkpoint_group(
 ) -> list[Outcome]:
     """`save_group` of what the user named; without targets of those that belong to the group by their labels.
 
+    Args:
+        pod: `name` is that of a pod, whose containers are meant.
+
     Raises:
         CkptError: nothing could be begun at all.
         KeyboardInterrupt: after all of them were brought back to running.
@@ -57,15 +61,17 @@ def checkpoint_group(
     warm.imports(*warm.INTO_CHUNKS)
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
-    if targets:
+    if pod:
+        chosen = member.of_pod(name)
+    elif targets:
         found: dict[tuple[str, str], member.Found] = {}
         for target in targets:
             engine, container = resolve.resolve(target)
             found.setdefault((engine.name, container.id), (str(target), engine, container))
-        members = list(found.values())
+        chosen = list(found.values())
     else:
-        members = member.members_of(name)
-    return save_group(members, name, options, Catalog(store_root), emit, tags=tags, note=note, outgoing=outgoing)
+        chosen = member.members_of(name)
+    return save_group(chosen, name, options, Catalog(store_root), emit, tags=tags, note=note, outgoing=outgoing)
 
 
 def save_group(

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, cast
 from ckpt import config
 from ckpt.engines.base import Engine, ExecsInside
 from ckpt.errors import CkptError, ConfigError
-from ckpt.events import Emit, Notice, ignore
+from ckpt.events import Emit, Event, Notice, ignore
 from ckpt.host import marked
 from ckpt.host.run import CommandFailed, Result
 from ckpt.model import Container, Severity
@@ -129,16 +129,16 @@ class Hooks:
         if inside is not None:
             self.begun = True
             if problem := self._run_inside(inside, phase, mark):
-                text = f"{self.label}: its hook ckpt.hook.{phase} {problem}"
+                text = f"its hook ckpt.hook.{phase} {problem}"
                 if inside.on_failure == "abort":
-                    raise CkptError(text, hint="it runs inside of the container, as its label says; --no-hooks goes without it")
+                    raise CkptError(f"{self.label}: {text}", hint="it runs inside of the container, as its label says; --no-hooks goes without it")
                 self.warn(text)
         faults.point(f"hooked-{phase}")
 
     def after(
         self, phase: Phase, *, container: Container | None = None, error: BaseException | str = "", inside: bool = True, host: bool = True
     ) -> None:
-        """Run what comes after: the container's, then the host's. Their failures are warnings (`warnings`, and told).
+        """Run what comes after: the container's, then the host's. Their failures are warnings.
 
         Args:
             inside: False: the container does not run, or nothing was begun in it.
@@ -160,6 +160,10 @@ class Hooks:
         for path in self.host if host else ():
             if problem := self._run_on_host(path, phase, mark):
                 self.warn(f"the hook {path.name} ({phase}) {problem}")
+        if phase.endswith("-failed"):
+            for text in self.warnings:  # there is no outcome but the error
+                self.emit(Notice(self.label, text, warning=True))
+            self.warnings.clear()
 
     def succeeded_there(self) -> None:
         """A migration went well: what it runs on the source, where the workload is gone."""
@@ -182,8 +186,8 @@ class Hooks:
         return HOST_LIMIT_S + ((hook.timeout_s or _timeout_s()) if hook is not None else 0.0)
 
     def warn(self, text: str) -> None:
+        """Of an operation that goes well its outcome tells it."""
         self.warnings.append(text)
-        self.emit(Notice(self.label, text, warning=True))
 
     def _run_on_host(self, path: Path, phase: str, mark: str) -> str:
         env = {f"CKPT_{key.upper()}": value for key, value in self._all(phase).items()}
@@ -296,15 +300,20 @@ def settle(job: Job, engine: Engine, *phases: str) -> list[str]:
     try:
         label = known.get("target") or str(facts.get("name", ""))
         labels = soft_labels(container, label, ignore) if container is not None and inside else Labels()
-        hooks = Hooks(label, engine, labels, of_host(), known, ignore, container)
+
+        def tell(event: Event) -> None:
+            if isinstance(event, Notice) and event.warning:
+                warnings.append(event.text)
+
+        hooks = Hooks(label, engine, labels, of_host(), known, tell, container)
         for phase in phases:
             if phase == "checkpoint-failed" and facts["hooked"] != "pre-checkpoint":
                 continue
             hooks.facts["error"] = "ckpt was interrupted" if phase.endswith("-failed") else ""
             hooks.after(cast(Phase, phase), inside=runs and inside)
-        warnings = hooks.warnings
+        warnings += hooks.warnings
     except CkptError as error:
-        warnings = [error.message]
+        warnings.append(error.message)
     job.write(job.state, hooked="")
     return warnings
 

@@ -178,8 +178,7 @@ def install(place: Place, store_root: Path, *, enable: bool = False, emit: Emit)
     for text in warnings(chosen, memory):
         emit(Notice("", text, warning=True))
     if place.live:
-        if changed:
-            systemd.control("daemon-reload")
+        systemd.control("daemon-reload")  # also when nothing changed: an earlier run may have been broken off before it
         if enable:
             systemd.control("enable", *_MAIN)
             systemd.control("start", "--no-block", units.HIBERNATE)

@@ -12,7 +12,10 @@ from ckpt.model import JobRecord
 
 _PRIORITIES: Final = {"done": 6, "running": 6, "serving": 6, "rolled-back": 4, "waiting": 4, "refused": 4}
 """By the state of a record, as syslog(3) has them; all others are errors."""
-_VERBS: Final = {"checkpoint": "checkpoint of", "restore": "restore of", "migrate": "migration of", "receive": "migration to this host of"}
+_VERBS: Final = {
+    "checkpoint": "checkpoint of", "restore": "restore of", "migrate": "migration of", "receive": "migration to this host of",
+    "checkpoint-group": "checkpoint of group", "restore-group": "restore of group",
+}  # fmt: skip
 
 
 def tell(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Final
 
+from ckpt.engines.base import HasPods
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import TargetNotFound, UsageError
 from ckpt.model import Container
@@ -22,16 +23,40 @@ _DEPENDS: Final = ("io.podman.compose.depends_on", "com.docker.compose.depends_o
 
 
 def members_of(name: str) -> list[Found]:
-    """The running containers that say by a label that they are of this group, or of a compose project of this name.
+    """The running containers that say by a label that they are of this group, or of a compose project of this name; or of the pod.
 
     Raises:
         TargetNotFound: there are none.
     """
-    found = [(engine, c) for engine, c in resolve.all_running() if name in (c.labels.get(LABEL), *(c.labels.get(key) for key in PROJECT))]
-    if not found:
+    running = resolve.all_running()
+    found = [(engine, c) for engine, c in running if name in (c.labels.get(LABEL), *(c.labels.get(key) for key in PROJECT))]
+    if found:
+        return [(c.name or c.id, engine, c) for engine, c in found]
+    members = _of_pod(name, running)
+    if not members:
         hint = f"name its containers, or give them the label {LABEL}={name}"
         raise TargetNotFound(f"no running container is of the group {name!r}", hint=hint)
-    return [(c.name or c.id, engine, c) for engine, c in found]
+    return members
+
+
+def of_pod(name: str) -> list[Found]:
+    """The running containers of a pod, but for its infra container, which holds what they share and stays.
+
+    Raises:
+        TargetNotFound: there is no such pod, or none of them runs.
+    """
+    members = _of_pod(name, resolve.all_running())
+    if not members:
+        raise TargetNotFound(f"there is no pod {name!r} with running containers", hint="podman pod ps")
+    return members
+
+
+def _of_pod(name: str, running: Sequence[resolve.Resolved]) -> list[Found]:
+    found: list[Found] = []
+    for engine in {id(engine): engine for engine, _ in running}.values():
+        if isinstance(engine, HasPods) and (pod := engine.pod(name)) is not None:
+            found += [(c.name or c.id, e, c) for e, c in running if e is engine and c.pod == pod[0] and c.id != pod[1]]
+    return found
 
 
 def order(members: Sequence[Found]) -> dict[str, set[str]]:

@@ -105,7 +105,7 @@ RequiresMountsFor={_paths(mounts)}
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart={command(argv, "hibernate", "resume")}
+ExecStart={command(argv, "hibernate", "resume", "--at-boot")}
 # 100: done, with warnings.
 SuccessExitStatus=100
 {environment}TimeoutStartSec={resume_limit_s(settings):.0f}

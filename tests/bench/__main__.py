@@ -61,7 +61,7 @@ class Bench:
         """By what it took before; without that by its size (as an idle machine of two cores needs)."""
         took = [record.took_s for record in self.records if (record.case, record.way) == (case, way)]
         per_gib = {"podman": 26.0}.get(way, 12.0) * (2.5 if case.link_mbit else 1.0)
-        per_gib *= {"store": 1.5, "dedup": 8.0, "archive": 4.0}.get(case.kind, 1.0)
+        per_gib *= {"store": 1.5, "dedup": 8.0, "archive": 4.0, "hibernate": 40.0}.get(case.kind, 1.0)
         return max(took) if took else 8.0 + per_gib * case.memory_mib / 1024
 
     def todo(self) -> list[tuple[int, Case, str]]:
@@ -114,7 +114,7 @@ class Bench:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=PLANS, default="quick", help="quick: most bars, crun; full: all bars and the plot; trial: small sizes")
+    parser.add_argument("--plan", choices=PLANS, default="quick", help="quick: most bars, crun; full: all bars and the plot; trial; hibernate")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing that would end later than this")
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these of podman, ckpt, precopy, postcopy, criu")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only these cases, or those with one of these in their name (--list shows them)")

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["migrate", "store", "dedup", "archive", "own", "clone"]
+Kind = Literal["migrate", "store", "dedup", "archive", "own", "clone", "hibernate"]
 
 MIGRATE_FLAGS: dict[str, tuple[str, ...]] = {"ckpt": (), "precopy": ("--precopy",), "postcopy": ("--postcopy",)}
 """Our ways to migrate, and their flags. One whose flag this ckpt does not know is skipped."""
 WAYS: dict[Kind, tuple[str, ...]] = {
     "migrate": ("podman", *MIGRATE_FLAGS), "store": ("podman", "ckpt"), "dedup": ("ckpt",), "archive": ("ckpt",), "own": ("criu", "ckpt"),
-    "clone": ("podman", "ckpt"),
+    "hibernate": ("podman", "ckpt"), "clone": ("podman", "ckpt"),
 }  # fmt: skip
 GENERATIONS = 10
+HIBERNATED = 20
 DIRTIED = 0.05
 """Of the memory, between two checkpoints of a "dedup" case."""
 SLOW_MBIT = 200
@@ -28,7 +29,8 @@ class Case:
     Args:
         kind: "migrate": to the other host; "store": checkpoint and restore on one host; "dedup": an archive of each kind, then checkpoint after
             checkpoint; "archive": archives written and looked into; "own": checkpoint and restore of a process of 1 MiB, beside criu alone;
-            "clone": `COPIES` copies of a service (warm) that touches little of its memory.
+            "clone": `COPIES` copies of a service (warm) that touches little of its memory; "hibernate": `HIBERNATED` containers saved and brought
+            back together, podman's way one after another.
         runtime: podman's OCI runtime, or "process" for a process tree without a container.
         memory_mib: of the workload (memhog: half of it incompressible).
         dirty_mb_s: megabytes that it rewrites a second.
@@ -131,6 +133,7 @@ def full(sizes: Sizes, repeat: int = 5) -> Plan:
     return Plan("full", tuple(entries), sizes)
 
 
+HIBERNATE = Case("hibernate", "crun", 64, 0)
 TRIAL_SIZES = Sizes(small=64, main=256, store=256, large=256, clone=64)
 
 
@@ -138,6 +141,8 @@ def plan(name: str) -> Plan:
     match name:
         case "full":
             return full(Sizes())
+        case "hibernate":
+            return Plan("hibernate", (Entry(HIBERNATE, WAYS["hibernate"], 3),), Sizes())
         case "trial":
             trial = quick(TRIAL_SIZES, "trial", (1, 1))
             more = (
@@ -151,4 +156,4 @@ def plan(name: str) -> Plan:
             return quick(Sizes())
 
 
-PLANS = ("quick", "full", "trial")
+PLANS = ("quick", "full", "trial", "hibernate")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, MIGRATE_FLAGS, Case
+from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, HIBERNATED, MIGRATE_FLAGS, Case
 from tests.bench.rss import PeakWatcher
 from tests.bench.workload import Hog, WorkloadError, first_after, lab_for, stalls_s
 from tests.lab.harness import Host, Lab
@@ -38,7 +38,9 @@ def measure(case: Case, way: str, wheel: Path) -> tuple[Figures, dict[str, int]]
         Skipped: there is no such way.
     """
     with lab_for(case, wheel=wheel) as lab, PeakWatcher(lab) as peaks:
-        kinds = {"migrate": _migrate, "store": _store, "dedup": _dedup, "archive": _archive, "own": _own, "clone": _clone}
+        kinds = {
+            "migrate": _migrate, "store": _store, "dedup": _dedup, "archive": _archive, "own": _own, "clone": _clone, "hibernate": _hibernate,
+        }  # fmt: skip
         figures = kinds[case.kind](lab, case, way)
     return {key: round(value, 4) for key, value in figures.items()}, dict(sorted(peaks.peak_bytes.items()))
 
@@ -263,3 +265,39 @@ def _own(lab: Lab, case: Case, way: str) -> Figures:
 
 def _end(host: Host, pid: str) -> None:
     host.run(["sh", "-c", 'kill -9 "$1"; while [ -e "/proc/$1" ]; do sleep 0.02; done', "sh", pid], check=False)
+
+
+# -- a whole host -------------------------------------------------------------------------------------------------------------------------
+
+
+def _hibernate(lab: Lab, case: Case, way: str) -> Figures:
+    """`save_s`, `resume_s`: all containers, with ckpt hibernate, and one after another with podman's checkpoint -e and restore -i."""
+    host, limit = lab.a, HIBERNATED * 20.0
+    names = [f"hog-{number}" for number in range(HIBERNATED)]
+    image = host.load_image()
+    for name in names:
+        host.run(["podman", "run", "-d", "--name", name, image, "memhog", str(case.memory_mib), str(case.dirty_mb_s), "/data/ticks"])
+    for name in names:
+        _counts(host, name)
+    if way == "podman":
+        save = ["sh", "-ec", 'for name; do podman container checkpoint -c zstd -e "/root/$name.tar.zst" "$name"; done', "sh", *names]
+        bring = ["sh", "-ec", 'for name; do podman container restore -i "/root/$name.tar.zst"; done', "sh", *names]
+    else:
+        save, bring = ["ckpt", "-q", "hibernate", "save"], ["ckpt", "-q", "hibernate", "resume", "--same-boot"]
+    figures = {"save_s": _timed(lambda: host.run(save, timeout_s=limit))}
+    if way == "podman":
+        host.run(["podman", "rm", *names])
+    figures["resume_s"] = _timed(lambda: host.run(bring, timeout_s=limit))
+    for name in names:
+        _counts(host, name)
+    return figures
+
+
+def _counts(host: Host, name: str) -> None:
+    """Wait for a tick more. Raises WorkloadError."""
+    last = ["podman", "exec", name, "tail", "-n", "1", "/data/ticks"]
+    first, end = host.run(last, check=False).stdout, time.monotonic() + 60
+    while (now := host.run(last, check=False).stdout) == first or not now:
+        if time.monotonic() > end:
+            raise WorkloadError(f"{name} does not count")
+        time.sleep(0.05)

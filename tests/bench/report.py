@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, Case, Sizes
+from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, HIBERNATED, Case, Sizes
 from tests.bench.results import MIB, Medians, bars, size
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -16,7 +16,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(medians: Medians, sizes: Sizes) -> list[Table]:
-    stores = [_stores(medians), _dedups(medians), _archives(medians), _clones(medians)]
+    stores = [_stores(medians), _dedups(medians), _archives(medians), _clones(medians), _hibernations(medians)]
     made = [_migrations(medians), *stores, _own(medians), _bars(medians, sizes), _peaks(medians, sizes)]
     return [table for table in made if table[2]]
 
@@ -115,6 +115,16 @@ def _archives(medians: Medians) -> Table:
             times = [_seconds(found.get(key)) for key in ("export_s", "sealed_s", "inspect_s", "checkpointctl_s")]
             rows.append([f"{case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), *times])
     return "Archives of a checkpoint in the store", ["container", "way", "runs", "export", "encrypted", "inspect", "checkpointctl inspect"], rows
+
+
+def _hibernations(medians: Medians) -> Table:
+    rows = []
+    for case, way in medians.keys():
+        if case.kind == "hibernate":
+            found = medians.figures(case, way)
+            times = [text for key in ("save_s", "resume_s") for text in (_seconds(found.get(key)), _ratio(medians.ratio(case, way, key)))]
+            rows.append([f"{HIBERNATED} containers, {case.runtime}, {size(case.memory_mib)}", way, _runs(medians, case, way), *times])
+    return "A whole host saved and brought back", ["what", "way", "runs", "save", "to podman's", "resume", "to podman's"], rows
 
 
 def _clones(medians: Medians) -> Table:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, OWN, SLOW_MBIT, Case, Sizes
+from tests.bench.cases import COPIES, DIRTIED, GENERATIONS, HIBERNATE, HIBERNATED, OWN, SLOW_MBIT, Case, Sizes
 
 MIB = 1 << 20
 SCHEMA = 1
@@ -198,6 +198,11 @@ def bars(medians: Medians, sizes: Sizes) -> list[Bar]:
             ratio(f"{COPIES} copies, their memory", 1 / 4, clone, "ckpt", "pss_bytes"),
             times("inspect of an archive", "of checkpointctl's", 1 / 20, archive, "ckpt", partial(between, "inspect_s", "checkpointctl_s")),
         ]
+    if HIBERNATE in {case for case, _ in medians.keys()}:
+        runs = min(medians.runs(HIBERNATE, "ckpt"), medians.runs(HIBERNATE, "podman"))
+        what = f"{HIBERNATED} containers of {size(HIBERNATE.memory_mib)}"
+        for text, figure in (("hibernate save", "save_s"), ("hibernate resume", "resume_s")):
+            found.append(Bar(f"{what}: {text}", "of podman's, one after another", 1 / 2, medians.ratio(HIBERNATE, "ckpt", figure), runs))
     mine, theirs = medians.get(OWN, "ckpt", "checkpoint_s"), medians.get(OWN, "criu", "checkpoint_s")
     more_ms = (mine - theirs) * 1000 if mine is not None and theirs is not None else None
     found.append(Bar("checkpoint of a 1 MiB process", "ms more than criu dump", 250, more_ms, medians.runs(OWN, "ckpt")))

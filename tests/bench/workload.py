@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 
-from tests.bench.cases import Case
+from tests.bench.cases import HIBERNATED, Case
 from tests.lab.harness import Host, Lab, Ticks
 
 SETTLE_LIMIT_S = 120.0
@@ -119,7 +119,7 @@ def first_after(ticks: Ticks, moment_ns: int) -> int | None:
 
 def room_mib(lab_case: Case) -> int:
     """Size for each of a host's file systems: a memory image may be there twice, with an archive of it (podman leaves one with each copy)."""
-    return lab_case.memory_mib * (12 if lab_case.kind == "clone" else 3) + 1024
+    return lab_case.memory_mib * {"clone": 12, "hibernate": 3 * HIBERNATED}.get(lab_case.kind, 3) + 1024
 
 
 def lab_for(case: Case, **options: object) -> Lab:

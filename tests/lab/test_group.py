@@ -118,3 +118,20 @@ def test_all_or_none(lab: Lab) -> None:
     assert len(groups(host)) == 2
     host.run(["ckpt", "restore", "--group", "shop"])
     all_on(host)
+
+
+@CRUN
+def test_a_pod(lab: Lab) -> None:
+    """Its members share a network: their connection goes over its loopback. The infra container stays."""
+    host, image = lab.a, lab.a.load_image()
+    # Any program does for the infra container; podman's own is not in the lab.
+    host.run(["podman", "pod", "create", "--name", "shop", "--infra-image", image, "--infra-command", "echoserver 9999"])
+    host.run(["podman", "run", "-d", "--pod", "shop", "--name", "server", image, "echoserver", "7000"])
+    host.run(["podman", "run", "-d", "--pod", "shop", "--name", "client", image, "echoclient", "127.0.0.1", "7000", "/data/ticks"])
+    wait_until(lambda: last_tick(host, "client") > 5, "they talk")
+    host.run(["ckpt", "checkpoint", "--pod", "shop"])
+    assert [state(host, name) for name in ("server", "client")] == ["exited"] * 2
+    host.run(["ckpt", "restore", "--group", "shop"])
+    wait_until(lambda: counts_on(host, "client", 1.0) or state(host, "client") != "running", "they go on")
+    assert_never_back(host, "client", at_least=6)
+    assert "client" in host.run(["podman", "ps", "--filter", "pod=shop", "--format", "{{.Names}}"]).stdout

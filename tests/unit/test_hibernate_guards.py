@@ -17,9 +17,12 @@ class Host:
     def __init__(self, top: Path) -> None:
         self.units = top / "etc"
         self.resumed = top / "run" / "resumed"
+        self.transient = top / "transient"
         self.calls: list[tuple[str, ...]] = []
         self.refuses = False
+        self.down = False
         self.units.mkdir()
+        self.transient.mkdir()
 
     def control(self, *words: str) -> str:
         self.calls.append(words)
@@ -33,6 +36,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host(tmp_path)
     monkeypatch.setattr(guards, "UNITS", made.units)
     monkeypatch.setattr(guards, "RESUMED", made.resumed)
+    monkeypatch.setattr(guards, "TRANSIENT", made.transient)
+    monkeypatch.setattr(systemd, "going_down", lambda: made.down)
     monkeypatch.setattr(systemd, "running", lambda: True)
     monkeypatch.setattr(systemd, "control", made.control)
     return made
@@ -46,13 +51,22 @@ def test_guard_and_unguard_leave_nothing(host: Host) -> None:
         f"ConditionPathExists=!{host.resumed}/web.service",
     ]
     assert guards.guarded() == ("db@1.service", "web.service")
+    assert (host.transient / "web.service.d/91-ckpt.conf").read_text().endswith("[Service]\nRestart=no\n")
+    assert host.calls == [("daemon-reload",)]  # it counts from now on
+    host.calls.clear()
     guards.mark_resumed(["web.service"])
     assert (host.resumed / "web.service").exists()
     guards.unguard_units()
-    assert list(host.units.iterdir()) == [] and list(host.resumed.iterdir()) == []
+    assert list(host.units.iterdir()) == [] and list(host.resumed.iterdir()) == [] and list(host.transient.iterdir()) == []
     assert host.calls == [("daemon-reload",)]
     guards.unguard_units()
     assert host.calls == [("daemon-reload",)]
+
+
+def test_at_a_shutdown_the_manager_is_left_alone(host: Host) -> None:
+    host.down = True
+    guards.guard_units(["web.service"])
+    assert guards.guarded() == ("web.service",) and host.calls == []
 
 
 def test_drop_ins_of_others_stay(host: Host) -> None:
@@ -82,6 +96,7 @@ def test_over_waits_for_the_boot(host: Host) -> None:
     guards.resume_over()
     assert host.calls == []  # there is nothing to remove
     guards.guard_units(["web.service"])
+    host.calls.clear()
     guards.resume_over()
     assert host.calls == [("start", "--no-block", "ckpt-unguard.service")]
     assert guards.guarded() == ("web.service",)
@@ -104,6 +119,7 @@ def test_only_units_that_really_own_it(host: Host, monkeypatch: pytest.MonkeyPat
 def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd, "running", lambda: False)
     monkeypatch.setattr(guards, "UNITS", tmp_path)
+    monkeypatch.setattr(guards, "TRANSIENT", tmp_path)
     assert guards.guard_units(["web.service"]) == ()
     guards.resume_over()
     assert list(tmp_path.iterdir()) == []

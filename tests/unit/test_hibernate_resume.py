@@ -110,6 +110,14 @@ def test_all_come_back_once(world: World) -> None:
     assert world.counters(web) == 1
 
 
+def test_not_by_itself(world: World) -> None:
+    web = world.engine.start("web")
+    world.saved(web)
+    settings = replace(SETTINGS, on_boot="ignore")
+    assert "on_boot" in resuming.resume(store_root=world.root, settings=settings, at_boot=True, emit=ignore).reason
+    assert world.state(web) == "exited" and world.how(settings) == {"web": "restored"}
+
+
 def test_not_in_the_same_boot_unless_told_so(world: World) -> None:
     web = world.engine.start("web")
     world.plan(web, boot_id=journals.identity()["boot_id"])
@@ -174,7 +182,8 @@ def test_one_that_ends_at_once_has_not_come_back(world: World, monkeypatch: pyte
 def test_a_bug_in_a_rung_is_a_failed_rung(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     web = world.engine.start("web")
     world.saved(web)
-    monkeypatch.setattr(Climb, "_restore", lambda climb, options: 1 / 0)
+    restore = Climb._restore
+    monkeypatch.setattr(Climb, "_restore", lambda climb, options: restore(climb, options) if options.cold else 1 / 0)
     assert world.how() == {"web": "cold"}
 
 

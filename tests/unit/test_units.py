@@ -171,6 +171,7 @@ class Manager:
         monkeypatch.setattr(install_units, "LOCAL", root / "etc/systemd/system")
         monkeypatch.setattr(units, "QUADLET", root / "etc/containers/systemd/container.d/10-ckpt.conf")
         monkeypatch.setattr(guards, "UNITS", root / "etc/systemd/system")
+        monkeypatch.setattr(guards, "TRANSIENT", root / "run/systemd/system")
 
     def control(self, *words: str) -> str:
         self.calls.append(words)

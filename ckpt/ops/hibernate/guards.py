@@ -1,7 +1,8 @@
 """Keeps systemd from starting cold at the boot what `ckpt hibernate resume` brings back: drop-ins for the units that own the containers.
 
 A drop-in is written when its container is saved, `/etc/systemd/system/UNIT.d/90-ckpt.conf`: the unit waits for ckpt-resume.service, and is
-skipped when that has left `/run/ckpt/resumed/UNIT`. What it says counts until the manager reads its files anew, so the drop-ins go when
+skipped when that has left `/run/ckpt/resumed/UNIT`. Another one, in /run, until the boot: the unit does not start its container anew when that
+was saved and ended (Restart=). What it says counts until the manager reads its files anew, so the drop-ins go when
 the boot is over (ckpt-unguard.service), not at the end of the resume.
 """
 
@@ -19,8 +20,11 @@ from ckpt.model import Container
 from ckpt.store import durable
 
 UNITS: Final = Path("/etc/systemd/system")
+TRANSIENT: Final = Path("/run/systemd/system")
 RESUMED: Final = Path("/run/ckpt/resumed")
 DROP_IN: Final = "90-ckpt.conf"
+HOLD: Final = "91-ckpt.conf"
+"""A name of its own: one of /etc would hide it."""
 HEADER: Final = "# made by ckpt hibernate"
 OVER: Final = "ckpt-unguard.service"
 _SERVICE: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}\.service")
@@ -46,14 +50,23 @@ def guard_units(units: Iterable[str]) -> tuple[str, ...]:
     if not systemd.running():
         return ()
     failed = []
+    written = 0
     for unit in dict.fromkeys(units):
         if not _SERVICE.fullmatch(unit):
             failed.append(f"{unit[:64]!r} is no unit that can be kept from starting")
             continue
         try:
             _write(UNITS / f"{unit}.d" / DROP_IN, text(unit))
+            if TRANSIENT.is_dir():  # its presence is what says that systemd runs: never made here
+                _write(TRANSIENT / f"{unit}.d" / HOLD, f"{HEADER}\n[Service]\nRestart=no\n")
+            written += 1
         except OSError as error:
             failed.append(f"{unit} may start cold after the boot: {error.strerror}")
+    if written and not systemd.going_down():  # then nothing is started anew anyhow
+        try:
+            systemd.control("daemon-reload")
+        except CkptError as error:
+            failed.append(f"units may start their containers anew once they are saved: {error.message}")
     return tuple(failed)
 
 
@@ -100,10 +113,10 @@ def unguard_units(units: Iterable[str] | None = None) -> None:
     mine = guarded()
     chosen = [unit for unit in (mine if units is None else dict.fromkeys(units)) if unit in mine]
     for unit in chosen:
-        drop_in = UNITS / f"{unit}.d" / DROP_IN
-        with suppress(OSError):
-            drop_in.unlink()
-            drop_in.parent.rmdir()  # only when nothing else is in it
+        for drop_in in (UNITS / f"{unit}.d" / DROP_IN, TRANSIENT / f"{unit}.d" / HOLD):
+            with suppress(OSError):
+                drop_in.unlink()
+                drop_in.parent.rmdir()  # only when nothing else is in it
     for unit in chosen:
         with suppress(OSError):
             (RESUMED / unit).unlink()

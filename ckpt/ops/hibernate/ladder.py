@@ -123,7 +123,7 @@ class Climb:
         return done.container
 
     def _start_cold(self) -> Container | None:
-        """By its unit, where it has one; else by its engine, where it still knows it; else made again from the checkpoint."""
+        """By its unit, where it has one; else made again from the checkpoint that it ended with, where that can be; else by its engine."""
         if self.checkpoint is not None:
             for what in leavings.clear(self.checkpoint):
                 self.emit(Notice(self.label, f"removed {what}"))
@@ -134,7 +134,15 @@ class Climb:
             return None
         engine = self.engine()
         can = engine.probe()
-        there = next((c for c in engine.find(self.item.container_id) if c.id == self.item.container_id), None)
+        # As it was when it ended, with the restart policy that was taken from the ended one. After a crash its own files are newer.
+        if self.checkpoint is not None and can.remakes and not self.checkpoint.manifest.left_running:
+            try:
+                return self._restore(RestoreOptions(cold=True, timeout_s=self.settings.cold_timeout_s))
+            except CkptError as error:
+                if isinstance(error, StateUnknown) or not self._there(engine):
+                    raise
+                self.emit(Notice(self.label, f"made again: {error.message}", warning=True))
+        there = self._there(engine)
         if there is None and self.checkpoint is not None and can.remakes:
             return self._restore(RestoreOptions(cold=True, timeout_s=self.settings.cold_timeout_s))
         if not can.startable or not isinstance(engine, Startable):
@@ -144,6 +152,9 @@ class Climb:
             there = Container(self.item.engine, self.item.container_id, self.item.name, "exited", bundle_dir=self._bundle())
         now = engine.describe(there) if there.bundle_dir is None else there
         return now if now.state == "running" else engine.start(now)
+
+    def _there(self, engine: NamedEngine) -> Container | None:
+        return next((c for c in engine.find(self.item.container_id) if c.id == self.item.container_id), None)
 
     def _bundle(self) -> Path | None:
         """Where a bare runtime's container lies: what the runtime knew of it went with the boot."""

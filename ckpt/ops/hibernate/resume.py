@@ -70,6 +70,7 @@ def resume(
     store_root: Path = DEFAULT_ROOT,
     settings: HibernateSettings | None = None,
     same_boot: bool = False,
+    at_boot: bool = False,
     rungs: Sequence[Rung] | None = None,
     width: int | None = None,
     emit: Emit,
@@ -78,6 +79,7 @@ def resume(
 
     Args:
         same_boot: also when the host has not been started anew since.
+        at_boot: nobody asked for it but the boot: the settings may say that nothing comes back by itself (`on_boot`).
         rungs: instead of the ladder that the settings give to each.
         width: how many at a time, instead of the settings'.
 
@@ -88,9 +90,13 @@ def resume(
     """
     began = time.monotonic()
     settings = settings or load()
+    if at_boot and settings.on_boot == "ignore":
+        guards.resume_over()
+        return Resumed(reason='on_boot is "ignore" in hibernate.toml')
     found = _which(store_root, settings, same_boot)
     if isinstance(found, str):
         systemd.notify(found)
+        guards.resume_over()
         return Resumed(reason=found)
     warm.imports(*warm.OUT_OF_CHUNKS)
     guard = None

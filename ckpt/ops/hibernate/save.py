@@ -351,4 +351,3 @@ class _Saving:
                     self.catalog.remove(old)
                 except CkptError as error:
                     self.emit(Notice("", f"{old.ref} is still there: {error.message}", warning=True))
-

@@ -55,7 +55,7 @@ class HibernateSettings:
     """Whether what was saved comes back by itself."""
     on_failure: Literal["stop", "ignore"] = "ignore"
     """At a shutdown: what becomes of one that could not be saved. "stop": its engine stops it."""
-    parallel_shutdown: int = field(default_factory=lambda: max(2, os.cpu_count() or 1))
+    parallel_shutdown: int = field(default_factory=lambda: max(3, (os.cpu_count() or 1) + 1))
     """How many are saved at a time."""
     parallel_boot: int = field(default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)))
     """How many are brought back at a time; each of them waits for its engine most of its time."""

@@ -47,7 +47,7 @@ def _ticks(path: Path | None) -> dict[str, Any]:
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = path.read_text().split("\n")[:-1] if path is not None else []
-    ticks = [int(line.split()[0]) for line in lines]
+    ticks = [int(line.split()[0]) for line in lines if line[:1].isdigit()]  # after a power cut a file may have holes
     whole = all(after == before + 1 for before, after in zip(ticks, ticks[1:], strict=False))
     return {"last": ticks[-1] if ticks else -1, "starts": ticks.count(0), "whole": whole}
 
