@@ -180,9 +180,8 @@ def test_a_reboot(farm: Farm) -> None:
     assert seen["spoiled"]["state"] == seen["device"]["state"] == "running", seen
     assert seen["sim"]["pid"] == farm.before["sim"]["pid"] and "ckpt-resume" not in seen["sim"]["cgroup"] + seen["job"]["cgroup"], seen
     journal = farm.journal()
-    assert {name: row["state"] for name, row in journal.items()} == dict.fromkeys((*back, "server"), "restored") | dict.fromkeys(
-        ("spoiled", "device"), "cold"
-    )
+    expected = dict.fromkeys((*back, "server"), "restored") | dict.fromkeys(("spoiled", "device"), "cold")
+    assert {name: row["state"] for name, row in journal.items()} == expected, journal
     nothing_left(vm)
     again = vm.run(["ckpt", "hibernate", "resume"])
     assert {name: row["pid"] for name, row in seen.items() if "pid" in row} == {n: r["pid"] for n, r in farm.now().items() if "pid" in r}, again
@@ -203,7 +202,8 @@ def test_a_bare_reboot(farm: Farm) -> None:
     vm.reboot(timeout_s=300)
     assert vm.wait_for_units(600) == "running"
     farm.counted_on({"web", "db", "bare-runc", "bare-crun", "sim", "job"})
-    assert {row["state"] for row in farm.journal().values()} == {"restored"}
+    journal = farm.journal()
+    assert {row["state"] for row in journal.values()} == {"restored"}, journal
     nothing_left(vm)
 
 
