@@ -86,9 +86,9 @@ def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     at = last_tick(host, "log")
     assert ckpt(host, "save")[0] == 0 and state(host, "web") == "exited" and last_tick(host, "log") >= at  # nothing is left to do
 
-    host.run(["podman", "stop", "-t", "0", "infra"])  # as after a boot
     made_sets = host.run(["ls", "/var/lib/ckpt/groups"]).stdout
     assert made_sets.startswith("pod-") and made_sets.endswith("@1.json\n"), made_sets
+    host.run(["podman", "stop", "-t", "0", "infra"])
     code, rows, said = ckpt(host, "resume", "--same-boot")
     assert code in (0, 100), said
     assert {row["name"]: row["how"] for row in rows if row["name"] in mine} == dict.fromkeys(mine, "restored")

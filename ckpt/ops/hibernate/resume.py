@@ -221,7 +221,11 @@ class _Resume:
         climbs = {item.target: self._begin(item, states[item.target], skip) for item in todo}
         systemd.notify(f"bringing back {len(climbs)} workloads")
         for layer in layers(todo):
-            self._bring([climbs[item.target] for item in layer if not climbs[item.target].over])
+            left = [climbs[item.target] for item in layer if not climbs[item.target].over]
+            # An infra container takes the first free address: those that need their old one come before it.
+            late = {climb.item.group or climb.label for climb in left if climb.checkpoint is not None and sets.pod_of(climb.checkpoint)}
+            self._bring([climb for climb in left if (climb.item.group or climb.label) not in late])
+            self._bring([climb for climb in left if (climb.item.group or climb.label) in late])
         systemd.notify(f"{sum(climb.how not in ('failed',) for climb in climbs.values())} of {len(climbs)} workloads are back")
         faults.point("hibernate-back")
         back = tuple(self._told(item, climbs.get(item.target), states[item.target]) for item in items)

@@ -30,7 +30,7 @@ def whole(root: Path, chosen: Mapping[str, Checkpoint]) -> dict[str, dict[str, C
 
 def start_pods(checkpoints: Iterable[Checkpoint], emit: Emit) -> None:
     """Let run what holds the namespaces of these containers' pods. Never raises: the restores that miss it say what is wrong."""
-    pods = {(one.manifest.engine, str(described(one).get("pod") or "")): one.manifest.name for one in checkpoints}
+    pods = {(one.manifest.engine, pod_of(one)): one.manifest.name for one in checkpoints}
     for (name, pod), label in pods.items():
         engine = registry.by_name(name)
         if not pod or not isinstance(engine, HasPods):
@@ -39,6 +39,11 @@ def start_pods(checkpoints: Iterable[Checkpoint], emit: Emit) -> None:
             engine.start_pod(pod)
         except CkptError as error:
             emit(Notice(label, error.message, warning=True))
+
+
+def pod_of(checkpoint: Checkpoint) -> str:
+    """The id of the pod that it was in, "" for none."""
+    return str(described(checkpoint).get("pod") or "")
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
