@@ -415,6 +415,12 @@ class Podman:
         identity, _, infra = found.text.strip().partition(" ")
         return (identity, infra) if found.ok and identity else None
 
+    def start_pod(self, name: str) -> None:
+        _, infra = self.pod(name) or ("", "")
+        if infra and not (result := podman("container", "start", infra, check=False, timeout_s=START_LIMIT_S)).ok:
+            said = (result.error_text.strip() or f"status {result.returncode}").splitlines()[-1]
+            raise RestoreFailed(f"podman cannot start the infra container of pod {name[:12]}: {said}")
+
     def volume_users(self, name: str) -> list[str]:
         return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()
 
