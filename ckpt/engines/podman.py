@@ -396,7 +396,8 @@ class Podman:
         return found.ok and found.text.strip() == image.id
 
     def remove_container_image(self, image_id: str) -> None:
-        podman("image", "rm", "--force", image_id, check=False)
+        # Never --force: that ends and removes the containers which use it, of another migration, say, that brought the same one.
+        podman("image", "rm", image_id, check=False)
 
     def has_container_image(self, image_id: str) -> bool:
         """True when the container image with this very id is in podman's storage."""
