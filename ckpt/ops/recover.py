@@ -275,7 +275,10 @@ def remove(job: Job) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    shutil.rmtree(job.directory, ignore_errors=True)
+    for _ in range(3):  # somebody on its way to the lock may make that file again in between
+        shutil.rmtree(job.directory, ignore_errors=True)
+        if not job.directory.exists():
+            break
 
 
 def log_root(root: Path) -> Path:

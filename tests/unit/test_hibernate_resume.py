@@ -381,7 +381,7 @@ def test_a_group_killed_and_run_again(world: World, step: str) -> None:
     assert parse(run(argv, env=env, timeout_s=LIMIT_S, check=False)).get("killed")
     assert world.how() == {"web": "restored", "db": "restored"}
     assert [world.counters(c) for c in (web, db)] == [1, 1] and [world.state(c) for c in (web, db)] == ["running"] * 2
-    assert journal.state == "resumed" and not list(place.jobs(world.root).iterdir())
+    assert journal.state == "resumed" and wait_until(lambda: not list(place.jobs(world.root).iterdir()))
 
 
 STEPS = ("hibernate-rung", "removed", "restored", "restore-commit", "resumed", "hibernate-healthy", "hibernate-back")

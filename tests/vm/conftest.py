@@ -25,13 +25,11 @@ podman load -q -i /opt/lab/busybox.tar
 """
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vm)
-            item.add_marker(pytest.mark.xdist_group("vm"))  # one machine for all of them
 
 
 @pytest.fixture(scope="session")
