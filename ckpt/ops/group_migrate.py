@@ -131,6 +131,8 @@ class _Member(Attempt):
         self.report: dict[str, Any] = {}
         self.dump_options = DumpOptions()
         self.manifest: Manifest | None = None
+        self.all_told = False
+        """All of the group were told to run there."""
 
     @property
     def journal(self) -> Job:
@@ -180,6 +182,11 @@ class _Member(Attempt):
         super().let_go()
         if self.job is not None:
             knobs.restore(self.job)  # CRIU leaves a cgroup frozen that it found frozen
+
+    def ask(self, cause: CkptError) -> None:
+        if not self.all_told:
+            raise cause  # the others first: podman there may not answer as long as one of them is held
+        super().ask(cause)
 
     def refused(self, error: CkptError) -> NoReturn:
         """Others of the group may run there already: it stays frozen until somebody decides."""
@@ -347,8 +354,17 @@ class _Moving:
             results = parallel.run_all(works, width=max(1, len(works)))
             broken.update({label: result for label, result in results.items() if isinstance(result, BaseException)})
 
+        def resume_again(one: _Member) -> None:
+            one.all_told = True
+            one.cut()  # the answer will not come any more
+            one.resume_there(one.there)
+
         for wave in self.waves:
             each(wave, lambda one: one.resume_there(one.there))
+        unanswered = [label for label, error in broken.items() if isinstance(error, TransferFailed)]
+        for label in unanswered:
+            del broken[label]
+        each(unanswered, resume_again)
         faults.point("migrate-group-resumed")
         each(list(self.members), lambda one: one.end_here())
         # The first one is the group's on the destination: it is told last.
