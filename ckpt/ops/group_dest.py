@@ -73,11 +73,12 @@ class Lead:
                     raise BusyError("a member of the group was undone here")
                 faults.point("destination-group-commit")
                 self.job.write("commit", jobs=[member.id for member in members])
+                faults.point("destination-group-committed")
         except BaseException:
-            if not recover.committed(self.job):
-                self.job.write("rolled-back")
+            if recover.committed(self.job):
+                return  # what went wrong after the line does not take it back: the source must not hear of a refusal
+            self.job.write("rolled-back")
             raise
-        faults.point("destination-group-committed")
 
     def _members(self, identities: object) -> list[Job]:
         if not isinstance(identities, list) or not 0 < len(identities) <= MEMBERS_CAP:

@@ -12,7 +12,7 @@ import pytest
 from ckpt.cli.main import main
 from ckpt.criu import action
 from ckpt.engines.registry import by_name
-from ckpt.errors import BusyError, TargetNotFound, UsageError
+from ckpt.errors import BusyError, CkptError, TargetNotFound, UsageError
 from ckpt.events import ignore
 from ckpt.model import Container, Volume
 from ckpt.ops import group_dest, group_migrate, groupjob, recover
@@ -112,6 +112,19 @@ def test_one_line_decides_there(there: There) -> None:
     assert there.lead.job.acquire()
     there.lead.leave()
     assert not there.lead.job.directory.exists() and recover.committed(there.jobs[1])
+
+
+def test_what_fails_before_the_line_forbids_it(there: There, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_FAULT", "destination-group-commit:fail")
+    with pytest.raises(CkptError, match="injected"):
+        there.decide()
+    assert groupjob.abandon(there.jobs[0])
+
+
+def test_what_fails_after_the_line_is_no_refusal(there: There, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_FAULT", "destination-group-committed:fail")
+    there.decide()
+    assert all(recover.committed(job) for job in there.jobs)
 
 
 def test_who_is_undone_takes_the_others_along(there: There) -> None:
