@@ -245,6 +245,13 @@ class HasPods(Protocol):
     def pod(self, name: str) -> tuple[str, str] | None:
         """The ids of a pod (by name or id) and of its infra container ("" for none); None when there is no such pod."""
 
+    def start_pod(self, name: str) -> None:
+        """Let its infra container run, and nothing else of it: what its containers share is there then. Nothing for one that runs, or has none.
+
+        Raises:
+            RestoreFailed: it could not be started.
+        """
+
 
 @runtime_checkable
 class SharesVolumes(Protocol):

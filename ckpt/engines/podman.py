@@ -396,7 +396,8 @@ class Podman:
         return found.ok and found.text.strip() == image.id
 
     def remove_container_image(self, image_id: str) -> None:
-        podman("image", "rm", "--force", image_id, check=False)
+        # Never --force: that ends and removes the containers which use it, of another migration, say, that brought the same one.
+        podman("image", "rm", image_id, check=False)
 
     def has_container_image(self, image_id: str) -> bool:
         """True when the container image with this very id is in podman's storage."""
@@ -413,6 +414,12 @@ class Podman:
         found = podman("pod", "inspect", "--format", "{{.ID}} {{.InfraContainerID}}", "--", name, check=False)
         identity, _, infra = found.text.strip().partition(" ")
         return (identity, infra) if found.ok and identity else None
+
+    def start_pod(self, name: str) -> None:
+        _, infra = self.pod(name) or ("", "")
+        if infra and not (result := podman("container", "start", infra, check=False, timeout_s=START_LIMIT_S)).ok:
+            said = (result.error_text.strip() or f"status {result.returncode}").splitlines()[-1]
+            raise RestoreFailed(f"podman cannot start the infra container of pod {name[:12]}: {said}")
 
     def volume_users(self, name: str) -> list[str]:
         return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()

@@ -43,11 +43,13 @@ __all__ = ["CheckReport", "check", "decide", "destination_findings", "destinatio
 CALL_TIMEOUT_S: Final = 60.0
 _PLUGINS: Final = ("/usr/lib/criu", "/usr/local/lib/criu", "/usr/lib64/criu", "/usr/libexec/criu")
 
+ARRIVING: Final = "arriving memory"
+"""The finding about a tree whose memory is not all there."""
 _ERRORS: Final[dict[str, type[CkptError]]] = {
     "target": TargetNotFound,
     "state": BusyError,
     "name": BusyError,
-    "arriving memory": BusyError,
+    ARRIVING: BusyError,
     "ports": BusyError,
     "addresses": BusyError,
     "volumes": BusyError,
@@ -67,7 +69,7 @@ _ERRORS: Final[dict[str, type[CkptError]]] = {
 }
 """The error that a finding becomes, by its check; all others are FeatureMissing."""
 
-_THERE: Final = frozenset(_ERRORS) - {"target", "state", "arriving memory", "permission", "engine", "space"}
+_THERE: Final = frozenset(_ERRORS) - {"target", "state", ARRIVING, "permission", "engine", "space"}
 """Checks of `destination_findings`."""
 
 
@@ -222,7 +224,7 @@ def _local(engine: Engine, container: Container, options: DumpOptions, kinds: Op
     found = [_state(container)]
     if kinds is not None and lazy.arriving(kinds.pids):
         hint = "wait until all of it is there: seconds, as a rule (ckpt restore --lazy)"
-        found.append(Finding("arriving memory", "error", "its memory is still arriving, and would be missing from the checkpoint", hint))
+        found.append(Finding(ARRIVING, "error", "its memory is still arriving, and would be missing from the checkpoint", hint))
     if os.geteuid() != 0:
         found.append(Finding("permission", "error", "checkpointing needs root", "run it with sudo"))
     capabilities = engine.probe()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -70,11 +71,13 @@ def save_group(
     tags: Sequence[str] = (),
     note: str = "",
     outgoing: trust.Outgoing = trust.OPEN,
+    check: Callable[[Checkpoint], None] | None = None,
 ) -> list[Outcome]:
     """Save all members at one instant, as one set, and end them (or not: `options.leave_running`).
 
     Args:
         tags: of each checkpoint, besides the group's own.
+        check: looks at each one that is stored, while all could still go on; what it raises undoes all of them.
 
     Returns:
         An outcome for each member. When it failed, first those that are the cause; then nothing is in the store and all run on.
@@ -89,7 +92,7 @@ def save_group(
         raise UsageError(f"the group {name!r} has no members")
     after = member.order(members)
     member.refuse_joined(members)
-    return _Saving(members, name, after, options, catalog, emit, (groups.tag(name), *tags), note, outgoing).run()
+    return _Saving(members, name, after, options, catalog, emit, (groups.tag(name), *tags), note, outgoing, check).run()
 
 
 class _Saving:
@@ -106,10 +109,11 @@ class _Saving:
         tags: tuple[str, ...],
         note: str,
         outgoing: trust.Outgoing,
+        check: Callable[[Checkpoint], None] | None,
     ) -> None:
         self.members, self.name, self.after, self.options, self.catalog = members, name, after, options, catalog
         self.emit = together.one_at_a_time(emit)
-        self.tags, self.note, self.outgoing = tags, note, outgoing
+        self.tags, self.note, self.outgoing, self.check = tags, note, outgoing, check
         self.signing = threading.Lock()
         self.attempts: dict[str, saving.Attempt] = {}
         """By label; what is here has a job."""
@@ -166,7 +170,15 @@ class _Saving:
             with self.signing:  # one question to an agent, or to somebody, at a time
                 return signer(data)
 
-        return draft.commit(manifest, sign=sign if signer is not None else None), {}
+        kept = draft.commit(manifest, sign=sign if signer is not None else None)
+        if self.check is not None:
+            try:
+                self.check(kept)
+            except CkptError:
+                with suppress(CkptError):
+                    self.catalog.remove(kept)
+                raise
+        return kept, {}
 
     def _record(self) -> groups.Group:
         targets = {c.id: resolve.qualified(engine, c) for _, engine, c in self.members}

@@ -17,7 +17,7 @@ THREE = pytest.mark.parametrize("lab_options", [{"hosts": ("a", "b", "c")}], ids
 
 def drained(host: Host, *words: str, code: int | None = 0, env: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
     """`ckpt drain` with these words; its rows by name."""
-    done = host.run(["ckpt", "drain", "--format", "json", *words], check=False, timeout_s=120, env=env)
+    done = host.run(["ckpt", "drain", "--format", "json", *words], check=False, timeout_s=150, env=env)
     assert code is None or done.returncode == code, done
     return {row["name"]: row for row in json.loads(done.stdout)["results"]} if code is not None else {}
 
@@ -41,10 +41,10 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     wait_until(lambda: a.exists("/tmp/gate.reached"), "a migration is under way")
     stopped.send_signal(signal.SIGINT)
     a.write_file("/tmp/gate", "")
-    _, said = stopped.communicate(timeout=60)
+    _, said = stopped.communicate(timeout=150)
     assert stopped.returncode == 130 and "ckpt drain --resume" in said.decode() and all(counts_on(a, name) for name in names)
 
-    killed = a.run(["ckpt", "drain", "--to", "root@b,root@c"], check=False, env={"CKPT_FAULT": "drain-moved:kill"}, timeout_s=60)
+    killed = a.run(["ckpt", "drain", "--to", "root@b,root@c"], check=False, env={"CKPT_FAULT": "drain-moved:kill"}, timeout_s=150)
     assert killed.returncode in (-9, 137), killed
     rows = drained(a, "--resume", code=50)
     assert {name: rows[name]["state"] for name in names} == dict.fromkeys(names, "moved"), rows
@@ -58,9 +58,9 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
         assert_never_back(where[name], name, before[name])
     assert "drained" in a.run(["ckpt", "list"]).stderr
     b_has = [name for name in names if where[name] is b]
-    killed = a.run(["ckpt", "undrain", "--only", b_has[0]], check=False, env={"CKPT_FAULT": "undrain-back:kill"}, timeout_s=60)
+    killed = a.run(["ckpt", "undrain", "--only", b_has[0]], check=False, env={"CKPT_FAULT": "undrain-back:kill"}, timeout_s=150)
     assert killed.returncode in (-9, 137), killed
-    back = a.run(["ckpt", "undrain", "--format", "json"], timeout_s=120).stdout
+    back = a.run(["ckpt", "undrain", "--format", "json"], timeout_s=150).stdout
     assert {row["state"] for row in json.loads(back)["results"]} == {"returned"}
     for name in names:
         assert state(where[name], name) == ""
@@ -69,7 +69,7 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     assert "drained" not in a.run(["ckpt", "list"]).stderr
     a.write_file("/tmp/notice", "")
     words = ["--on", "test -e /tmp/notice", "--every", "100ms", "--once", "--exclude", "fails", "--format", "json", "--else-checkpoint", "store"]
-    noticed = a.run(["ckpt", "watch", *words, "--to", "root@b,10.77.0.99", "--ssh-option", "ConnectTimeout=1"], check=False, timeout_s=100)
+    noticed = a.run(["ckpt", "watch", *words, "--to", "root@b,10.77.0.99", "--ssh-option", "ConnectTimeout=1"], check=False, timeout_s=150)
     assert noticed.returncode == 100, noticed
     rows = {row["name"]: row for row in json.loads(noticed.stdout)["results"]}
     assert {rows[name]["state"] for name in names} == {"moved"}, rows

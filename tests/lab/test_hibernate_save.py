@@ -32,6 +32,16 @@ def grows(host: Host, path: str) -> bool:
     return True
 
 
+def start_pair(host: Host) -> None:
+    """A group, by its pod: a server, and a client that counts through a connection to it."""
+    image = host.load_image()
+    # Any program does for the infra container; podman's own is not in the lab.
+    host.run(["podman", "pod", "create", "--name", "shop", "--infra-name", "infra", "--infra-image", image, "--infra-command", "echoserver 9999"])
+    host.run(["podman", "run", "-d", "--pod", "shop", "--name", "server", image, "echoserver", "7000"])
+    host.run(["podman", "run", "-d", "--pod", "shop", "--name", "client", image, "echoclient", "127.0.0.1", "7000", "/data/ticks"])
+    wait_until(lambda: last_tick(host, "client") > 5, "they talk")
+
+
 @pytest.mark.parametrize("lab_options", [{"hosts": ("a",)}])
 def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     host = lab.a
@@ -64,6 +74,8 @@ def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     assert ckpt(host, "save", fault="hibernate-one-saved:kill")[0] in (-9, 137)
     assert ckpt(host, "status")[0] == 20
     assert ckpt(host, "save", fault="held:kill")[0] in (-9, 137)
+    start_pair(host)
+    mine |= {"podman:server", "podman:client"}
     code, _, said = ckpt(host, "save")
     assert code == 0, said
     assert states(host) == {**dict.fromkeys(mine, "saved"), "podman:cache": "stopped", "podman:log": "ignored"}
@@ -74,12 +86,16 @@ def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     at = last_tick(host, "log")
     assert ckpt(host, "save")[0] == 0 and state(host, "web") == "exited" and last_tick(host, "log") >= at  # nothing is left to do
 
+    made_sets = host.run(["ls", "/var/lib/ckpt/groups"]).stdout
+    assert made_sets.startswith("pod-") and made_sets.endswith("@1.json\n"), made_sets
+    host.run(["podman", "stop", "-t", "0", "infra"])
     code, rows, said = ckpt(host, "resume", "--same-boot")
     assert code in (0, 100), said
     assert {row["name"]: row["how"] for row in rows if row["name"] in mine} == dict.fromkeys(mine, "restored")
-    for name in ("db", "web"):
+    for name in ("db", "web", "client"):
         assert counts_on(host, name)
         assert_never_back(host, name)
+    assert state(host, "server") == state(host, "infra") == "running"
     assert grows(host, TREE) and grows(host, bare)
     for path in (TREE, bare):
         seen = ticks_of(host, path)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from ckpt.cli import moving
@@ -204,16 +205,21 @@ def test_destinations() -> None:
         split(("root@b,",))
 
 
+def parsed(words: list[str]) -> click.Context:
+    # The command remembers the names of its help option: they are those that it has below `ckpt`.
+    return drain_command.make_context("drain", words, help_option_names=["-h", "--help"])
+
+
 def test_options_become_the_words_of_a_command_line_again() -> None:
     words = ["--precopy", "--max-downtime", "150ms", "--max-rounds", "3", "--no-lazy", "--compress", "zstd:5", "--ssh-option", "Port=2222"]
     words += ["--ssh-option", "User=x", "--token-file", "/t", "--file-locks", "--direct", "--timeout", "30"]
-    with drain_command.make_context("drain", [*words]) as context:
+    with parsed([*words]) as context:
         taken = {name: context.params[name] for name in moving.NAMES}
     again = moving.words(drain_command, taken, server=True)
-    with drain_command.make_context("drain", again) as second:
+    with parsed(again) as second:
         assert {name: second.params[name] for name in moving.NAMES} == taken
     assert "--token-file" not in moving.words(drain_command, taken, server=False)
-    with drain_command.make_context("drain", []) as context:
+    with parsed([]) as context:
         assert moving.words(drain_command, {name: context.params[name] for name in moving.NAMES}, server=True) == []
     assert taken["compress"] == Compression("zstd", 5)
 

@@ -15,12 +15,13 @@ from ckpt.errors import BusyError, CkptError, IncompatibleHost, StartedCold
 from ckpt.events import ignore
 from ckpt.host.run import run
 from ckpt.model import Container, DumpOptions, Target
-from ckpt.ops import arm, mark
+from ckpt.ops import arm, faults, mark
 from ckpt.ops.checkpoint import checkpoint
-from ckpt.ops.hibernate import canary
+from ckpt.ops.group import checkpoint_group
+from ckpt.ops.hibernate import canary, sets
 from ckpt.ops.hibernate import resume as resuming
 from ckpt.ops.hibernate.ladder import Climb
-from ckpt.ops.hibernate.resume import Resumed, layers
+from ckpt.ops.hibernate.resume import Resumed, _by_after, layers
 from ckpt.ops.hibernate.settings import HibernateSettings
 from ckpt.store import hibernation as journals
 from ckpt.store import place
@@ -289,6 +290,86 @@ def test_layers(world: World) -> None:
 
     found = layers([item("c", "fake:b"), item("a"), item("b", "a", "fake:elsewhere"), item("x", "fake:y"), item("y", "fake:x")])
     assert [[one.name for one in layer] for layer in found] == [["a"], ["b"], ["c"], ["x", "y"]]
+
+
+def saved_group(world: World) -> tuple[Hibernation, Container, Container]:
+    """A group of two."""
+    web, db = (world.engine.start(name) for name in ("web", "db"))
+    items = [Item(f"fake:{c.name}", "fake", c.id, c.name, "save", group="shop", after=("fake:db",) if c is web else ()) for c in (web, db)]
+    made = Hibernation.create(world.root, "reboot", items, boot_id=BEFORE)
+    made.release()
+    options = DumpOptions(tcp_established=False, file_locks=False, shell_job=False)
+    targets = [Target.parse("web"), Target.parse("db")]
+    for one in checkpoint_group("shop", targets, options=options, store_root=world.root, emit=ignore, tags=["hibernate"]):
+        assert one.checkpoint, one.error
+        made.write("saved", item=f"fake:{one.checkpoint.manifest.name}", checkpoint_id=one.checkpoint.manifest.id)
+    made.write("saved")
+    return made, web, db
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    passed: list[str] = []
+    real = faults.point
+    monkeypatch.setattr(faults, "point", lambda name: (passed.append(name), real(name))[1])
+    return passed
+
+
+def test_a_group_comes_back_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, web, db = saved_group(world)
+    passed = watched(monkeypatch)
+    assert world.how() == {"web": "restored", "db": "restored"}
+    assert passed.count("group-restore-commit") == 1 and passed.count("hibernate-rung") == 1
+    assert [world.state(c) for c in (web, db)] == ["running"] * 2 and not list(place.jobs(world.root).iterdir())
+    assert all(state.facts["rungs"] == [{**state.facts["rungs"][0], "rung": "restore", "ok": True}] for state in journal.states().values())
+
+
+def test_of_a_group_one_cannot_be_restored_and_each_goes_on_by_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, web, db = saved_group(world)
+    monkeypatch.setenv("CKPT_FAKE_BROKEN", "web")
+    done = world.resume()
+    assert {one.target: one.how for one in done.back} == {"fake:web": "cold", "fake:db": "restored-closed"}
+    rungs = {one.target: [(row["rung"], row["ok"]) for row in one.rungs] for one in done.back}
+    assert rungs["fake:db"] == [("restore", False), ("restore-closed", True)]
+    assert [world.state(c) for c in (web, db)] == ["running"] * 2
+
+
+def test_of_a_set_that_is_not_whole_each_comes_back_by_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, web, _ = saved_group(world)
+    world.engine.start(web)
+    passed = watched(monkeypatch)
+    assert world.how() == {"web": "cold", "db": "restored"}
+    assert "group-restore-commit" not in passed
+
+
+def test_the_pods_of_a_layer_are_there_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_group(world)
+    started: list[str] = []
+    monkeypatch.setattr(fake.FakeEngine, "pod", lambda self, name: (name, "infra"), raising=False)
+    monkeypatch.setattr(fake.FakeEngine, "start_pod", lambda self, name: started.append(name), raising=False)
+    monkeypatch.setattr(sets, "described", lambda checkpoint: {"pod": "shop"})
+    assert world.how() == {"web": "restored", "db": "restored"} and started == ["shop"]
+
+
+def test_layers_of_groups() -> None:
+    def item(name: str, *after: str, group: str = "") -> Item:
+        return Item(f"fake:{name}", "fake", name * 8, name, "save", after=after, group=group)
+
+    def names(*items: Item) -> list[list[str]]:
+        return [sorted(one.name for one in layer) for layer in _by_after(items)]
+
+    assert names(item("a", group="g"), item("b", "a", "c", group="g"), item("c"), item("d", "a")) == [["c"], ["a", "b"], ["d"]]
+    assert names(item("a", group="g"), item("x", "a"), item("b", "x", group="g"), item("z")) == [["z"], ["a"], ["x"], ["b"]]
+
+
+@pytest.mark.parametrize("step", ["hibernate-rung", "removed", "group-restored", "group-restore-commit", "hibernate-climbed", "hibernate-healthy"])
+def test_a_group_killed_and_run_again(world: World, step: str) -> None:
+    journal, web, db = saved_group(world)
+    argv = [sys.executable, DRIVER, "fake", world.engine.world, "hibernate-resume", "", "--store", world.root]
+    env = {"PYTHONPATH": os.pathsep.join(sys.path), "CKPT_FAULT": f"{step}:kill"}
+    assert parse(run(argv, env=env, timeout_s=LIMIT_S, check=False)).get("killed")
+    assert world.how() == {"web": "restored", "db": "restored"}
+    assert [world.counters(c) for c in (web, db)] == [1, 1] and [world.state(c) for c in (web, db)] == ["running"] * 2
+    assert journal.state == "resumed" and not list(place.jobs(world.root).iterdir())
 
 
 STEPS = ("hibernate-rung", "removed", "restored", "restore-commit", "resumed", "hibernate-healthy", "hibernate-back")

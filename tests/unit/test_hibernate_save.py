@@ -19,12 +19,14 @@ from ckpt.errors import BusyError, CkptError, DumpFailed, TargetNotFound, UsageE
 from ckpt.events import Event, Notice
 from ckpt.host import facts as host_facts
 from ckpt.model import Container, Target
+from ckpt.ops import faults
 from ckpt.ops.hibernate import order
 from ckpt.ops.hibernate.plan import Wish, plan
 from ckpt.ops.hibernate.save import Saved, save
 from ckpt.ops.hibernate.selection import Chosen, Selection, select
 from ckpt.ops.hibernate.settings import HibernateSettings, Workload
 from ckpt.ops.hibernate.status import Status, status
+from ckpt.store import groups
 from ckpt.store.catalog import Catalog
 from ckpt.store.hibernation import Hibernation
 from tests.contract import fake
@@ -332,3 +334,86 @@ def test_an_engine_that_cannot_stop(world: World, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DumpFailed, match="it is stuck"):
         world.save()
     assert world.runs(web)
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------------
+
+SHOP = {"ckpt.group": "shop"}
+
+
+def test_a_group_is_saved_as_one_set(world: World) -> None:
+    world.engine.start("db", labels=SHOP)
+    world.engine.start("web", labels={**SHOP, "ckpt.after": "db,cache"})
+    world.engine.start("cache")
+    world.engine.start("log", labels={**SHOP, "ckpt.reboot": "stop"})
+    world.engine.start("single", labels={"ckpt.group": "other"})
+    assert world.save().whole and world.leftovers() == []
+    assert world.states() == {**{f"fake:{name}": "saved" for name in ("db", "web", "cache", "single")}, "fake:log": "stopped"}
+    found = {c.manifest.name: c for c in Catalog(world.root).all()}
+    assert {name: c.entry.group for name, c in found.items()} == {"db": "shop@1", "web": "shop@1", "cache": "", "single": ""}
+    assert all("hibernate" in c.entry.tags for c in found.values())
+    facts = {line.target: line.facts for line in world.status().lines}
+    assert all(facts[f"fake:{name}"]["checkpoint_id"] == c.manifest.id for name, c in found.items())
+    assert {one.checkpoint_id for one in groups.every(world.root)[0].members} == {found["db"].manifest.id, found["web"].manifest.id}
+
+
+def test_of_a_group_one_that_cannot_be_saved_keeps_all_of_it(world: World) -> None:
+    web, db = world.engine.start("web", labels=SHOP), world.engine.start("db", labels=SHOP, broken="dump")
+    world.engine.start("cache")
+    with pytest.raises(DumpFailed, match="it is broken"):
+        world.save()
+    assert world.runs(web) and world.runs(db)
+    done = world.save(best_effort=True)
+    assert {o.target: o.ok for o in done.outcomes} == {"fake:web": False, "fake:db": False, "fake:cache": True}
+    assert world.states() == {"fake:web": "save-failed", "fake:db": "save-failed", "fake:cache": "saved"}
+    assert world.runs(web) and world.runs(db) and groups.every(world.root) == [] and world.leftovers() == []
+
+
+def test_of_a_group_one_that_is_known_to_fail_keeps_all_of_it(world: World) -> None:
+    web = world.engine.start("web", labels=SHOP)
+    world.engine.start("db", labels=SHOP, broken="preflight")
+    done = world.save(best_effort=True)
+    assert not any(o.ok for o in done.outcomes) and world.runs(web)
+    assert "fake:db, of its group shop" in world.status().lines[0].facts["error"]["message"] + world.status().lines[1].facts["error"]["message"]
+
+
+def test_a_group_that_had_ended_comes_back_together_when_another_one_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [world.engine.start(name, labels={**SHOP, "ckpt.after": "late"}) for name in ("web", "db")]
+    world.engine.start("late", broken="dump")
+    passed: list[str] = []
+    real = faults.point
+    monkeypatch.setattr(faults, "point", lambda name: (passed.append(name), real(name))[1])
+    with pytest.raises(DumpFailed, match="it is broken"):
+        world.save()
+    assert all(map(world.runs, both)) and world.leftovers() == [] and "group-restored" in passed
+    assert world.states() == {"fake:web": "restored", "fake:db": "restored", "fake:late": "save-failed"}
+
+
+def test_a_group_is_read_back_while_it_still_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [world.engine.start(name, labels=SHOP) for name in ("web", "db")]
+    monkeypatch.setattr(Catalog, "check", lambda self, checkpoint: ["it is damaged"] if checkpoint.manifest.name == "db" else [])
+    with pytest.raises(DumpFailed, match="not stored as it was made"):
+        world.save(verify=True)
+    assert all(map(world.runs, both)) and Catalog(world.root).all() == [] and groups.every(world.root) == []
+
+
+@pytest.mark.parametrize("step", ["hibernate-one", "group-held", "group-stored", "group-commit", "hibernate-ended", "hibernate-one-saved"])
+def test_killed_a_group_is_gone_on_with(world: World, step: str) -> None:
+    both = [world.engine.start(name, labels=SHOP) for name in ("web", "db")]
+    world.killed(step)
+    assert world.save().whole and world.states() == {"fake:web": "saved", "fake:db": "saved"}
+    assert not any(map(world.runs, both))
+    assert fake.wait(lambda: not world.leftovers()), "the guard of the killed group's job puts it away"
+    (group,) = groups.every(world.root)
+    facts = {line.target: line.facts for line in world.status().lines}
+    assert {one.checkpoint_id for one in group.members} == {facts[f"fake:{c.name}"]["checkpoint_id"] for c in both}
+    assert len(Catalog(world.root).all()) == 2
+
+
+def test_a_pod_is_a_group(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fake.FakeEngine._container
+    monkeypatch.setattr(fake.FakeEngine, "_container", lambda self, identity: replace(real(self, identity), pod="a" * 64))
+    world.engine.start("web")
+    world.engine.start("db")
+    assert world.save().whole
+    assert {c.entry.group for c in Catalog(world.root).all()} == {"pod-aaaaaaaaaaaa@1"}

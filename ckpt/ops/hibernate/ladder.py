@@ -7,7 +7,6 @@ root file system and all, also for a cold start.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ckpt.archive import layout, trust
+from ckpt.archive import trust
 from ckpt.criu import tree
 from ckpt.engines import registry
 from ckpt.engines.base import ChecksHealth, Startable
@@ -27,8 +26,11 @@ from ckpt.host.run import CommandFailed
 from ckpt.model import Checkpoint, Container, Manifest, RestoreOptions
 from ckpt.ops import faults, journald, proof
 from ckpt.ops import restore as restoring
+from ckpt.ops.group_restore import restore_group
 from ckpt.ops.hibernate import guards, leavings
+from ckpt.ops.hibernate.sets import described
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung
+from ckpt.ops.result import Outcome
 from ckpt.store.catalog import Catalog
 from ckpt.store.hibernation import Hibernation, Item
 
@@ -111,10 +113,6 @@ class Climb:
 
     def _restore(self, options: RestoreOptions) -> Container:
         assert self.checkpoint is not None
-        config = described(self.checkpoint)
-        pod = str(config.get("pod") or "") or None
-        if pod is not None and self.item.engine == "podman":
-            options = RestoreOptions(tcp_close=options.tcp_close, cold=options.cold, timeout_s=options.timeout_s, pod=pod)
         looked, self.looked = self.looked, None
         done = restoring.from_store(self.label, self.checkpoint, options, self.catalog, self.emit, False, trust.ANYBODY, looked)
         self.warnings += done.warnings
@@ -279,13 +277,35 @@ class Climb:
             self.emit(Notice(self.label, f"the journal cannot be written: {error}", warning=True))
 
 
-def described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the engine wrote down of the container (config.dump); {} when that makes no sense."""
+def step_together(climbs: Sequence[Climb], name: str) -> None:
+    """The first rung of a set's members: all are held, then let go together. Never raises; when it fails each goes on by its own ladder."""
+    began = time.monotonic()
+    first, chosen = climbs[0], {climb.label: climb.checkpoint for climb in climbs if climb.checkpoint is not None}
+    for climb in climbs:
+        climb.looked = None
+        climb.note_down("resuming", rung=climb.rungs[0], rungs=climb.tried)
+    found: dict[str, Outcome] = {}
     try:
-        found = json.loads((checkpoint.directory / layout.CONFIG).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        faults.point("hibernate-rung")
+        faults.point("hibernate-rung-restore")
+        options = RestoreOptions(timeout_s=first.settings.restore_timeout_s)
+        after = {climb.label: set(climb.item.after) & set(chosen) for climb in climbs}
+        for outcome in restore_group(chosen, name, options, first.catalog, first.emit, after=after, keep=False):
+            found.setdefault(outcome.target, outcome)
+        faults.point("hibernate-climbed")
+    except (CkptError, CommandFailed, OSError) as error:
+        for climb in climbs:
+            climb.failed(error, began)
+        return
+    for climb in climbs:
+        one = found.get(climb.label)
+        if one is None or one.container is None:
+            others = RestoreFailed(f"{climb.label} was not restored: others of its group could not be")
+            climb.failed((one.error if one is not None else None) or others, began)
+            continue
+        climb.container, climb.warnings = one.container, [*climb.warnings, *one.warnings]
+        climb.at_s = time.monotonic()
+        climb.took_s = climb.at_s - began
 
 
 def running(item: Item, manifest: Manifest | None, there: Sequence[Container]) -> Container | None:

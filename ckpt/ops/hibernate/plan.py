@@ -12,7 +12,7 @@ from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import facts as host_facts
 from ckpt.model import DumpOptions, Target
 from ckpt.ops import check as checks
-from ckpt.ops import consent
+from ckpt.ops import consent, filling
 from ckpt.ops.compat import size_text
 from ckpt.ops.hibernate import guards, order
 from ckpt.ops.hibernate.selection import Chosen, Selection, select
@@ -111,7 +111,8 @@ def look(made: Plan, settings: HibernateSettings, catalog: Catalog, emit: Emit) 
         else:
             looks[target] = looked
             try:
-                checks.raise_on_error(target, looked.findings)
+                brought = filling.wanting(catalog.root, made.chosen[target].container.pid or 0) is not None  # before it is saved
+                checks.raise_on_error(target, [one for one in looked.findings if not (brought and one.check == checks.ARRIVING)])
             except CkptError as error:
                 if not prepares(made.chosen[target]):
                     problems[target] = error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,8 +21,8 @@ from ckpt.host import systemd
 from ckpt.model import Checkpoint, Container, ContainerImage
 from ckpt.ops import arm, faults, parallel, recover, warm
 from ckpt.ops import restore as restoring
-from ckpt.ops.hibernate import canary, guards
-from ckpt.ops.hibernate.ladder import HOW, SETTLE_S, Climb, running
+from ckpt.ops.hibernate import canary, guards, sets
+from ckpt.ops.hibernate.ladder import HOW, SETTLE_S, Climb, running, step_together
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung, load
 from ckpt.store import place
 from ckpt.store.catalog import Catalog
@@ -220,7 +221,11 @@ class _Resume:
         climbs = {item.target: self._begin(item, states[item.target], skip) for item in todo}
         systemd.notify(f"bringing back {len(climbs)} workloads")
         for layer in layers(todo):
-            self._bring([climbs[item.target] for item in layer if not climbs[item.target].over])
+            left = [climbs[item.target] for item in layer if not climbs[item.target].over]
+            # An infra container takes the first free address: those that need their old one come before it.
+            late = {climb.item.group or climb.label for climb in left if climb.checkpoint is not None and sets.pod_of(climb.checkpoint)}
+            self._bring([climb for climb in left if (climb.item.group or climb.label) not in late])
+            self._bring([climb for climb in left if (climb.item.group or climb.label) in late])
         systemd.notify(f"{sum(climb.how not in ('failed',) for climb in climbs.values())} of {len(climbs)} workloads are back")
         faults.point("hibernate-back")
         back = tuple(self._told(item, climbs.get(item.target), states[item.target]) for item in items)
@@ -324,14 +329,23 @@ class _Resume:
         return None, "this host went down before it was saved" if self.cut else "it was not saved"
 
     def _bring(self, climbs: list[Climb]) -> None:
-        """Let a layer climb, side by side: all try a rung, then those that hold are looked at, the others try their next one."""
+        """Let a layer climb, side by side: all try a rung, then those that hold are looked at, the others try their next one.
+
+        Members of a set that are all here try their first restore together.
+        """
+        sets.start_pods([climb.checkpoint for climb in climbs if climb.checkpoint is not None and climb.rungs[:1] != ["leave"]], self.emit)
         while left := [climb for climb in climbs if not climb.over]:
             began = time.monotonic()
             for climb in left:
                 self.emit(StepStarted(climb.label, "resume", climb.rungs[0] if climb.rungs else ""))
-            done = parallel.run_all({climb.label: climb.step for climb in left}, width=self.width, on_done=lambda label, _: self._extend(label))
+            first = {climb.label: climb.checkpoint for climb in left if climb.checkpoint is not None and climb.rungs[:1] == ["restore"]}
+            together = {ref: [climb for climb in left if climb.label in mine] for ref, mine in sets.whole(self.root, first).items()}
+            of = {climb.label: ref for ref, mine in together.items() for climb in mine}
+            works = {climb.label: climb.step for climb in left if climb.label not in of}
+            works |= {ref: partial(step_together, mine, ref.partition("@")[0]) for ref, mine in together.items()}
+            done = parallel.run_all(works, width=self.width, on_done=lambda label, _: self._extend(label))
             for climb in left:
-                if isinstance(error := done[climb.label], BaseException):
+                if isinstance(error := done[of.get(climb.label, climb.label)], BaseException):
                     climb.failed(error, began)
             held = [climb for climb in left if climb.at_s and not climb.over]
             for climb in held:
@@ -376,8 +390,18 @@ def _by_after(items: Sequence[Item]) -> list[list[Item]]:
     left = list(items)
     while left:
         waiting = {item.target for item in left} | {item.name for item in left}
-        free = [item for item in left if not (set(item.after) - {item.target, item.name}) & waiting] or left
+        alone = [item for item in left if _free([item], waiting)]
+        # A group comes back as one, unless somebody else is to come between its members.
+        free = [item for item in left if _free(_mates(item, left), waiting)] or alone or left
         made.append(free)
         left = [item for item in left if item not in free]
     return made
 
+
+def _mates(item: Item, left: Sequence[Item]) -> list[Item]:
+    return [one for one in left if one.group == item.group and one.action == "save"] if item.group and item.action == "save" else [item]
+
+
+def _free(together: Sequence[Item], waiting: set[str]) -> bool:
+    """Whether none of these waits for one of the others."""
+    return not {name for one in together for name in one.after} & (waiting - {name for one in together for name in (one.target, one.name)})

@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,11 +22,13 @@ from ckpt.engines.base import Startable
 from ckpt.errors import BusyError, CkptError, DumpFailed, StateUnknown
 from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import systemd
-from ckpt.model import Checkpoint, Manifest, RestoreOptions
+from ckpt.model import Checkpoint, DumpOptions, Manifest, RestoreOptions
 from ckpt.ops import checkpoint as saving
 from ckpt.ops import faults, journald, recover, warm
 from ckpt.ops import restore as restoring
-from ckpt.ops.hibernate import guards
+from ckpt.ops.group import save_group
+from ckpt.ops.group_restore import restore_group
+from ckpt.ops.hibernate import guards, sets
 from ckpt.ops.hibernate.earlier import Earlier, written
 from ckpt.ops.hibernate.plan import Plan, Wish, plan, refusal
 from ckpt.ops.hibernate.selection import Chosen, Selection
@@ -139,6 +141,8 @@ class _Saving:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     ended: dict[str, Outcome] = field(default_factory=dict)
     """What does not run any more."""
+    bundles: dict[str, list[str]] = field(default_factory=dict)
+    """The targets of each work, by its label: one, or those of a group."""
 
     @property
     def width(self) -> int:
@@ -180,11 +184,22 @@ class _Saving:
             self.emit(Notice("", text, warning=True))
         for target, error in self.plan.problems.items():
             self._failed(target, error)
+        for target in self.plan.problems:
+            for mate in self._mates(todo, target):
+                if mate.target not in self.outcomes:
+                    self._failed(mate.target, DumpFailed(f"{mate.target} was not saved: {target}, of its group {mate.group}, cannot be"))
         for layer in reversed(self.plan.layers):
-            works = {target: partial(self._one, todo[target]) for target in layer if target in todo and target not in self.outcomes}
-            for target, result in run_all(works, width=self.width, deadline_s=self.deadline_s, stop=self.halt, on_done=self._told).items():
+            works: dict[str, Callable[[], list[Outcome]]] = {}
+            for target in layer:
+                if target in todo and target not in self.outcomes:
+                    mates = self._mates(todo, target)
+                    label = f"group {mates[0].group}" if len(mates) > 1 else target
+                    self.bundles[label] = [mate.target for mate in mates]
+                    works[label] = partial(self._together, mates) if len(mates) > 1 else partial(self._one, todo[target])
+            for label, result in run_all(works, width=self.width, deadline_s=self.deadline_s, stop=self.halt, on_done=self._done).items():
                 if isinstance(result, Dropped):
-                    self._failed(target, result, "dropped")
+                    for target in self.bundles[label]:
+                        self._failed(target, result, "dropped")
                 elif isinstance(result, BaseException) and not isinstance(result, Exception):
                     raise result
             if self.halt.is_set():
@@ -193,12 +208,19 @@ class _Saving:
             if target not in self.outcomes:
                 self._failed(target, Dropped("it was not begun: another one could not be saved"), "dropped")
 
+    def _mates(self, todo: Mapping[str, Chosen], target: str) -> list[Chosen]:
+        """Those that are saved at one instant with it, itself included: what is to be saved of its group."""
+        mine = todo.get(target)
+        if mine is None or mine.action != "save" or not mine.group:
+            return [mine] if mine is not None else []
+        return [one for one in todo.values() if one.group == mine.group and one.action == "save"]
+
     # -- one workload ----------------------------------------------------------------------------------------------------
 
-    def _one(self, one: Chosen) -> Outcome:
+    def _one(self, one: Chosen) -> list[Outcome]:
         began = time.monotonic()
         if one.action == "stop":
-            return self._stop(one)
+            return [self._stop(one)]
         limit_s = min(self.settings.save_timeout_s, max(1.0, self.deadline_s - began))
         self.hibernation.write("saving", item=one.target)
         faults.point("hibernate-one")
@@ -207,16 +229,38 @@ class _Saving:
             one.engine, one.container, one.target, replace(looked.options, timeout_s=limit_s), self.catalog, self.emit, self._keep,
             looked=looked, guarded=False,
         )  # fmt: skip
-        if outcome.checkpoint is None or outcome.error is not None:
-            return outcome
-        self.ended[one.target] = outcome
-        faults.point("hibernate-ended")
-        try:
-            written(self.hibernation, one.target, outcome.checkpoint, total_s=round(time.monotonic() - began, 6))
-        except OSError as error:  # the checkpoint is there, and found by whose it is and when it was made
-            self.emit(Notice(one.target, f"saved, but the journal could not be written: {error.strerror}", warning=True))
-        faults.point("hibernate-one-saved")
-        return outcome
+        return self._ended([outcome], began)
+
+    def _together(self, members: Sequence[Chosen]) -> list[Outcome]:
+        """A group: all of them, of one instant, or none."""
+        began = time.monotonic()
+        limit_s = min(self.settings.save_timeout_s, max(1.0, self.deadline_s - began))
+        for one in members:
+            self.hibernation.write("saving", item=one.target)
+        faults.point("hibernate-one")
+        found = [(one.target, one.engine, one.container) for one in members]
+        told: dict[str, Outcome] = {}
+        for outcome in save_group(
+            found, members[0].group, DumpOptions(timeout_s=limit_s), self.catalog, self.emit, tags=(TAG,), check=self._verify
+        ):
+            told.setdefault(outcome.target, outcome)
+        missing = DumpFailed(f"it was not saved: others of its group {members[0].group} could not be")
+        return self._ended([told.get(one.target) or failure(one.target, missing) for one in members], began)
+
+    def _ended(self, outcomes: list[Outcome], began: float) -> list[Outcome]:
+        """The journal says of which there is a checkpoint instead."""
+        saved = {outcome.target: outcome for outcome in outcomes if outcome.checkpoint is not None and outcome.error is None}
+        self.ended |= saved
+        if saved:
+            faults.point("hibernate-ended")
+        for target, outcome in saved.items():
+            assert outcome.checkpoint is not None
+            try:
+                written(self.hibernation, target, outcome.checkpoint, total_s=round(time.monotonic() - began, 6))
+            except OSError as error:  # the checkpoint is there, and found by whose it is and when it was made
+                self.emit(Notice(target, f"saved, but the journal could not be written: {error.strerror}", warning=True))
+            faults.point("hibernate-one-saved")
+        return outcomes
 
     def _keep(self, draft: Draft, manifest: Manifest) -> tuple[Checkpoint | None, dict[str, float | int | str]]:
         """Into the store and, if asked, read back, and marked, while the workload could still go on.
@@ -224,12 +268,18 @@ class _Saving:
         It is read back by its restore in any case, before anything is touched.
         """
         kept = draft.commit(manifest)
-        problems = self.catalog.check(kept) if self.wish.verify else []
-        if problems:
+        try:
+            self._verify(kept)
+        except DumpFailed:
             with suppress(CkptError):
                 self.catalog.remove(kept)
-            raise DumpFailed(f"{kept.ref} was not stored as it was made: {problems[0]}", hint="look at the disk (dmesg), or name another store")
+            raise
         return self.catalog.amend(kept, lambda entry: replace(entry, tags=tuple(dict.fromkeys([*entry.tags, TAG])))), {}
+
+    def _verify(self, kept: Checkpoint) -> None:
+        """Read it back, if asked. Raises DumpFailed."""
+        if self.wish.verify and (problems := self.catalog.check(kept)):
+            raise DumpFailed(f"{kept.ref} was not stored as it was made: {problems[0]}", hint="look at the disk (dmesg), or name another store")
 
     def _stop(self, one: Chosen) -> Outcome:
         assert isinstance(one.engine, Startable)
@@ -242,8 +292,12 @@ class _Saving:
         self.emit(StepDone(one.target, "stop", "", time.monotonic() - began))
         return outcome
 
+    def _done(self, label: str, result: list[Outcome] | BaseException) -> None:
+        """In the worker's thread, as each work is over."""
+        for number, target in enumerate(self.bundles[label]):
+            self._told(target, result if isinstance(result, BaseException) else result[number])
+
     def _told(self, target: str, result: Outcome | BaseException) -> None:
-        """In the worker's thread, as each is over."""
         if isinstance(result, Outcome) and result.ok:
             self.outcomes[target] = result
             if self.wish.at_shutdown:
@@ -296,8 +350,14 @@ class _Saving:
         names = self.ended
         lost: dict[str, CkptError] = {}
         with recover.uninterrupted():
+            checkpoints = {target: one.checkpoint for target, one in names.items() if one.checkpoint is not None}
+            together = sets.whole(self.catalog.root, checkpoints)
+            sets.start_pods(checkpoints.values(), self.emit)
+            back: set[str] = set()
             for layer in self.plan.layers:
-                works = {target: partial(self._back_one, names[target]) for target in layer if target in names}
+                for ref in [ref for ref, members in together.items() if set(layer) & set(members)]:
+                    back |= self._back_together(ref, together.pop(ref))
+                works = {target: partial(self._back_one, names[target]) for target in layer if target in names and target not in back}
                 for target, result in run_all(works, width=self.width).items():
                     if isinstance(result, BaseException):
                         said = result if isinstance(result, CkptError) else CkptError(f"{target}: {result or type(result).__name__}")
@@ -337,6 +397,21 @@ class _Saving:
             raise found.error
         with suppress(OSError):
             self.hibernation.write("restored", item=outcome.target)
+
+    def _back_together(self, ref: str, members: Mapping[str, Checkpoint]) -> set[str]:
+        """Bring back a group; returns those that are back (each of the others is tried by itself then)."""
+        after = {target: set(self.plan.after.get(target, ())) & set(members) for target in members}
+        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s)
+        try:
+            outcomes = restore_group(members, ref.partition("@")[0], options, self.catalog, self.emit, after=after)
+        except CkptError as error:
+            self.emit(Notice("", f"group {ref}: {error.message}", warning=True))
+            return set()
+        back = {outcome.target for outcome in outcomes if outcome.ok}
+        for target in back:
+            with suppress(OSError):
+                self.hibernation.write("restored", item=target)
+        return back
 
     def _forget_old(self) -> None:
         """Of each workload the last `keep_last` checkpoints of hibernations stay."""

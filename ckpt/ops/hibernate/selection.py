@@ -36,6 +36,7 @@ class Chosen:
     after: tuple[str, ...] = ()
     """As it was written: names or targets."""
     group: str = ""
+    """By its label, else by its pod."""
     labels: dict[str, str] = field(default_factory=dict)
 
     def item(self, after: tuple[str, ...], units: tuple[str, ...]) -> Item:
@@ -184,7 +185,8 @@ def _decide(
     names = tuple(dict.fromkeys(filter(None, (target, name, container.id, container.id[:12], tree.name if tree else ""))))
     if tree:
         labels[TREE] = tree.name
-    return Chosen(engine, container, action, target, names, tuple(dict.fromkeys(after)), said.group, labels)
+    group = said.group or (f"pod-{container.pod[:12]}" if container.pod else "")
+    return Chosen(engine, container, action, target, names, tuple(dict.fromkeys(after)), group, labels)
 
 
 def _unique(chosen: Iterable[Chosen]) -> tuple[Chosen, ...]:
