@@ -157,6 +157,18 @@ def test_one_that_cannot_be_restored_starts_cold_with_its_files(world: World, mo
     assert journal.states()["fake:web"].state == "cold"
 
 
+def test_nothing_begins_anew_before_all_restores_are_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the first free address, which one that is still to be restored may have had."""
+    world.saved(world.engine.start("db"), world.engine.start("web"))
+    monkeypatch.setenv("CKPT_FAKE_BROKEN", "db")
+    climbed: list[tuple[str, str]] = []
+    climb = Climb._climb
+    monkeypatch.setattr(Climb, "_climb", lambda self, rung: (climbed.append((self.item.name, rung)), climb(self, rung))[1])
+    monkeypatch.setattr(resuming, "layers", lambda todo: [[item for item in todo if item.name == name] for name in ("db", "web")])
+    assert world.how() == {"db": "cold", "web": "restored"}
+    assert climbed[-1] == ("db", "cold") and climbed.index(("web", "restore")) < len(climbed) - 1
+
+
 def test_restore_or_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     web = world.engine.start("web")
     world.saved(web)

@@ -25,6 +25,7 @@ podman load -q -i /opt/lab/busybox.tar
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:

@@ -220,12 +220,14 @@ class _Resume:
         self.there = {name: _containers(name) for name in sorted(usable)}
         climbs = {item.target: self._begin(item, states[item.target], skip) for item in todo}
         systemd.notify(f"bringing back {len(climbs)} workloads")
-        for layer in layers(todo):
-            left = [climbs[item.target] for item in layer if not climbs[item.target].over]
-            # An infra container takes the first free address: those that need their old one come before it.
-            late = {climb.item.group or climb.label for climb in left if climb.checkpoint is not None and sets.pod_of(climb.checkpoint)}
-            self._bring([climb for climb in left if (climb.item.group or climb.label) not in late])
-            self._bring([climb for climb in left if (climb.item.group or climb.label) in late])
+        order = layers(todo)
+        # What begins anew takes the first free address, as a pod's infra container does: those that need their old one come before.
+        for cold in (False, True):
+            for layer in order:
+                left = [climbs[item.target] for item in layer if not climbs[item.target].over]
+                late = {climb.item.group or climb.label for climb in left if climb.checkpoint is not None and sets.pod_of(climb.checkpoint)}
+                self._bring([climb for climb in left if (climb.item.group or climb.label) not in late], cold=cold)
+                self._bring([climb for climb in left if (climb.item.group or climb.label) in late], cold=cold)
         systemd.notify(f"{sum(climb.how not in ('failed',) for climb in climbs.values())} of {len(climbs)} workloads are back")
         faults.point("hibernate-back")
         back = tuple(self._told(item, climbs.get(item.target), states[item.target]) for item in items)
@@ -328,13 +330,15 @@ class _Resume:
             return last, f"this host went down before it was saved; {last.ref} is its last armed checkpoint"
         return None, "this host went down before it was saved" if self.cut else "it was not saved"
 
-    def _bring(self, climbs: list[Climb]) -> None:
+    def _bring(self, climbs: list[Climb], *, cold: bool) -> None:
         """Let a layer climb, side by side: all try a rung, then those that hold are looked at, the others try their next one.
 
+        Without `cold` each stops before it would begin anew.
         Members of a set that are all here try their first restore together.
         """
-        sets.start_pods([climb.checkpoint for climb in climbs if climb.checkpoint is not None and climb.rungs[:1] != ["leave"]], self.emit)
-        while left := [climb for climb in climbs if not climb.over]:
+        alive = [climb for climb in climbs if not climb.over and climb.rungs[:1] != ["leave"] and (cold or climb.rungs[:1] != ["cold"])]
+        sets.start_pods([climb.checkpoint for climb in alive if climb.checkpoint is not None], self.emit)
+        while left := [climb for climb in climbs if not climb.over and (cold or climb.rungs[:1] != ["cold"])]:
             began = time.monotonic()
             for climb in left:
                 self.emit(StepStarted(climb.label, "resume", climb.rungs[0] if climb.rungs else ""))
