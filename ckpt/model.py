@@ -395,7 +395,7 @@ class JobRecord:
 
     id: str
     kind: str
-    """What was asked for: migrate, receive (a migration, seen from its destination), checkpoint, restore, checkpoint-group, restore-group."""
+    """What was asked for: migrate, receive (a migration, seen from its destination), checkpoint, restore; with -group behind it for a group's."""
     state: str
     """Not over: running, waiting (for `--continue`), unconfirmed (it runs here, its source has not asked), serving (memory arrives),
     interrupted, lost (a lazy restore whose memory did not come). Over: done, rolled-back, failed, refused (nothing was begun), lost."""

@@ -12,6 +12,7 @@ import click
 
 from ckpt.cli import completion, moving
 from ckpt.cli.common import Session, verb
+from ckpt.cli.render import units
 from ckpt.cli.render.rows import OUTCOME_FIELDS, PLAN_FIELDS, Row
 from ckpt.cli.render.tables import migrated_line
 from ckpt.cli.render.units import clean
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
         ("ckpt migrate --precopy web root@b", "the same with little downtime, for much memory"),
         ("ckpt migrate --precopy --bwlimit 50M web root@b", "leave the link to others, too"),
         ("ckpt migrate --token-file token web https://b:7443", "to the ckpt serve of a host without ssh"),
+        ("ckpt migrate --group shop root@b", "move all members of shop, or none, with the connections among them"),
         ("ckpt migrate --dry-run web root@b", "say what would be done"),
         ("ckpt migrate --continue 20261121T120311-1a2b3c4d", "finish one that was cut after its point of no return"),
     ),
 )
 @click.argument("target", required=False, metavar="TARGET", shell_complete=completion.containers)
 @click.argument("destination", required=False, metavar="[USER@]HOST[:PORT]|https://HOST:PORT")
+@click.argument("more", nargs=-1, metavar="", shell_complete=completion.containers)
+@click.option("--group", metavar="NAME", help="Move all members at one instant, all or none: --group NAME DESTINATION [TARGET]...")
 @click.option("--continue", "job_id", metavar="ID", help="Finish a migration that was cut; the error that it ended with names the ID.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, do nothing.")
 @click.option("-n", "--name", metavar="NAME", help="Name on the destination (default: the same).")
@@ -48,6 +52,8 @@ def command(
     session: Session,
     target: str | None,
     destination: str | None,
+    more: tuple[str, ...],
+    group: str | None,
     job_id: str | None,
     dry_run: bool,
     shared_limit: Path | None,
@@ -75,7 +81,18 @@ def command(
     https://HOST:PORT is a ckpt serve on the other host, for hosts without ssh between them. Give the fingerprint that it printed once
     (--fingerprint; it is remembered), or the authority that signed its certificate (--ca), and a token (--token-file) or a certificate of
     this host (--client-cert).
+
+    With --group the destination comes first, and behind it the members; without any, the running containers that belong to the group, as for
+    ckpt checkpoint. All are frozen at one instant and restored there, held, before the one switch that is made for all: when one of them
+    cannot be moved, none is, and all run on here. --precopy, --postcopy, --lazy, --name and --publish are for single containers.
     """
+    if group is not None:
+        words = [word for word in (target, destination, *more) if word is not None]
+        if stdio or job_id is not None:
+            raise UsageError("--stdio is for single containers" if stdio else "--continue ID needs no --group, no target and no destination")
+        return _group(session, group, words, dry_run, shared_limit, given)
+    if more:
+        raise UsageError("several targets go together as a group only", hint="ckpt migrate --group NAME root@b web db")
     if stdio:
         with _over_stdio(destination):
             destination = inherited.DESTINATION if job_id is None else None
@@ -105,8 +122,12 @@ def _command(
         if target or destination or dry_run:
             raise UsageError("--continue ID needs no target and no destination")
         session.need_root()
+        from ckpt.ops import group_migrate
         from ckpt.ops import migrate as use_case
 
+        members = group_migrate.continue_group(job_id, store_root=session.store_root, emit=session.emit)
+        if members is not None:
+            return session.finish(members)
         outcome = use_case.continue_(job_id, store_root=session.store_root, emit=session.emit)
         return session.finish([outcome], table=lambda rows: _closing(rows, str(outcome.stats.get("destination", ""))))
     if not target or not destination:
@@ -121,10 +142,41 @@ def _command(
     return session.finish([outcome], table=lambda rows: _closing(rows, destination))
 
 
+def _group(session: Session, name: str, words: Sequence[str], dry_run: bool, shared_limit: Path | None, given: dict[str, Any]) -> int:
+    """`--group NAME DESTINATION [TARGET]...`."""
+    taken = moving.take(given)
+    if not words:
+        raise UsageError("where is the group to go?", hint=f"ckpt migrate --group {name} root@b")
+    destination, targets = words[0], [Target.parse(word) for word in words[1:]]
+    reached = moving.reached(session, destination, taken)
+    options = replace(moving.migrate_options(session, taken, access=reached, shared_limit=shared_limit), **given)
+    from ckpt.ops import group_migrate
+    from ckpt.store import groups
+
+    groups.check_name(name)
+    group_migrate.refuse(options, destination)
+    if dry_run:
+        session.need_root()
+        return _show_plan(session, name, group_migrate.plan(name, destination))
+    session.need_root()
+    outcomes = group_migrate.migrate_group(name, targets, destination, options=options, store_root=session.store_root, emit=session.emit)
+
+    def table(rows: Sequence[Row]) -> list[str]:
+        longest_s = max((row["stats"].get("downtime_s", 0.0) for row in rows), default=0.0)
+        said = f"migrated group {name} -> {destination}: {len(rows)} of {len(outcomes)}, downtime at most {units.duration(longest_s)}"
+        return [*_closing(rows, destination), *([said] if rows else [])]
+
+    return session.finish(outcomes, table=table)
+
+
 def _plan(session: Session, target: str, destination: str, options: MigrateOptions) -> int:
     from ckpt.ops import migrate as use_case
 
     steps = use_case.plan(Target.parse(target), destination, options=options)
+    return _show_plan(session, target, steps)
+
+
+def _show_plan(session: Session, target: str, steps: Sequence[tuple[str, str]]) -> int:
     row: Row = {"name": target, "plan": [{"step": name, "detail": detail} for name, detail in steps]}
     session.reporter.show([row], table=lambda rows: [f"  {clean(name):<16} {clean(detail)}".rstrip() for name, detail in steps])
     return 0

@@ -24,11 +24,11 @@ GROUP = "group_job"
 """The fact in a job's first line that names the job of its group, beside its own directory: one decision for several."""
 
 
-def reached_commit(journal: "Iterable[str]") -> bool:
-    """True when the journal's lines say that the point of no return was passed and no later line decided otherwise."""
+def word_of(journal: "Iterable[str]") -> "bool | None":
+    """What the journal's lines decide: True, the point of no return was passed; False, a later line took that back; None, neither."""
     import json
 
-    reached = False
+    reached = None
     for line in journal:
         try:
             state = json.loads(line).get("state")
@@ -41,15 +41,21 @@ def reached_commit(journal: "Iterable[str]") -> bool:
     return reached
 
 
+def reached_commit(journal: "Iterable[str]") -> bool:
+    """True when the journal's lines say that the point of no return was passed and no later line decided otherwise."""
+    return word_of(journal) is True
+
+
 def committed(job: str) -> bool:
-    """`reached_commit` of a job's journal, or of that of the group's job that it belongs to; False when there is none."""
+    """`reached_commit` of a job's journal, or, as long as that says nothing, of that of the group's job that it belongs to."""
     try:
         with open(os.path.join(job, "journal.jsonl"), errors="replace") as journal:
             lines = journal.readlines()
     except OSError:
         return False
-    if reached_commit(lines):
-        return True
+    word = word_of(lines)
+    if word is not None:
+        return word
     group = group_of(lines)
     return bool(group) and committed(os.path.join(os.path.dirname(os.path.abspath(job)), group))
 

@@ -213,6 +213,11 @@ class Attempt:
     in_group: bool = False
     """Others are saved with it, all or none."""
 
+    @property
+    def journal(self) -> Job:
+        """Its job."""
+        return self.job
+
     def needed_draft(self) -> Draft:
         assert self.draft is not None
         return self.draft

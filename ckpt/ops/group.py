@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from ckpt.archive import trust
-from ckpt.criu import tree
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import CkptError, DumpFailed, UsageError
 from ckpt.events import Emit, Notice
 from ckpt.host import freezer
-from ckpt.host.cgroup import Knob, NotOwn
 from ckpt.model import Checkpoint, Container, DumpOptions, Manifest, Target
 from ckpt.ops import checkpoint as saving
-from ckpt.ops import faults, groupjob, knobs, parallel, recover, resolve, together, warm
+from ckpt.ops import faults, groupjob, instant, parallel, recover, resolve, together, warm
 from ckpt.ops import members as member
 from ckpt.ops.result import Outcome, failure
 from ckpt.store import groups
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.job import DEFAULT_ROOT
 
-STOP_LIMIT_S: Final = 60.0
-"""How long CRIU may take to freeze those members that have no cgroup of their own."""
-_POLL_S: Final = 0.001
 T = TypeVar("T")
 
 
@@ -62,16 +57,7 @@ def checkpoint_group(
     warm.imports(*warm.INTO_CHUNKS)
     for line in recover.sweep(store_root):
         emit(Notice("", line, warning=True))
-    if pod:
-        chosen = member.of_pod(name)
-    elif targets:
-        found: dict[tuple[str, str], member.Found] = {}
-        for target in targets:
-            engine, container = resolve.resolve(target)
-            found.setdefault((engine.name, container.id), (str(target), engine, container))
-        chosen = list(found.values())
-    else:
-        chosen = member.members_of(name)
+    chosen = member.of_pod(name) if pod else member.chosen(name, targets)
     return save_group(chosen, name, options, Catalog(store_root), emit, tags=tags, note=note, outgoing=outgoing)
 
 
@@ -143,11 +129,11 @@ class _Saving:
             self._do("prepared", {label: partial(self._prepare, own, *found) for found in self.members for label in found[:1]})
             own.job.write("dumping", jobs=[attempt.job.id for attempt in self.attempts.values()])
             self._do("begun", {label: attempt.begin for label, attempt in self.attempts.items()})
-            self._hold()
+            self.moment, cgroups = instant.hold(self.name, self.attempts, partial(self._do, "held"))
             faults.point("group-held")
             if self.options.leave_running:
                 self._do("going on", {label: attempt.go_on for label, attempt in self.attempts.items()})
-                freezer.thaw(self.knobs)
+                freezer.thaw(cgroups)
                 self._do("gone on", {label: attempt.gone_on for label, attempt in self.attempts.items()})
             self._do("kept", {label: partial(attempt.keep, self._keep) for label, attempt in self.attempts.items()})
             faults.point("group-stored")
@@ -172,57 +158,6 @@ class _Saving:
     def _do(self, what: str, works: Mapping[str, Callable[[], T]]) -> None:
         """Do it for all at once. Raises together.Failed when one of them failed, KeyboardInterrupt after all are through."""
         together.settle(parallel.run_all(works, width=len(works)), self.failed)
-
-    # -- the instant
-
-    def _hold(self) -> None:
-        """Freeze all at one instant and dump them, held.
-
-        Those with a cgroup of their own, of engines that dump what is frozen, are stopped by it. The others are stopped by CRIU as it
-        begins to dump them, so those begin first, and the cgroups are frozen as soon as they stand still.
-        """
-        self.knobs: list[Knob] = []
-        slow: dict[str, saving.Attempt] = {}
-        for label, attempt in self.attempts.items():
-            knob = _knob(attempt)
-            if knob is None:
-                slow[label] = attempt
-            else:
-                knobs.journal(attempt.job, knob)
-                self.knobs.append(knob)
-        faults.point("group-freezing")
-        stopped, over = threading.Event(), threading.Event()
-        ended: set[str] = set()
-
-        def dump_slow(label: str, attempt: saving.Attempt) -> None:
-            try:
-                attempt.hold()
-            finally:
-                ended.add(label)
-
-        def conduct() -> None:
-            try:
-                times = _wait_stopped(slow, ended)
-                cgroups = freezer.freeze(self.knobs) if self.knobs else None
-                first = min([*(before for before, _ in times), *([cgroups.first_s] if cgroups else [])])
-                last = max([*(seen for _, seen in times), *([cgroups.last_s] if cgroups else [])])
-                self.moment = freezer.Moment(first, last)
-                stopped.set()
-            except freezer.NotFrozen as error:
-                raise DumpFailed(f"the group {self.name} cannot be frozen: {error}") from error
-            finally:
-                over.set()
-
-        def dump_frozen(attempt: saving.Attempt) -> None:
-            over.wait(STOP_LIMIT_S + freezer.LIMIT_S)
-            if not stopped.is_set() or self.moment is None:
-                raise together.NotAlone("the group could not be frozen")
-            attempt.hold(stopped_at_s=self.moment.first_s)
-
-        works: dict[str, Callable[[], None]] = {label: partial(dump_slow, label, attempt) for label, attempt in slow.items()}
-        works[""] = conduct
-        works |= {label: partial(dump_frozen, attempt) for label, attempt in self.attempts.items() if label not in slow}
-        self._do("held", works)
 
     # -- the decision
 
@@ -279,40 +214,3 @@ class _Saving:
             said = parallel.run_all(works, width=max(1, len(works)))
             own.withdraw(error)
         return together.outcomes_of(self.failed, said, [label for label, _, _ in self.members], error, DumpFailed)
-
-
-def _knob(attempt: saving.Attempt) -> Knob | None:
-    """What freezes a member by itself; None when that cannot be, and CRIU is to do it."""
-    if not attempt.engine.probe().takes_frozen or not attempt.container.pid:
-        return None
-    try:
-        return freezer.knob_of(tree.pids(attempt.container.pid))
-    except (NotOwn, OSError):
-        return None
-
-
-def _wait_stopped(attempts: Mapping[str, saving.Attempt], ended: Collection[str]) -> list[tuple[float, float]]:
-    """Wait until CRIU has stopped these; of each, when it was last seen to run and first seen to stand still.
-
-    Raises:
-        freezer.NotFrozen: not within STOP_LIMIT_S, or its dump failed before.
-    """
-    ran = {label: time.monotonic() for label in attempts}
-    still: dict[str, float] = {}
-    deadline = time.monotonic() + STOP_LIMIT_S
-    while len(still) < len(attempts):
-        for label, attempt in attempts.items():
-            if label in still:
-                continue
-            over = label in ended
-            now = time.monotonic()
-            if attempt.job.held_path.exists() or tree.status(attempt.container.pid or 0).get("TracerPid", "0") != "0":
-                still[label] = now
-            elif over:
-                raise freezer.NotFrozen(f"{label} could not be dumped")
-            elif now > deadline:
-                raise freezer.NotFrozen(f"{label} did not stop within {STOP_LIMIT_S:g} s")
-            else:
-                ran[label] = now
-        time.sleep(_POLL_S)
-    return [(ran[label], still[label]) for label in attempts]

@@ -103,6 +103,8 @@ def _living(job: Job) -> JobRecord | None:
     if state in recover.FINAL:
         return record
     if recover.committed(job):
+        if record.kind == "migrate-group":
+            return replace(record, state="waiting", reason="its members wait", next=f"ckpt migrate --continue {record.id}", error=record.error)
         if record.kind == "migrate":
             where = "frozen here until the destination has been asked" if state != "ended" else "over; the destination has not been told"
             return replace(record, state="waiting", reason=where, next=f"ckpt migrate --continue {record.id}", error=record.error)

@@ -15,6 +15,7 @@ _PRIORITIES: Final = {"done": 6, "running": 6, "serving": 6, "rolled-back": 4, "
 _VERBS: Final = {
     "checkpoint": "checkpoint of", "restore": "restore of", "migrate": "migration of", "receive": "migration to this host of",
     "checkpoint-group": "checkpoint of group", "restore-group": "restore of group",
+    "migrate-group": "migration of group", "receive-group": "migration to this host of group",
 }  # fmt: skip
 
 

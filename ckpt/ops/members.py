@@ -9,7 +9,7 @@ from typing import Final
 from ckpt.engines.base import HasPods
 from ckpt.engines.registry import NamedEngine
 from ckpt.errors import TargetNotFound, UsageError
-from ckpt.model import Container
+from ckpt.model import Container, Target
 from ckpt.ops import resolve
 
 Found = tuple[str, NamedEngine, Container]
@@ -20,6 +20,21 @@ AFTER: Final = "ckpt.after"
 PROJECT: Final = ("io.podman.compose.project", "com.docker.compose.project")
 _SERVICE: Final = ("io.podman.compose.service", "com.docker.compose.service")
 _DEPENDS: Final = ("io.podman.compose.depends_on", "com.docker.compose.depends_on")
+
+
+def chosen(name: str, targets: Sequence[Target]) -> list[Found]:
+    """What the user named, each once; without targets `members_of`.
+
+    Raises:
+        CkptError: one of them is not there, or there are none.
+    """
+    if not targets:
+        return members_of(name)
+    found: dict[tuple[str, str], Found] = {}
+    for target in targets:
+        engine, container = resolve.resolve(target)
+        found.setdefault((engine.name, container.id), (str(target), engine, container))
+    return list(found.values())
 
 
 def members_of(name: str) -> list[Found]:

@@ -11,7 +11,7 @@ import time
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
@@ -103,8 +103,8 @@ def plan(target: Target, destination: str, *, options: MigrateOptions) -> list[t
     return [(step, texts[step]) for step in STEPS]
 
 
-class _Migration:
-    """One migration from this host, up to its outcome."""
+class Attempt:
+    """One migration from this host, up to its outcome. `run` is all of it; a group (group_migrate) takes the steps of several together."""
 
     def __init__(self, typed: str, engine: Engine, container: Container, destination: str, options: MigrateOptions, root: Path, emit: Emit) -> None:
         self.typed = typed
@@ -129,6 +129,13 @@ class _Migration:
         self.began_s = time.monotonic()
         self.stats: dict[str, float | int | str] = {}
         self.hooks = hooking.none(typed)
+        self.job_facts: dict[str, Any] = {}
+        """More for the first line of the journal."""
+        self.begin_args: dict[str, Any] = {}
+        """More for the destination's journal."""
+        self.begun_there: dict[str, Any] = {}
+        self.stopped_at_s: float | None = None
+        """It stands still since then, by somebody else's doing."""
 
     def step(self, name: str, detail: str = "") -> None:
         """A step begins: told, and a fault point for the tests."""
@@ -226,9 +233,11 @@ class _Migration:
     def begin(self, peer: Peer) -> None:
         container = self.container
         self.step("begin")
-        facts = {"destination": self.destination, "ssh_options": list(self.options.ssh_options), "keep_source": self.options.keep_source}
+        facts: dict[str, Any] = {"destination": self.destination, "ssh_options": list(self.options.ssh_options)}
+        facts["keep_source"] = self.options.keep_source
         facts["access"] = self.options.access.to_json() if self.options.access is not None else None
         facts["moved_volumes"] = [] if self.options.ignore_volumes else [volume.name for volume in container.volumes]
+        facts |= self.job_facts
         self.job = Job.create(self.root, "migrate-source", engine=self.engine.name, container_id=container.id, name=container.name, **facts)
         self.emit(Figures(self.typed, {"job": self.job.id}))
         self.guard = recover.start_guard(self.job)
@@ -236,7 +245,8 @@ class _Migration:
         self.hooks.job = self.job
         self.hooks.before("pre-migrate")
         what = {"engine": self.engine.name, "name": self.options.name or container.name, "container_id": container.id, "hooks": self.options.hooks}
-        there = peer.call("begin", what, timeout_s=hooking.HOST_LIMIT_S)
+        what |= self.begin_args
+        self.begun_there = there = peer.call("begin", what, timeout_s=hooking.HOST_LIMIT_S)
         self.done("begin")
         self.job.write("begun", remote_job=there["job"], remote_machine=there.get("machine", ""))
 
@@ -285,7 +295,8 @@ class _Migration:
         began_s = time.monotonic()
         with Moment(self.container.pid, stopped=True) as stop:
             self.held = self.memory.dump(peer, stage, options, self.job, host.criu_version)
-        self.frozen_at_s = stop.at_s or began_s
+        self.dumped()
+        self.frozen_at_s = self.stopped_at_s or stop.at_s or began_s
         self.emit(Frozen(self.typed, self.frozen_at_s))
         self.done("dump", f"{time.monotonic() - began_s:.2f} s")
         self.early.after_dump(peer, self.held, stage)
@@ -308,6 +319,9 @@ class _Migration:
         sent = {name: f"sha256:{digest}" for name, digest in upload.digests.items()}
         return replace(manifest, id=self.draft.id, digests={**self.early.digests, **sent})
 
+    def dumped(self) -> None:
+        """It is dumped, held; what of that is not to be in the checkpoint can be set right."""
+
     def switch_over(self, peer: Peer) -> None:
         assert self.job is not None and self.held is not None
         self.step("commit")
@@ -315,41 +329,53 @@ class _Migration:
             self.job.write("commit")
             self.committed = True
             faults.point("migrate-committed")
-            self.emit(StepStarted(self.typed, "resume"))
-            try:
-                faults.point("migrate-resume")
-                asked_s, ran_after_s = time.monotonic(), None
-                answer = peer.call("resume", timeout_s=60)
-                ran_after_s = answer.get("ran_after_s")
-                self.stats["container_id"] = str(answer.get("container_id", ""))
-                if answer.get("warning"):
-                    self.emit(Notice(self.typed, f"{self.peer_name}: {answer['warning']}", warning=True))
-            except CkptError as error:
-                if isinstance(error, TransferFailed):
-                    self.ask(error)
-                else:
-                    self.job.write("failed")
-                    self.committed = False
-                    raise
-            took_s = time.monotonic() - asked_s
-            frozen_s = asked_s - self.frozen_at_s + (min(ran_after_s, took_s) if isinstance(ran_after_s, float) else took_s)
-            self.stats["downtime_s"] = frozen_s
-            self.emit(Thawed(self.typed, frozen_s))
-            self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
-            if self.options.postcopy:
-                # The frozen source's network goes on answering who has its address (ARP); its end may be a while off.
-                traffic.block(self.job.directory, self.container.addresses)
-            self.memory.follow(self.job)
-            self.step("end")
-            end_source(
-                self.engine,
-                self.container,
-                self.held,
-                self.job,
-                self.options.keep_source,
-                stage=self.draft.stage if self.draft else None,
-                faults_at="migrate-remove",
-            )
+            self.resume_there(peer)
+            self.end_here()
+        self.tell_there(peer)
+
+    def resume_there(self, peer: Peer) -> None:
+        """Let it run on the destination; `commit` is on the disk."""
+        self.emit(StepStarted(self.typed, "resume"))
+        asked_s, ran_after_s = time.monotonic(), None
+        try:
+            faults.point("migrate-resume")
+            answer = peer.call("resume", timeout_s=60)
+            ran_after_s = answer.get("ran_after_s")
+            self.stats["container_id"] = str(answer.get("container_id", ""))
+            if answer.get("warning"):
+                self.emit(Notice(self.typed, f"{self.peer_name}: {answer['warning']}", warning=True))
+        except CkptError as error:
+            if isinstance(error, TransferFailed):
+                self.ask(error)
+            else:
+                self.refused(error)
+        took_s = time.monotonic() - asked_s
+        frozen_s = asked_s - self.frozen_at_s + (min(ran_after_s, took_s) if isinstance(ran_after_s, float) else took_s)
+        self.stats["downtime_s"] = frozen_s
+        self.emit(Thawed(self.typed, frozen_s))
+        self.done("resume", f"frozen {frozen_s * 1000:.0f} ms")
+
+    def refused(self, error: CkptError) -> NoReturn:
+        """After `commit` the destination says that it did not take over: take that back."""
+        assert self.job is not None
+        self.job.write("failed")
+        self.committed = False
+        raise error
+
+    def end_here(self) -> None:
+        """It runs there: end the source."""
+        assert self.job is not None and self.held is not None
+        if self.options.postcopy:
+            # The frozen source's network goes on answering who has its address (ARP); its end may be a while off.
+            traffic.block(self.job.directory, self.container.addresses)
+        self.memory.follow(self.job)
+        self.step("end")
+        stage = self.draft.stage if self.draft else None
+        end_source(self.engine, self.container, self.held, self.job, self.options.keep_source, stage=stage, faults_at="migrate-remove")
+
+    def tell_there(self, peer: Peer) -> None:
+        """The source is gone: the destination need not remember."""
+        assert self.job is not None
         self.hooks.succeeded_there()
         told = tell_destination(self.job, peer, greeting_s=self.hooks.limit_s("post-restore"), warn=self.hooks.warn)
         if told:
@@ -378,9 +404,7 @@ class _Migration:
             if state == "running":
                 return
             if state == "failed":
-                self.job.write("failed")
-                self.committed = False
-                raise TransferFailed(f"lost the link to {self.destination} at the switchover, before it took over")
+                self.refused(TransferFailed(f"lost the link to {self.destination} at the switchover, before it took over"))
             if time.monotonic() > deadline_s:
                 raise NeedsContinue(
                     f"no answer from {self.destination} after the point of no return: {cause.message}",
@@ -399,10 +423,7 @@ class _Migration:
                 self.draft.discard()
             return
         with recover.uninterrupted():
-            if self.held is not None:
-                self.held.resume()
-                announce.now(self.container.pid or 0)  # the other host may have drawn its address to itself already
-                self.emit(Thawed(self.typed, time.monotonic() - self.frozen_at_s))
+            self.let_go()
             if self.job is not None:
                 kept = recover.keep_logs(self.job, name, None)
                 if isinstance(error, CkptError) and not (error.log or "").startswith(f"{self.peer_name}:"):
@@ -415,6 +436,13 @@ class _Migration:
             error.where = where if self.job is not None else error.where or where
         elif isinstance(error, KeyboardInterrupt):
             self.emit(Notice(self.typed, f"stopped; {where}"))
+
+    def let_go(self) -> None:
+        """Let the source go on, if it was held."""
+        if self.held is not None:
+            self.held.resume()
+            announce.now(self.container.pid or 0)  # the other host may have drawn its address to itself already
+            self.emit(Thawed(self.typed, time.monotonic() - self.frozen_at_s))
 
     def close(self) -> None:
         if self.draft is not None:
@@ -450,7 +478,7 @@ def _migrate(target: Target, destination: str, options: MigrateOptions, store_ro
         engine, container = resolve(target)
         container = engine.describe(container)
         emit.begin(container)
-        move = _Migration(typed, engine, container, destination, options, store_root, emit)
+        move = Attempt(typed, engine, container, destination, options, store_root, emit)
         try:
             return move.run()
         except ssh.PeerMissing:

@@ -6,6 +6,7 @@ process or the host is lost; from then on the restored workload is the live one,
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, Final, cast
 from ckpt.archive import layout
 from ckpt.archive import manifest as manifest_file
 from ckpt.archive.untagged import Untagged
+from ckpt.criu import action
 from ckpt.criu import lazy as memory
 from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, EarlyRestore, Engine, HeldRestore, StartsEarly
@@ -23,7 +25,7 @@ from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, Usa
 from ckpt.host import announce
 from ckpt.host.run import Process
 from ckpt.model import Container, ContainerImage, Manifest, RestoreOptions
-from ckpt.ops import ahead_dest, faults, journald, lazy, policy, proof, recover
+from ckpt.ops import ahead_dest, faults, group_dest, groupjob, journald, lazy, policy, proof, recover
 from ckpt.ops import hooks as hooking
 from ckpt.ops.consent import Labels
 from ckpt.ops.moments import Moment
@@ -56,6 +58,8 @@ class Arrival:
         self.digests: dict[str, str] = {}
         self.keeper: lazy.Keeper | None = None
         self.early: EarlyRestore | None = None
+        self.lead: group_dest.Lead | None = None
+        """The group's job, at the member that decides for it."""
         self.trees = ahead_dest.Trees(engine, self.job)
         self.over = False
         self.pid: int | None = None
@@ -72,6 +76,7 @@ class Arrival:
         if self.over:
             return
         self.over = True
+        groupjob.abandon(self.job)
         self.trees.close()
         if self.held is not None:
             self.held.abort()
@@ -89,6 +94,8 @@ class Arrival:
             self.hooks.after("restore-failed", error="the migration was rolled back", inside=False)
         self.job.write("rolled-back")
         recover.close(self.job, self.guard)
+        if self.lead is not None:
+            self.lead.leave()
 
     def greet(self, container: Container) -> None:
         """It runs: the hooks that wait for that run beside what else there is to do; `greeted` waits for them."""
@@ -119,14 +126,21 @@ class Arrival:
         """The link is lost. Before `commit`: undo. After: the workload lives here; the journal stays for the source's question."""
         if self.over:
             return
-        if not recover.committed(self.job):
+        if groupjob.abandon(self.job):
             self.undo()
             return
+        if self.job.state == "prepared":  # its group was decided for, and nobody told it any more to run
+            try:
+                let_run(self)
+            except CkptError:
+                return  # undone
         self.over = True
         self.trees.close()
         self.greeted()
         self.drop_draft()
         self.job.release()
+        if self.lead is not None:
+            self.lead.leave()
 
 
 def handlers(root: Path = DEFAULT_ROOT, *, trusted: bool = True, allow: tuple[str, ...] = ()) -> dict[str, Handler]:
@@ -145,7 +159,10 @@ def handlers(root: Path = DEFAULT_ROOT, *, trusted: bool = True, allow: tuple[st
     def begin(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         recover.sweep(root)
         engine = registry.by_name(str(args["engine"]))
-        arrival = Arrival(root, engine, {"name": str(args["name"]), "container_id": str(args["container_id"]), "source": session.source})
+        lead, of_group = group_dest.join(root, args, session.source)
+        known = {"name": str(args["name"]), "container_id": str(args["container_id"]), "source": session.source}
+        arrival = Arrival(root, engine, {**known, **of_group})
+        arrival.lead = lead
         arrival.trusted, arrival.allow = trusted, allow
         session.state["arrival"] = arrival
         session.on_lost(arrival.leave)
@@ -155,7 +172,7 @@ def handlers(root: Path = DEFAULT_ROOT, *, trusted: bool = True, allow: tuple[st
         arrival.hooks = hooking.gather(str(args["name"]), engine, Labels(), facts=known, job=arrival.job)
         arrival.hooks.before("pre-restore")
         faults.point("destination-begin")
-        return {"job": arrival.job.id, "machine": machine_id()}
+        return {"job": arrival.job.id, "machine": machine_id(), **of_group}
 
     return {
         "facts": facts,
@@ -168,6 +185,7 @@ def handlers(root: Path = DEFAULT_ROOT, *, trusted: bool = True, allow: tuple[st
         "prepare": begin_restore,
         "restore": restore,
         "resume": resume,
+        "group-commit": decide,
         "finish": finish,
         "abort": abort,
         "status": lambda session, args: status(root, args),
@@ -339,7 +357,18 @@ def restore(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         error.log = recover.kept_log(error.log, recover.keep_logs(arrival.job, manifest.name, stage))
         raise
     faults.point("destination-prepared")
-    arrival.job.write("prepared")
+    ready = {"hooked_inside": arrival.inside, "hook_facts": arrival.hooks.facts}
+    arrival.job.write("prepared", owner_pid=os.getpid(), **({"ready": ready} if arrival.job.facts.get(action.GROUP) else {}))
+    return {}
+
+
+def decide(session: Session, args: dict[str, Any]) -> dict[str, Any]:
+    """The point of no return for all members of a group: each is held here, and from this answer on lives here, or has failed for good."""
+    arrival = _arrival(session)
+    if arrival.lead is None:
+        raise UsageError("this link does not decide for a group")
+    with recover.uninterrupted():
+        arrival.lead.decide(args.get("jobs"))
     return {}
 
 
@@ -408,7 +437,15 @@ def resume(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """The point of no return: from the journal's `commit` on the workload lives here, or has failed for good."""
     arrival = _arrival(session)
     assert arrival.held is not None
+    if arrival.job.facts.get(action.GROUP) and not recover.committed(arrival.job):
+        raise BusyError("its group has not been decided for")
     faults.point("destination-commit")
+    return let_run(arrival)
+
+
+def let_run(arrival: Arrival) -> dict[str, Any]:
+    """From the journal's `commit` on to the answer for the source. Raises RestoreFailed, with all undone."""
+    assert arrival.held is not None
     asked_s = time.monotonic()
     with recover.uninterrupted():
         # Should we die before they ran, the guard runs the hooks.
@@ -447,13 +484,15 @@ def finish(session: Session, args: dict[str, Any]) -> dict[str, Any]:
         return answer
     arrival.job.write("done")
     recover.close(arrival.job, arrival.guard)
+    if arrival.lead is not None:
+        arrival.lead.leave()
     return answer
 
 
 def abort(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """Undo, unless it has been committed."""
     arrival = _arrival(session)
-    if recover.committed(arrival.job):
+    if not groupjob.abandon(arrival.job):
         raise BusyError("the workload already runs here")
     arrival.undo()
     return {}

@@ -14,7 +14,7 @@ from ckpt.errors import BusyError, CkptError, NeedsContinue, RestoreFailed, Stat
 from ckpt.events import BytesMoved, Emit, Notice, StepDone, StepStarted
 from ckpt.host import traffic
 from ckpt.model import Container
-from ckpt.ops import faults, hooks, recover
+from ckpt.ops import faults, hooks, knobs, recover
 from ckpt.ops.result import Outcome, failure
 from ckpt.peer import client
 from ckpt.peer.client import Peer
@@ -141,6 +141,8 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
             if not recover.committed(job):
                 recover.settle(job)
                 return Outcome(name, True, warnings=(f"{name} was running here already",))
+            if not any(entry.get("state") == "commit" for entry in job.entries()):
+                job.write("commit")  # its group was decided for
             engine = registry.by_name(str(facts["engine"]))
             container = Container(engine.name, str(facts["container_id"]), name, "running", pid=facts.get("init_pid"))
             with suppress(TargetNotFound):  # a process tree that has ended already cannot be described any more
@@ -174,6 +176,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
                     emit(Notice(name, f"{name} runs on {facts['destination']}; the frozen source was ended"))
                 else:
                     held.resume()
+                    knobs.restore(job)  # of a group: CRIU leaves a cgroup frozen that it found frozen
                     recover.announce_home(engine, container)
                     hooks.settle(job, engine, "checkpoint-failed", "migrate-failed")
                     job.write("failed")
@@ -181,6 +184,7 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
             tell_destination(job)
             job.write("done")
             recover.remove(job)
+            recover.settle_group_of(job, facts)
             return Outcome(name, True, container=container, record=history.load(store_root, job_id))
         finally:
             job.release()

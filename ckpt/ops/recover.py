@@ -107,10 +107,12 @@ def settle(job: Job) -> str:
         return _served(job)
     if kind in groupjob.KINDS:
         return _settle_group(job, facts)
-    if committed(job):
+    if not groupjob.abandon(job):
         if kind == "migrate-source":
             return "left"
         if kind == "migrate-destination":
+            if job.state == "prepared":  # decided for by its group's job
+                job.write("commit", hooked="post-restore", **facts.get("ready", {}))
             if job.state == "commit":
                 _finish(job, "restore", registry.by_name(str(facts["engine"])), facts)
                 job.write("running", by="guard")
@@ -157,10 +159,12 @@ def _settle_group(job: Job, facts: dict[str, Any]) -> str:
         remove(job)
         return "undone"
     groupjob.publish(root, facts)
+    kind, members = facts["kind"], [Job(job.directory.parent / Path(str(identity)).name) for identity in facts.get("jobs", ())]
+    if kind == groupjob.MIGRATE and any(member.directory.is_dir() for member in members):
+        return "left"  # frozen until the destination has been asked: --continue
     deadline = time.monotonic() + 2 * FINISH_LIMIT_S
-    for identity in map(str, facts.get("jobs", ())):
-        member = Job(job.directory.parent / Path(identity).name)
-        while member.directory.is_dir():
+    for member in members:
+        while member.directory.is_dir() and not (kind == groupjob.RECEIVE and groupjob.has_word(member)):
             try:
                 if member.acquire():
                     settle(member)
@@ -169,11 +173,21 @@ def _settle_group(job: Job, facts: dict[str, Any]) -> str:
             finally:
                 member.release()
             if time.monotonic() > deadline:
-                raise CkptError(f"job {identity} of group {facts.get('name')} is not over")
+                raise CkptError(f"job {member.id} of group {facts.get('name')} is not over")
             time.sleep(POLL_S)
     job.write("done", by="guard")
     remove(job)
     return "finished"
+
+
+def settle_group_of(job: Job, facts: dict[str, Any]) -> None:
+    """A member is over: so is the job of its group, when it was the last one. Never raises for what can be done later."""
+    group = Job(job.directory.parent / Path(str(facts.get(action.GROUP) or "none")).name)
+    if group.directory.is_dir():
+        with suppress(OSError, CkptError):
+            if group.acquire():
+                settle(group)
+        group.release()
 
 
 def sweep(root: Path = DEFAULT_ROOT) -> list[str]:

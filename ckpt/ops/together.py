@@ -20,7 +20,7 @@ from ckpt.store.place import jobs as jobs_place
 class GroupJob:
     """The group's own job, and its guard."""
 
-    def __init__(self, catalog: Catalog, kind: Literal["checkpoint-group", "restore-group"], name: str, **facts: Any) -> None:
+    def __init__(self, catalog: Catalog, kind: Literal["checkpoint-group", "restore-group", "migrate-group"], name: str, **facts: Any) -> None:
         self.root = catalog.root
         self.job = Job.create(catalog.root, kind, name=name, **facts)
         self.guard: Process | None = recover.start_guard(self.job)
