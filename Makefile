@@ -35,7 +35,7 @@ test: lint
 	$(SHELLS)
 	"$$python" -m tests.lab.harness prepare
 	"$$python" -m tests.vm.harness prepare
-	"$$python" -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations=40 tests/vm tests/lab tests/contract tests/unit tests/meta $(PYTEST_ARGS)
+	"$$python" -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=40 tests/vm tests/lab tests/contract tests/unit tests/meta $(PYTEST_ARGS)
 
 demo:
 	$(PYTHON)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.lab.harness import Host, Lab, LabUnavailable
 
-pytestmark = [pytest.mark.lab, pytest.mark.xdist_group("check")]  # they share hosts
+pytestmark = pytest.mark.lab
 
 SOURCE = Path(__file__).resolve().parents[2]
 CHECK = """

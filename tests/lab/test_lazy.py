@@ -15,7 +15,7 @@ from tests.lab.counting import leftovers, wait_until
 from tests.lab.harness import Host, Lab, LabUnavailable
 from tests.lab.harness.host import HostResult
 
-pytestmark = [pytest.mark.lab, pytest.mark.xdist_group("lazy")]  # they share hosts
+pytestmark = pytest.mark.lab
 
 WORLDS = ("podman-crun", "podman-runc", "crun", "runc", "process")
 MIB = 256

@@ -9,7 +9,7 @@ import pytest
 
 from tests.lab.harness import Host, Lab, LabUnavailable
 
-pytestmark = [pytest.mark.lab, pytest.mark.xdist_group("pages")]  # they share hosts
+pytestmark = pytest.mark.lab
 
 # Runs on the host. What a scenario starts is its own child or, once restored, has that child's pid.
 PRELUDE = '''

@@ -13,7 +13,7 @@ import pytest
 
 from tests.lab.harness import Host, Lab, LabUnavailable
 
-pytestmark = [pytest.mark.lab, pytest.mark.xdist_group("peer")]  # they share hosts
+pytestmark = pytest.mark.lab
 
 PACKAGES = "/opt/peer-test"
 SERVER = f"""#!/usr/bin/python3

@@ -9,7 +9,7 @@ import pytest
 
 from tests.lab.harness import Host, Lab, LabUnavailable
 
-pytestmark = [pytest.mark.lab, pytest.mark.xdist_group("process")]  # they share hosts
+pytestmark = pytest.mark.lab
 
 # Runs on the host. Everything that a scenario starts is in `started` and ended by its pid.
 PRELUDE = '''

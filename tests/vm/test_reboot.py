@@ -13,7 +13,7 @@ import pytest
 
 from tests.vm.harness import Vm
 
-pytestmark = [pytest.mark.timeout(1500), pytest.mark.xdist_group("vm")]  # one machine for all
+pytestmark = pytest.mark.timeout(1500)
 
 TICKS = "/data/ticks"
 STEP_MS = 200

@@ -10,8 +10,6 @@ import pytest
 
 from tests.vm.harness import Vm
 
-pytestmark = pytest.mark.xdist_group("vm")  # one machine for all
-
 MIB = 16
 DIRTY_MB_S = "0.2"
 MOST = (MIB << 20) // 2
