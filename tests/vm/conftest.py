@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vm)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vm() -> Iterator[Vm]:
     """The machine, with the checkout in /ckpt, `ckpt` on its path, root able to ssh to itself as `there`, and the workloads' container image."""
     try:
