@@ -104,7 +104,7 @@ def test_all_come_back_after_a_boot(lab: Lab) -> None:
         assert code in (-9, 137), said
     code, rows, said = resume(host)
     assert code == 23, said
-    assert {target: rows[target]["how"] for target in targets} == {**dict.fromkeys(targets, "restored"), "podman:bad": "cold"}
+    assert {target: rows[target]["how"] for target in targets} == {**dict.fromkeys(targets, "restored"), "podman:bad": "cold"}, rows
     assert [(one["rung"], one["ok"]) for one in rows["podman:bad"]["rungs"]] == [("restore", False), ("restore-closed", False), ("cold", True)]
     assert counts_on(host, "web") and counts_on(host, "bad")
     assert_never_back(host, "web", at_least=at)
