@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ckpt.engines._exec import exec_in
 from ckpt.engines._oci_held import OciHeldDump, OciHeldRestore, OciRestore, add_config, undo_restore
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
 from ckpt.errors import BusyError, CkptError, DumpFailed, EngineUnavailable, RestoreFailed, StateUnknown, TargetNotFound
-from ckpt.host.run import CommandFailed, Result, run, spawn, which
+from ckpt.host.run import CommandFailed, run, spawn, which
 from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions, State
 from ckpt.store.job import Job
 
@@ -191,17 +191,7 @@ class OciRuntime:
             raise
         return OciHeldDump(self, container, job)
 
-    def exec_in(
-        self,
-        container: Container,
-        argv: Sequence[str],
-        timeout_s: float,
-        *,
-        env: Mapping[str, str] | None = None,
-        mark: str = "",
-        alone: bool = False,
-    ) -> Result:
-        return exec_in(container, argv, timeout_s, env=env, mark=mark, alone=alone)
+    exec_in = staticmethod(exec_in)
 
     def profile(self) -> Profile:
         # runc(8) and crun(1) have no defaults but what `spec` writes: AUDIT_WRITE, and no seccomp filter.

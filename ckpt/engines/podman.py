@@ -11,7 +11,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
@@ -338,17 +338,7 @@ class Podman:
     def healthy(self, container: Container) -> bool:
         return podman("healthcheck", "run", container.id, check=False).ok
 
-    def exec_in(
-        self,
-        container: Container,
-        argv: Sequence[str],
-        timeout_s: float,
-        *,
-        env: Mapping[str, str] | None = None,
-        mark: str = "",
-        alone: bool = False,
-    ) -> Result:
-        return exec_in(container, argv, timeout_s, env=env, mark=mark, alone=alone)
+    exec_in = staticmethod(exec_in)
 
     def profile(self) -> Profile:
         from ckpt.engines import _podman_profile
