@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ _Failure = TypeVar("_Failure", bound=CkptError)
 
 
 def _script(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")  # of each thread its own: several restore at once
     part.write_text(text)
     part.chmod(0o755)
     part.rename(path)

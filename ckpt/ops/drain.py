@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,7 +126,8 @@ def drain(
             earlier = _earlier(journal)
         looked = draining.workloads(request, only=only)
         there = _rooms(request, looked, emit)
-        placed = draining.placement(looked.candidates, there, reserve=request.reserve_bytes)
+        took = Counter(one.destination for one in earlier if one.state == "moved")
+        placed = draining.placement(looked.candidates, there, reserve=request.reserve_bytes, took=took)
         stays = [*_staying(looked), *(() if request.else_checkpoint else _unplaced(looked, placed))]
         if not request.best_effort:
             _refuse(stays, there)

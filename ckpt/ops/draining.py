@@ -245,6 +245,6 @@ def _room(request: DrainRequest, destination: str, candidates: Sequence[Candidat
     return Room(destination, free, refused, frozenset(prepared))
 
 
-def placement(candidates: Sequence[Candidate], there: Sequence[Room], *, reserve: int | None) -> Placement:
-    """Where each shall go."""
-    return place([Demand(one.target, one.memory_bytes, one.group) for one in candidates], there, reserve=reserve)
+def placement(candidates: Sequence[Candidate], there: Sequence[Room], *, reserve: int | None, took: Mapping[str, int]) -> Placement:
+    """Where each shall go. `took`: destination -> how many of this drain it has already."""
+    return place([Demand(one.target, one.memory_bytes, one.group) for one in candidates], there, reserve=reserve, took=took)

@@ -14,8 +14,9 @@ from ckpt.ops.compat import size_text
 
 RESERVE_SHARE: Final = 0.1
 RESERVE_LEAST_BYTES: Final = 64 << 20
-_STEPS: Final = 16
-"""Free memory is compared in so many steps of a room; within one it counts how many it took, and which container images it lacks."""
+_NEAR: Final = 1 / 16
+"""Rooms that are free to shares that differ by no more than this count as equal; then it counts how many each took, and which container images
+it lacks. Free memory moves all the time: what is that near says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,16 @@ def reserve_bytes(room: Room, reserve: int | None) -> int:
     return max(RESERVE_LEAST_BYTES, int(room.free_bytes * RESERVE_SHARE)) if reserve is None else reserve
 
 
-def place(demands: Sequence[Demand], rooms: Sequence[Room], *, reserve: int | None = None) -> Placement:
+def place(demands: Sequence[Demand], rooms: Sequence[Room], *, reserve: int | None = None, took: Mapping[str, int] | None = None) -> Placement:
     """Place all that fits.
 
     Args:
         rooms: in the order in which they are preferred when all else is equal.
         reserve: memory in bytes to be left free in each (None: see reserve_bytes).
+        took: destination -> how many it took before.
     """
     groups = grouped(demands)
-    loose, tight = (_place(groups, rooms, reserve, tight=way) for way in (False, True))
+    loose, tight = (_place(groups, rooms, reserve, took or {}, tight=way) for way in (False, True))
     return loose if len(loose.chosen) >= len(tight.chosen) else tight
 
 
@@ -74,15 +76,17 @@ def grouped(demands: Iterable[Demand]) -> list[list[Demand]]:
     return list(found.values())
 
 
-def _place(groups: Sequence[Sequence[Demand]], rooms: Sequence[Room], reserve: int | None, *, tight: bool) -> Placement:
+def _place(
+    groups: Sequence[Sequence[Demand]], rooms: Sequence[Room], reserve: int | None, took: Mapping[str, int], *, tight: bool
+) -> Placement:
     left = {room.destination: room.free_bytes - reserve_bytes(room, reserve) if room.free_bytes else None for room in rooms}
     chosen: dict[str, str] = {}
     unplaced: dict[str, dict[str, str]] = {}
-    load = dict.fromkeys(left, 0)
+    load = {destination: took.get(destination, 0) for destination in left}
     for members in sorted(groups, key=lambda group: (-_size(group), group[0].target)):
         size = _size(members)
         why: dict[str, str] = {}
-        ranked: list[tuple[tuple[float, ...], str]] = []
+        fit: dict[str, tuple[float, tuple[float, ...]]] = {}
         for number, room in enumerate(rooms):
             refusal = _refusal(members, room, left[room.destination], size)
             if refusal:
@@ -90,13 +94,14 @@ def _place(groups: Sequence[Sequence[Demand]], rooms: Sequence[Room], reserve: i
                 continue
             free = left[room.destination]
             after = 0 if free is None else free - size
-            step = after * _STEPS // max(room.free_bytes, 1) * (1 if tight else -1)
+            share = after / max(room.free_bytes, 1) * (-1 if tight else 1)
             missing = sum(member.target not in room.prepared for member in members)
-            ranked.append(((step, missing + load[room.destination], -after, number), room.destination))
-        if not ranked:
+            fit[room.destination] = share, (missing + load[room.destination], load[room.destination], -after, number)
+        if not fit:
             unplaced.update({member.target: why for member in members})
             continue
-        best = min(ranked)[1]
+        most = max(share for share, _ in fit.values())
+        best = min((rank, destination) for destination, (share, rank) in fit.items() if share >= most - _NEAR)[1]
         chosen.update({member.target: best for member in members})
         load[best] += len(members)
         free = left[best]

@@ -90,6 +90,18 @@ def test_equal_hosts_share_and_a_container_image_that_is_there_counts() -> None:
     assert place(demands[:1], [Room("b", 8 * GIB), Room("c", 8 * GIB, prepared=frozenset({"c0"}))]).chosen == {"c0": "c"}
 
 
+def test_hosts_that_differ_by_next_to_nothing_share_too() -> None:
+    """One has the container image of both, the other a little more memory, on either side of any round figure."""
+    demands = [Demand("c0", MIB), Demand("c1", MIB)]
+    for more in range(-256 * MIB, 256 * MIB, 7 * MIB):
+        found = place(demands, [Room("b", 8 * GIB, prepared=frozenset({"c0", "c1"})), Room("c", 8 * GIB + more)])
+        assert set(found.chosen.values()) == {"b", "c"}, (more, found)
+
+
+def test_what_a_host_took_before_counts() -> None:
+    assert place([Demand("c1", MIB)], [Room("b", 8 * GIB), Room("c", 8 * GIB)], took={"b": 1}).chosen == {"c1": "c"}
+
+
 def test_an_unknown_amount_of_memory_is_not_counted() -> None:
     assert place([Demand("web", GIB)], [Room("b", 0)]).chosen == {"web": "b"}
 
