@@ -11,7 +11,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
@@ -23,7 +23,7 @@ from ckpt.archive.layout import CONFIG, SPEC
 from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
-from ckpt.engines import _hold, _podman_apparmor
+from ckpt.engines import _hold, _podman_apparmor, _podman_units
 from ckpt.engines._exec import exec_in
 from ckpt.engines._podman_held import (
     SHM_TAR,
@@ -223,6 +223,9 @@ class Podman:
 
         config = b"" if options.checked and not options.name else self._by_id(stage, manifest)
         own = {CONFIG: config} if config else {}
+        if not changed and (here := stage / CONFIG).exists():
+            free = _podman_units.out_of_unit(json_object(config or here.read_bytes(), CONFIG))
+            own |= {CONFIG: json.dumps(free).encode()} if free is not None else {}
         for name, content in changed.items():
             known = json.loads(config) if config and name == CONFIG else {}
             image = {key: known[key] for key in ("rootfsImageName",) if key in known}
@@ -275,7 +278,7 @@ class Podman:
         self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, volume_ready: Callable[[str, Path], None]
     ) -> PodmanEarlyRestore:
         if options.pod is None and not options.name:
-            options = replace(options, pod=self._pod_of(stage, manifest))
+            options = replace(options, pod=self._pod_of(stage, manifest, dict(options.pods)))
         attempt = PodmanRestore(job, manifest, options)
         job.write(
             "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
@@ -298,11 +301,16 @@ class Podman:
             raise
         return PodmanEarlyRestore(self, attempt)
 
-    def _pod_of(self, stage: Path, manifest: Manifest) -> str | None:
-        """The pod that it was in, None for none: podman restores it into that one only when told. Raises RestoreFailed when it is not here."""
+    def _pod_of(self, stage: Path, manifest: Manifest, anew: Mapping[str, str]) -> str | None:
+        """The pod that it was in, or its successor, None for none: podman restores it into one only when told.
+
+        Raises:
+            RestoreFailed: it is not here.
+        """
         if not (stage / CONFIG).exists():
             return None
         pod = str(json_object((stage / CONFIG).read_bytes(), CONFIG).get("pod") or "")
+        pod = anew.get(pod, pod)
         if pod and not podman("pod", "exists", pod, check=False).ok:
             raise RestoreFailed(f"{manifest.name} was in a pod that is not here ({pod[:12]})", hint="make one like it, and give its name: --pod NAME")
         return pod or None
@@ -410,6 +418,12 @@ class Podman:
         if infra and not (result := podman("container", "start", infra, check=False, timeout_s=START_LIMIT_S)).ok:
             said = (result.error_text.strip() or f"status {result.returncode}").splitlines()[-1]
             raise RestoreFailed(f"podman cannot start the infra container of pod {name[:12]}: {said}")
+
+    pod_unit = staticmethod(_podman_units.pod_unit)
+
+    def pod_now(self, command: Sequence[str]) -> str:
+        found = self.pod(identity) if (identity := _podman_units.pod_id(command)) else None
+        return found[0] if found is not None else ""
 
     def volume_users(self, name: str) -> list[str]:
         return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()

@@ -169,7 +169,7 @@ class Manager:
         monkeypatch.setattr(systemd, "running", lambda: True)
         monkeypatch.setattr(systemd, "control", self.control)
         monkeypatch.setattr(install_units, "LOCAL", root / "etc/systemd/system")
-        monkeypatch.setattr(units, "QUADLET", root / "etc/containers/systemd/container.d/10-ckpt.conf")
+        monkeypatch.setattr(units, "QUADLET", root / "etc/containers/systemd")
         monkeypatch.setattr(guards, "UNITS", root / "etc/systemd/system")
         monkeypatch.setattr(guards, "TRANSIENT", root / "run/systemd/system")
 

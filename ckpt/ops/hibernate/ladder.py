@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,6 +64,8 @@ class Climb:
     """What is known of the engine's side, good for the first rung only."""
     note: str = ""
     """Why it came back another way than asked for."""
+    pods: dict[str, str] = field(default_factory=dict)
+    """Those that were made anew since: the id of each then, and now."""
     warnings: list[str] = field(default_factory=list)
     error: CkptError | None = None
     at_s: float = 0.0
@@ -114,6 +116,7 @@ class Climb:
     def _restore(self, options: RestoreOptions) -> Container:
         assert self.checkpoint is not None
         looked, self.looked = self.looked, None
+        options = replace(options, pods=tuple(self.pods.items()))
         done = restoring.from_store(self.label, self.checkpoint, options, self.catalog, self.emit, False, trust.ANYBODY, looked)
         self.warnings += done.warnings
         if done.container is None:
@@ -288,7 +291,7 @@ def step_together(climbs: Sequence[Climb], name: str) -> None:
     try:
         faults.point("hibernate-rung")
         faults.point("hibernate-rung-restore")
-        options = RestoreOptions(timeout_s=first.settings.restore_timeout_s)
+        options = RestoreOptions(timeout_s=first.settings.restore_timeout_s, pods=tuple(first.pods.items()))
         after = {climb.label: set(climb.item.after) & set(chosen) for climb in climbs}
         for outcome in restore_group(chosen, name, options, first.catalog, first.emit, after=after, keep=False):
             found.setdefault(outcome.target, outcome)

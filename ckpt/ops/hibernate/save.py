@@ -143,6 +143,8 @@ class _Saving:
     """What does not run any more."""
     bundles: dict[str, list[str]] = field(default_factory=dict)
     """The targets of each work, by its label: one, or those of a group."""
+    pods: tuple[tuple[str, str], ...] = ()
+    """Those that were made anew when what had ended was brought back."""
 
     @property
     def width(self) -> int:
@@ -180,7 +182,8 @@ class _Saving:
         """Everything, layer by layer; each has its outcome then."""
         self.hibernation.write("saving")
         faults.point("hibernate-saving")
-        for text in guards.guard_units([unit for item in self.plan.items() for unit in item.units if item.action == "save"]):
+        pods = sets.pod_units(one for one in todo.values() if one.action == "save") if systemd.running() else []
+        for text in guards.guard_units([unit for item in self.plan.items() for unit in item.units if item.action == "save"], pods):
             self.emit(Notice("", text, warning=True))
         for target, error in self.plan.problems.items():
             self._failed(target, error)
@@ -352,7 +355,8 @@ class _Saving:
         with recover.uninterrupted():
             checkpoints = {target: one.checkpoint for target, one in names.items() if one.checkpoint is not None}
             together = sets.whole(self.catalog.root, checkpoints)
-            sets.start_pods(checkpoints.values(), self.emit)
+            units = [unit for item in self.plan.items() for unit in item.units]
+            self.pods = tuple(sets.start_pods(checkpoints.values(), self.emit, hold=units).items())
             back: set[str] = set()
             for layer in self.plan.layers:
                 for ref in [ref for ref, members in together.items() if set(layer) & set(members)]:
@@ -364,7 +368,7 @@ class _Saving:
                         lost[target] = said
                         with suppress(OSError):
                             self.hibernation.write("failed", item=target, error=said.to_json())
-            guards.unguard_units([unit for item in self.plan.items() for unit in item.units])
+            guards.unguard_units([*units, *sets.pod_units(self.plan.chosen.values())] if systemd.running() else units)
             # What an earlier save had ended waits on: it is to come back after the next boot, or by a resume.
             waits = any(state.state in ITEM_SAVED for target, state in self.hibernation.states().items() if target not in names)
             with suppress(OSError):
@@ -391,7 +395,7 @@ class _Saving:
             with suppress(OSError):
                 self.hibernation.write("cold", item=outcome.target)
             return
-        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s)
+        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, pods=self.pods)
         found = restoring.restore([outcome.checkpoint.manifest.id], options=options, store_root=self.catalog.root, emit=self.emit)[0]
         if found.error is not None:
             raise found.error
@@ -401,7 +405,7 @@ class _Saving:
     def _back_together(self, ref: str, members: Mapping[str, Checkpoint]) -> set[str]:
         """Bring back a group; returns those that are back (each of the others is tried by itself then)."""
         after = {target: set(self.plan.after.get(target, ())) & set(members) for target in members}
-        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s)
+        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, pods=self.pods)
         try:
             outcomes = restore_group(members, ref.partition("@")[0], options, self.catalog, self.emit, after=after)
         except CkptError as error:
