@@ -123,3 +123,12 @@ def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert guards.guard_units(["web.service"]) == ()
     guards.resume_over()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_unit_of_a_pod_is_held_in_this_boot_only(host: Host) -> None:
+    assert guards.guard_units(["web.service"], ["shop-pod.service", "../x"]) == ("'../x' is no unit that can be kept from starting",)
+    assert [path.name for path in host.units.iterdir()] == ["web.service.d"]  # at the boot it makes the pod
+    assert (host.transient / "shop-pod.service.d/91-ckpt.conf").read_text().endswith("[Service]\nRestart=no\n")
+    assert guards.guarded() == ("shop-pod.service", "web.service")
+    guards.unguard_units(["web.service", "shop-pod.service"])
+    assert guards.guarded() == () and not list(host.transient.iterdir())
