@@ -116,6 +116,26 @@ def test_only_units_that_really_own_it(host: Host, monkeypatch: pytest.MonkeyPat
     assert guards.owned(container) == ("web.service",)
 
 
+@pytest.mark.parametrize(
+    ("command", "mine"),
+    [
+        ("run --name web --replace --rm busybox", True),  # Quadlet, `podman generate systemd --new`
+        ("container run --name=web busybox", True),
+        ("start web", True),
+        ("run --name webs busybox web", False),
+        ("run --name", False),
+        ("", False),
+    ],
+)
+def test_a_unit_owns_what_it_would_make_anew(host: Host, monkeypatch: pytest.MonkeyPatch, command: str, mine: bool) -> None:
+    """What a resume has brought back is in no unit's cgroup, and is lost when the next boot but one starts it cold."""
+    shown = f"{{ path=/usr/bin/podman ; argv[]=/usr/bin/podman {command} ; ignore_errors=no ; pid=0 ; code=(null) ; status=0/0 }}"
+    monkeypatch.setattr(systemd, "unit_of", lambda pid: "libpod-1.scope")
+    monkeypatch.setattr(systemd, "control", lambda *words: shown)
+    container = Container("podman", "1", "web", "running", pid=os.getpid(), units=("web.service",))
+    assert guards.owned(container) == (("web.service",) if mine else ())
+
+
 def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd, "running", lambda: False)
     monkeypatch.setattr(guards, "UNITS", tmp_path)

@@ -36,12 +36,24 @@ _SERVICE: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}\.service")
 def owned(container: Container) -> tuple[str, ...]:
     """The units of a running container that really own it: it, or the process above it (conmon), is in the unit's cgroup.
 
+    Or that would make it anew in its place: what a resume has brought back is in no unit any more, and must not be lost at the boot after that.
     The names come from a label, which a container image can have as well: it must not say which units of the host are skipped.
     """
     if not container.pid or not systemd.running():
         return ()
     homes = {systemd.unit_of(container.pid), systemd.unit_of(_parent(container.pid))}
-    return tuple(unit for unit in container.units if unit in homes and _SERVICE.fullmatch(unit))
+    named = [unit for unit in container.units if _SERVICE.fullmatch(unit)]
+    return tuple(unit for unit in named if unit in homes or _makes(unit, container.name))
+
+
+def _makes(unit: str, name: str) -> bool:
+    """Whether a unit's command line starts or makes a container of this name."""
+    try:
+        words = systemd.control("show", "--property=ExecStart", "--value", "--", unit).split()
+    except CkptError:
+        return False
+    following = words[words.index("--name") + 1 :][:1] if "--name" in words else []
+    return bool(name) and (name in following or f"--name={name}" in words or ("start" in words and name in words[words.index("start") :]))
 
 
 def guard_units(units: Iterable[str], pods: Iterable[str] = ()) -> tuple[str, ...]:
