@@ -16,6 +16,7 @@ from ckpt.archive import manifest as manifest_file
 from ckpt.archive.members import Members
 from ckpt.errors import DigestMismatch, KeyProblem
 from ckpt.model import Checkpoint, Manifest
+from ckpt.ops.copy import copy
 from ckpt.store import recipe
 from ckpt.store.catalog import Catalog
 from ckpt.store.pages import Tagger
@@ -377,6 +378,15 @@ def test_an_archive_gets_the_digests_that_are_missing(tmp_path: Path) -> None:
     ordinary = add(catalog, {PAGES: data, layout.INVENTORY: b"x"})
     with catalog.outgoing(ordinary) as (members, told):
         assert told == ordinary.manifest
+
+
+def test_a_copy_gets_the_digests_that_are_missing(tmp_path: Path) -> None:
+    data = noise(40, 7)
+    sealed(Catalog(tmp_path / "store"), data)
+    (outcome,) = copy(["web"], tmp_path / "other", store_root=tmp_path / "store", emit=lambda event: None)
+    assert outcome.ok and outcome.checkpoint is not None
+    assert outcome.checkpoint.manifest.digests == {layout.INVENTORY: digest(b"x"), PAGES: digest(data)}
+    assert Catalog(tmp_path / "other").check(outcome.checkpoint) == []
 
 
 def test_a_digest_cannot_be_taken_out_of_the_manifest(tmp_path: Path) -> None:
