@@ -23,7 +23,7 @@ from ckpt.archive.layout import CONFIG, SPEC
 from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
-from ckpt.engines import _hold, _podman_apparmor
+from ckpt.engines import _hold, _leavings, _podman_apparmor
 from ckpt.engines._exec import exec_in
 from ckpt.engines._podman_held import (
     SHM_TAR,
@@ -283,7 +283,7 @@ class Podman:
         if not options.checked or (options.name and not options.unpublished):
             self._refuse(manifest, options)
         _podman_apparmor.ensure(stage / SPEC, lambda: self._load_profile(manifest))
-        if options.cold:
+        if not options.name:
             self._forget_runtime(manifest)
         try:
             changed = attempt.isolate(stage, volume_ready) if options.isolated else {}
@@ -330,10 +330,11 @@ class Podman:
             podman("container", "rm", "--force", made[-1], check=False)
 
     def _forget_runtime(self, manifest: Manifest) -> None:
-        """Remove what a runtime still keeps of a container that podman does not know (any more): it would not make one of that id."""
-        runtime = which(manifest.runtime or "crun")
-        if runtime is not None and not any(c.id == manifest.container_id for c in self.containers()):
-            run([runtime, "delete", "--force", manifest.container_id], check=False, timeout_s=QUERY_TIMEOUT_S)
+        """Remove what a runtime still keeps of a container that podman does not know (any more). Raises StateUnknown when that one lives."""
+        identity, runtime = manifest.container_id, which(manifest.runtime or "crun")
+        if runtime is not None:
+            # podman-container-exists(1): 1 is no; any other failure tells nothing.
+            _leavings.forget(runtime, identity, lambda: podman("container", "exists", identity, check=False).returncode != 1)
 
     def healthy(self, container: Container) -> bool:
         return podman("healthcheck", "run", container.id, check=False).ok
