@@ -130,3 +130,17 @@ def test_what_the_runtime_does_not_know_podman_is_not_asked_about(programs: Prog
     programs.answer("runc", "state", 1, "container does not exist")
     Podman()._forget_runtime(Manifest("a" * 16, "web", "podman", IDENTITY, 1.5, runtime="runc"))
     assert programs.asked("podman") == []
+
+
+def test_a_container_image_in_use_stays(programs: Programs) -> None:
+    """What a migration brought and then undid: --force would end and remove the containers that use it by now."""
+    programs.answer("podman", "image-rm", 2, "image used by 0123: image is in use by a container")
+    Podman().remove_container_image("sha256:" + "9" * 64)
+    assert programs.asked("podman") == [f"image rm sha256:{'9' * 64}"]
+
+
+def test_a_rolled_back_job_removes_its_container_image_without_force(programs: Programs, tmp_path: Path) -> None:
+    job = Job.create(tmp_path, "migrate-destination", loaded_image="9" * 64)
+    Podman().rollback(job)
+    job.release()
+    assert [asked for asked in programs.asked("podman") if asked.startswith("image")] == [f"image rm {'9' * 64}"]
