@@ -19,6 +19,7 @@ from ckpt.archive import manifest as manifest_file
 from ckpt.archive.untagged import Untagged
 from ckpt.criu import action
 from ckpt.criu import lazy as memory
+from ckpt.criu.pagestream import PageWriter
 from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, EarlyRestore, Engine, HeldRestore, StartsEarly
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
@@ -271,8 +272,6 @@ def _ahead(stage: Path, number: int) -> Path:
 
 def receive_pages(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """Make CRIU images of the memory pages that the source's dump sends. They come before the rest of the checkpoint."""
-    from ckpt.criu.pagestream import PageWriter
-
     arrival = _arrival(session)
     assert arrival.draft is not None
     stage, number, parent = arrival.draft.stage, _number(args, "images"), _number(args, "parent")
