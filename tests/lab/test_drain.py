@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab import test_group_migrate as shop
 from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, start_counter, state, wait_until
 from tests.lab.harness import Lab
 from tests.lab.harness.host import Host
@@ -76,6 +77,26 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     for name in names:
         wait_until(lambda name=name: counts_on(b, name), f"{name} counts on b")  # type: ignore[misc]
     assert_clean(a, b, c)
+
+
+@pytest.mark.parametrize("lab_options", [{"runtime": "crun"}], ids=["crun"])
+def test_a_group_goes_and_comes_back_as_one(lab: Lab) -> None:
+    """With the connection among its members, both ways; killed when one member of two is noted."""
+    shop.start(lab)
+    a, b = lab
+    before = last_tick(a, "client")
+    killed = a.run(["ckpt", "drain", "--to", "root@b"], check=False, env={"CKPT_FAULT": "drain-moved:kill"}, timeout_s=150)
+    assert killed.returncode in (-9, 137), killed
+    rows = drained(a, "--resume")
+    assert {name: row["state"] for name, row in rows.items()} == dict.fromkeys(shop.MEMBERS, "moved")
+    shop.all_on(lab, b, at_least=before)
+    before = last_tick(b, "client")
+    killed = a.run(["ckpt", "undrain", "--precopy"], check=False, env={"CKPT_FAULT": "undrain-noted:kill"}, timeout_s=150)
+    assert killed.returncode in (-9, 137), killed
+    back = json.loads(a.run(["ckpt", "undrain", "--format", "json"], timeout_s=150).stdout)["results"]
+    assert [row["state"] for row in back] == ["returned"]
+    shop.all_on(lab, a, at_least=before)
+    assert_clean(a, b)
 
 
 def refuse(host: Host, container_id: str) -> None:
