@@ -126,7 +126,7 @@ def show(session: Session, report: Report) -> int:
     for one in report.went:
         if one.error is not None:
             session.reporter.error(one.error)
-        elif one.state not in ("moved", "planned", "returned"):
+        elif not one.well:
             session.reporter.warning(f"{one.name}: {one.state}{f': {one.reason}' if one.reason else ''}")
     return report.exit_code
 
@@ -136,7 +136,7 @@ def went_row(one: Went, drain: str) -> Row:
     return {
         "name": one.name,
         "id": one.container_id or None,
-        "ok": one.error is None and one.state in ("moved", "planned", "returned"),
+        "ok": one.well or (one.error is None and one.state in ("moved", "planned")),
         "target": one.target,
         "state": one.state,
         "destination": one.destination,

@@ -29,7 +29,7 @@ from ckpt.errors import (
 )
 from ckpt.events import Emit, Notice
 from ckpt.model import Container
-from ckpt.ops import children, draining, drainstate, faults, parallel, recover
+from ckpt.ops import children, drainask, draining, drainstate, faults, parallel, recover
 from ckpt.ops.draining import Candidate, DrainRequest, Looked
 from ckpt.ops.placing import Placement, Room, reserve_bytes
 from ckpt.peer import client
@@ -59,6 +59,11 @@ class Went:
     error: CkptError | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def well(self) -> bool:
+        """It is where it was to go, and nothing else is to be said."""
+        return self.error is None and (self.state == "returned" or (self.state in ("moved", "planned") and not self.reason))
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -77,11 +82,11 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: all are away; 100: all but those that were to stay; else the gravest failure's."""
+        """0: all are away; 100: all but those that were to stay, or somebody could not be asked; else the gravest failure's."""
         error = self.error
         if error is not None:
             return error.exit_code
-        return 0 if all(one.state in ("moved", "planned", "returned") for one in self.went) else DoneWithWarnings.exit_code
+        return 0 if all(one.well for one in self.went) else DoneWithWarnings.exit_code
 
 
 def drain(
@@ -125,7 +130,7 @@ def drain(
         if journal is not None and not dry_run:
             journal.acquire()
             drainstate.settle(journal, store_root=store_root, emit=emit)
-            earlier = _earlier(journal)
+            earlier = _asked(journal, request, _earlier(journal))
         looked = draining.workloads(request, only=only)
         for note in looked.notes:
             emit(Notice("drain", note, warning=True))
@@ -460,6 +465,21 @@ def _planned(looked: Looked, placed: Placement) -> list[Went]:
         for one in looked.candidates
         if one.target in placed.chosen
     ]
+
+
+def _asked(journal: Drain, request: DrainRequest, earlier: list[Went]) -> list[Went]:
+    """The same, as the other hosts have it: what is not there any more is told, and who could not be asked."""
+    said = drainask.ask(drainask.sent(journal), ssh_options=request.ssh_options, access=request)
+    found = []
+    for one in earlier:
+        answer = said.get(one.target) if one.state == "moved" else None
+        if answer is None:
+            found.append(one)
+            continue
+        if answer.state == "changed":
+            journal.write("changed", item=one.target, reason=answer.reason)
+        found.append(replace(one, state="changed" if answer.state == "changed" else one.state, reason=answer.reason))
+    return found
 
 
 def _earlier(journal: Drain) -> list[Went]:

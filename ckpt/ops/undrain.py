@@ -8,18 +8,30 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ckpt.engines import registry
-from ckpt.errors import CannotConnect, CkptError, MigrationRolledBack, NeedsContinue, RemoteRefused, StateUnknown, TargetNotFound, TransferFailed
+from ckpt.errors import (
+    CannotConnect,
+    CkptError,
+    MigrationRolledBack,
+    NeedsContinue,
+    RemoteRefused,
+    StateUnknown,
+    TargetNotFound,
+    TransferFailed,
+    UsageError,
+)
 from ckpt.events import Emit, Notice
-from ckpt.ops import children, drainstate, faults, parallel, recover
+from ckpt.ops import children, drainask, drainstate, faults, parallel, recover
 from ckpt.ops.drain import Report, Went
+from ckpt.ops.drainask import Said
+from ckpt.ops.draining import DrainRequest
 from ckpt.ops.fetching import Fetch
-from ckpt.peer import client, messages
+from ckpt.peer import messages
 from ckpt.store import drains
 from ckpt.store.drains import Drain, DrainItem, DrainState
 from ckpt.store.history import JOB_ID
@@ -56,8 +68,8 @@ def undrain(request: UndrainRequest, *, dry_run: bool = False, store_root: Path,
         BusyError: another ckpt is at it.
         KeyboardInterrupt: nothing more was begun, what was under way is over.
     """
-    for said in recover.sweep(store_root):
-        emit(Notice("undrain", said))
+    for line in recover.sweep(store_root):
+        emit(Notice("undrain", line))
     journals = [journal for journal in Drain.every(store_root) if journal.state != drains.UNDRAINED]
     if not journals:
         raise TargetNotFound("this host was not drained, or all is back", where="nothing was touched")
@@ -74,7 +86,9 @@ def undrain(request: UndrainRequest, *, dry_run: bool = False, store_root: Path,
         for journal in journals:
             items = [item for item in away[journal.id] if not request.only or {item.target, item.name} & set(request.only)]
             if dry_run:
-                went += [_planned(item, journal.states()[item.target]) for item in items]
+                chosen = [one for one in drainask.sent(journal, drains.AWAY) if one.item in items]
+                said = drainask.ask(chosen, ssh_options=request.ssh_options, access=_request(journal))
+                went += [_planned(one, said[one.item.target]) for one in chosen]
             else:
                 went += _Undraining(request, journal, store_root, emit).run(items)
         if not dry_run:
@@ -162,19 +176,20 @@ class _Undraining:
 
     def _fetch(self, unit: list[DrainItem], destination: str) -> dict[str, tuple[str, str] | CkptError]:
         """Of each: ("returned" or "changed", why), or why it is still there. Raises CkptError when all are."""
-        if is_https(destination):
-            named = ", ".join(item.name for item in unit)
-            what = f"--group {unit[0].as_one} root@THIS-HOST" if len(unit) > 1 else f"{unit[0].target} root@THIS-HOST"
-            message = f"{named} {'is' if len(unit) == 1 else 'are'} behind a ckpt serve, from which nothing can be fetched"
-            raise RemoteRefused(message, where=f"{named}: on {destination}", hint=f"run there: ckpt migrate {what}")
         became: dict[str, tuple[str, str] | CkptError] = {}
+        answers = self._ask(unit, destination)
         for item in unit:
-            if self.states[item.target].state == "returning":
+            said = answers[item.target]
+            if self.states[item.target].state == "returning" and not is_https(destination):
                 self._mend(item, destination)
             if drainstate.runs_here(replace(item, container_id=self._id(item))):
                 became[item.target] = "returned", "it runs here already"
-            elif changed := self._changed(item, destination):
-                became[item.target] = "changed", changed
+            elif said.state == "changed":
+                became[item.target] = "changed", said.reason
+            elif is_https(destination):
+                became[item.target] = _unreachable(item, destination, said)
+            elif said.error is not None:
+                raise type(said.error)(said.reason, where=f"{item.name} went to {destination}", hint=said.error.hint)
         coming = [item for item in unit if item.target not in became]
         if coming:
             became |= self._come(coming, destination)
@@ -220,6 +235,10 @@ class _Undraining:
             raise _from_here(error or ended.error or TransferFailed(f"{item.name} was not brought back"), item, destination, settled=settled)
         self.told[item.target] = {key: ended.row.get(key) for key in ("total_s", "downtime_s", "sent_bytes")}
 
+    def _ask(self, unit: Sequence[DrainItem], destination: str) -> dict[str, Said]:
+        sent = [drainask.Sent(item, destination, self._id(item)) for item in unit]
+        return drainask.ask(sent, ssh_options=self.request.ssh_options, access=_request(self.journal))
+
     def _mend(self, item: DrainItem, destination: str) -> None:
         """Finish what an undrain that was killed left in doubt on the other host."""
         for row in self._jobs(destination):
@@ -227,18 +246,6 @@ class _Undraining:
                 error = self._pull(destination, ["--continue", str(row["id"])], item).error
                 if error is not None:
                     raise _from_here(error, item, destination)
-
-    def _changed(self, item: DrainItem, destination: str) -> str:
-        """Why what is there is not what went there; "" when it is. Raises CkptError when it cannot be asked."""
-        if item.engine == "process":
-            return ""
-        with client.connect(destination, ssh_options=self.request.ssh_options, purpose="check") as peer:
-            by_id = peer.call("facts", {"engine": item.engine, "id": self._id(item)}).get("names") or []
-            by_name = peer.call("facts", {"engine": item.engine, "name": item.name}).get("names") or []
-            there = peer.hostname
-        if not by_id:
-            return f"it is not on {there} any more" + (f"; another one is called {item.name} there" if by_name else "")
-        return "" if by_name else f"it has another name on {there}: to bring it back all the same, run there: ckpt migrate {self._id(item)[:12]} HOST"
 
     def _jobs(self, destination: str) -> list[dict[str, Any]]:
         """The migrations that wait on the other host."""
@@ -288,9 +295,22 @@ def _from_here(error: CkptError, item: DrainItem, destination: str, *, settled: 
     return error
 
 
-def _planned(item: DrainItem, state: DrainState) -> Went:
-    destination = str(state.facts.get("destination") or item.destination)
-    return Went(item.target, item.name, "planned", destination, str(state.facts.get("container_id") or item.container_id), item.memory_bytes)
+def _unreachable(item: DrainItem, destination: str, said: Said) -> CkptError:
+    message = f"{item.name} is behind a ckpt serve, from which nothing can be fetched"
+    hint = f"run there: ckpt migrate {f'--group {item.as_one} root@THIS-HOST' if item.as_one else f'{item.target} root@THIS-HOST'}"
+    where = f"{item.name} runs there" if not said.reason else f"{item.name} went to {destination}: {said.reason}"
+    return RemoteRefused(message, where=where, hint=hint)
+
+
+def _planned(one: drainask.Sent, said: Said) -> Went:
+    state = "changed" if said.state == "changed" else "planned"
+    return Went(one.item.target, one.item.name, state, one.destination, one.container_id, one.item.memory_bytes, said.reason)
+
+
+def _request(journal: Drain) -> DrainRequest | None:
+    with suppress(UsageError):
+        return DrainRequest.from_json(journal.request)
+    return None
 
 
 def _saved(item: DrainItem, state: DrainState) -> Went:

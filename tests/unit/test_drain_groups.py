@@ -12,10 +12,10 @@ import pytest
 
 from ckpt.cli import moving
 from ckpt.cli.drain import command as drain_command
-from ckpt.errors import Bug, CkptError, DumpFailed, MigrationRolledBack, NeedsContinue
+from ckpt.errors import Bug, CannotConnect, CkptError, DumpFailed, MigrationRolledBack, NeedsContinue
 from ckpt.events import Event
 from ckpt.model import Container, JobRecord, Volume
-from ckpt.ops import children, draining, drainstate, realgroups, undrain
+from ckpt.ops import children, destination, drainask, draining, drainstate, realgroups, undrain
 from ckpt.ops import drain as use_case
 from ckpt.ops.placing import Placement, Room
 from ckpt.store import drains
@@ -208,7 +208,6 @@ def test_in_a_hurry_a_group_is_saved_at_one_instant(tmp_path: Path, monkeypatch:
 
 
 def test_what_went_as_one_is_fetched_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed when one of two was noted: the other one is here already, too."""
     made = journal(tmp_path)
     made.tell("moved", TARGETS, destination="root@b")
     made.write(drains.DRAINED)
@@ -222,7 +221,7 @@ def test_what_went_as_one_is_fetched_as_one(tmp_path: Path, monkeypatch: pytest.
         return children.Ended(0, {}, None, "", rows=tuple({"name": target, "ok": True, "downtime_s": 0.5} for target in targets))
 
     monkeypatch.setattr(undrain.Fetch, "group", fetch)
-    monkeypatch.setattr(undrain._Undraining, "_changed", lambda self, item, destination: "")
+    monkeypatch.setattr(drainask, "_ask", lambda destination, sent, *how: {one.item.target: drainask.Said("there") for one in sent})
     monkeypatch.setattr(undrain.drainstate, "runs_here", lambda item: item.container_id in here)
     monkeypatch.setattr(undrain.registry, "by_name", lambda name: SimpleNamespace(prefixes=("podman",)))
     request = undrain.UndrainRequest(words=("--precopy",), group_words=("--no-lazy",))
@@ -236,3 +235,71 @@ def test_a_groups_words_are_without_what_is_for_single_containers() -> None:
     with drain_command.make_context("drain", words, help_option_names=["-h", "--help"]) as context:
         taken = {name: context.params[name] for name in moving.NAMES}
     assert moving.words(drain_command, moving.for_group(taken), server=False) == ["--no-lazy", "--compress", "none"]
+
+
+# -- what the other hosts say
+
+
+class There:
+    """A host that answers, or does not."""
+
+    hostname = "b"
+
+    def __init__(self, answers: Any) -> None:
+        self.answers = answers
+        self.asked: list[Any] = []
+
+    def call(self, verb: str, args: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(args["workloads"])
+        return {"workloads": self.answers}
+
+    def __enter__(self) -> There:
+        if self.answers is None:
+            raise CannotConnect("cannot connect to root@b: it does not answer")
+        return self
+
+    def __exit__(self, *how: object) -> None:
+        pass
+
+
+def standing(name: str, state: str = "running", name_taken: bool = False) -> dict[str, Any]:
+    return {"state": state, "name": name, "name_taken": name_taken}
+
+
+@pytest.mark.parametrize(("answers", "states", "words"), [
+    ([standing("web"), standing("db")], ["there", "there"], ""),
+    ([standing("web", "exited"), standing("db")], ["there", "there"], "it is exited on b"),
+    ([standing("", ""), standing("old")], ["changed", "changed"], "it is not on b any more"),
+    ([standing("", "", True), standing("db")], ["changed", "there"], "another one is called web there"),
+    ([None, standing("db")], ["unknown", "there"], "podman on b cannot be used"),
+    ([], ["unknown", "unknown"], "could not be asked: its ckpt is too old"),
+    ({"a": 1}, ["unknown", "unknown"], "could not be asked"),
+    (None, ["unknown", "unknown"], "could not be asked: cannot connect to root@b"),
+])  # fmt: skip
+def test_the_other_host_is_asked_once_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: Any, states: list[str], words: str
+) -> None:
+    made = journal(tmp_path)
+    made.tell("moved", TARGETS, destination="root@b")
+    there = There(answers)
+    monkeypatch.setattr(drainask.client, "connect", lambda destination, **how: there)
+    said = drainask.ask(drainask.sent(made))
+    assert [said[target].state for target in TARGETS] == states and words in said["podman:web"].reason
+    assert len(there.asked) == (answers is not None)
+    # A drain that is taken up again: its rows say so, and its journal what it has learned.
+    rows = use_case._asked(made, draining.DrainRequest(("root@b",)), use_case._earlier(made))
+    assert [one.state for one in rows] == ["changed" if state == "changed" else "moved" for state in states] and words in rows[0].reason
+    assert [made.states()[target].state for target in TARGETS] == [one.state for one in rows]
+    assert use_case.Report("", tuple(rows)).exit_code == (0 if states == ["there", "there"] and not words else 100)
+
+
+def test_a_host_says_how_workloads_stand_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = [container("web"), Container("podman", "x", "db", "exited")]
+    monkeypatch.setattr(destination.registry, "by_name", lambda name: SimpleNamespace(containers=lambda: present) if name == "podman" else fail())
+    asked: list[Any] = [{"engine": "podman", "id": one.container_id, "name": one.name} for one in ITEMS]
+    found = destination.standing([*asked, {"engine": "none"}, 3])
+    assert found == [standing("web"), standing("", "", True), None, None]
+
+
+def fail() -> Any:
+    raise CkptError("no such engine")
