@@ -304,17 +304,26 @@ class _Draining:
     def _truth(self, one: Candidate, ended: children.Ended) -> CkptError | None:
         """What its migration failed with; None when it is there all the same. One in doubt is continued."""
         error = ended.error
-        if isinstance(error, NeedsContinue | StateUnknown) and ended.job:
-            self.journal.write("waiting", item=one.target, job=ended.job)
-            error = drainstate.continue_(ended.job, store_root=self.root, emit=self.emit) or error
-        elif ended.row:
-            return error
-        # Without a result its ckpt has crashed, or was killed: its job knows.
+        assert error is not None
+        job = ended.job if isinstance(error, NeedsContinue | StateUnknown) else ""
+        if not job:
+            if ended.row:
+                return error
+            # Without a result its ckpt has crashed, or was killed: its job knows.
+            found = drainstate.settled(self.journal, one.target, self.root, self.emit)
+            if found.state != "waiting":
+                return None if found.state == "moved" else error
+            job = found.job
+        self.journal.write("waiting", item=one.target, job=job)
+        still = drainstate.continue_(job, store_root=self.root, emit=self.emit)
         found = drainstate.settled(self.journal, one.target, self.root, self.emit)
-        if found.state == "waiting" and not isinstance(error, NeedsContinue | StateUnknown):
-            hint = f"ckpt migrate --continue {found.job}"
-            return NeedsContinue(error.message if error else "in doubt", where=f"{one.container.name} is frozen here", hint=hint)
-        return None if found.state == "moved" else error
+        if found.state == "here":
+            return MigrationRolledBack(f"{one.container.name} was not migrated: {error.message}", log=error.log)
+        waits = still or error
+        if found.state == "waiting" and not isinstance(waits, NeedsContinue | StateUnknown):
+            where = f"{one.container.name} is frozen here, and may be running there"
+            waits = NeedsContinue(waits.message, where=where, hint=f"ckpt migrate --continue {job}")
+        return None if found.state == "moved" else waits
 
     def _words(self, unit: list[Candidate], destination: str) -> list[str]:
         request = self.request

@@ -191,6 +191,13 @@ def test_one_in_doubt_waits_and_nobody_tries_elsewhere(tmp_path: Path, monkeypat
     assert moves.states == ["moved", "waiting"] and moves.report.exit_code == 51 and len(moves.words) == 1
 
 
+def test_one_in_doubt_that_goes_on_here_when_it_is_continued_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubt = ended(row("web", NeedsContinue("frozen")), row("db", NeedsContinue("frozen")))
+    refused = ended(row("web", MigrationRolledBack("boom")), row("db", MigrationRolledBack("boom")))
+    moves = Moves(tmp_path, monkeypatch, doubt, refused, truth="here")
+    assert moves.states == ["failed", "failed"] and moves.report.exit_code == 50 and "root@c" in moves.words[1]
+
+
 @pytest.mark.parametrize(("truth", "state", "code"), [("moved", "moved", 0), ("here", "failed", 70), ("waiting", "waiting", 51)])
 def test_what_a_crashed_migration_did_its_jobs_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truth: str, state: str, code: int) -> None:
     moves = Moves(tmp_path, monkeypatch, ended(error=Bug("its ckpt ended by SIGKILL")), truth=truth)
