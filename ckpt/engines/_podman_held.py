@@ -15,7 +15,7 @@ from ckpt.criu import lazy, tree
 from ckpt.engines import _hold, _shim
 from ckpt.engines import _podman_isolated as isolated
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
-from ckpt.host import netns, traffic
+from ckpt.host import conntrack, netns, traffic
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
 from ckpt.model import Container, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -251,6 +251,7 @@ class PodmanRestore:
             argv += ["--tcp-established"]
             if not options.ignore_static_ip:
                 traffic.block(self.job.directory, self.manifest.addresses)
+                conntrack.forget(self.manifest.addresses)
         argv += ["--file-locks"] if locks else []
         argv += ["--name", options.name] if options.name else []
         argv += ["--ignore-static-ip"] if options.ignore_static_ip else []

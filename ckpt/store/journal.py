@@ -1,7 +1,7 @@
 """A journal of several workloads' way: what a hibernation and a drain have in common.
 
 A directory of its own: `journal.jsonl`, one JSON object a line, on the disk before the step that it announces; `lock`, flock of the living
-owner. Lines with `item` are about one workload, the others about the whole.
+owner. Lines with `item` are about one workload, those with `members` about several, the others about the whole.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Journal:
     @property
     def state(self) -> str:
         """The newest state of the whole."""
-        return next((str(entry["state"]) for entry in reversed(self.entries()) if "item" not in entry), "")
+        return next((str(entry["state"]) for entry in reversed(self.entries()) if not {"item", "members"} & set(entry)), "")
 
     def sync_directory(self) -> None:
         """Bring the names of a new journal to the disk."""

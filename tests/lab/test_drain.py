@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.lab import test_group_migrate as shop
+from tests.lab import test_serve as serving
 from tests.lab.counting import assert_clean, assert_never_back, counts_on, last_tick, start_counter, state, wait_until
 from tests.lab.harness import Lab
 from tests.lab.harness.host import Host
@@ -76,6 +78,50 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     for name in names:
         wait_until(lambda name=name: counts_on(b, name), f"{name} counts on b")  # type: ignore[misc]
     assert_clean(a, b, c)
+
+
+@pytest.mark.parametrize("lab_options", [{"runtime": "crun"}], ids=["crun"])
+def test_a_group_goes_and_comes_back_as_one(lab: Lab) -> None:
+    """With the connection among its members, both ways; killed when one member of two is noted."""
+    shop.start(lab)
+    a, b = lab
+    before = last_tick(a, "client")
+    killed = a.run(["ckpt", "drain", "--to", "root@b"], check=False, env={"CKPT_FAULT": "drain-moved:kill"}, timeout_s=150)
+    assert killed.returncode in (-9, 137), killed
+    rows = drained(a, "--resume")
+    assert {name: row["state"] for name, row in rows.items()} == dict.fromkeys(shop.MEMBERS, "moved")
+    shop.all_on(lab, b, at_least=before)
+    before = last_tick(b, "client")
+    killed = a.run(["ckpt", "undrain", "--precopy"], check=False, env={"CKPT_FAULT": "undrain-noted:kill"}, timeout_s=150)
+    assert killed.returncode in (-9, 137), killed
+    back = json.loads(a.run(["ckpt", "undrain", "--format", "json"], timeout_s=150).stdout)["results"]
+    assert [row["state"] for row in back] == ["returned"]
+    shop.all_on(lab, a, at_least=before)
+    assert_clean(a, b)
+
+
+@pytest.mark.parametrize("lab_options", [{"runtime": "crun"}], ids=["crun"])
+def test_against_the_clock_and_over_https(lab: Lab) -> None:
+    a, b = lab
+    shop.start(lab)
+    start_counter(a, "late")
+    before = {name: last_tick(a, name) for name in ("client", "late")}
+    # At 25 KiB a second none of them can be away in time; saving is quick.
+    rows = drained(a, "--to", "root@b", "--deadline", "30s", "--bwlimit", "100K", "--else-checkpoint", "store", code=100)
+    assert {name: row["state"] for name, row in rows.items()} == dict.fromkeys((*shop.MEMBERS, "late"), "saved"), rows
+    assert not {"running", "paused"} & {state(host, name) for host in lab for name in rows}
+    a.run(["ckpt", "restore", "late"])
+    a.run(["ckpt", "restore", "--group", "shop"])
+    assert_never_back(a, "late", before["late"])
+    shop.all_on(lab, a, at_least=before["client"])
+
+    _, fingerprint = serving.serve(lab)
+    words = ["--to", serving.URL, "--fingerprint", fingerprint, "--token-file", "/root/token", "--exclude", "late"]
+    serving.token(lab, "migrate")  # a group is one use
+    rows = drained(a, *words, code=100)
+    assert {row["state"] for name, row in rows.items() if name != "late"} == {"moved"}, rows
+    shop.all_on(lab, b, at_least=before["client"])
+    assert_clean(a, b)
 
 
 def refuse(host: Host, container_id: str) -> None:

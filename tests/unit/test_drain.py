@@ -22,6 +22,7 @@ from ckpt.host.run import PIPE, spawn
 from ckpt.model import Compression, Container, JobRecord
 from ckpt.ops import children, draining, drainstate, undrain, watch
 from ckpt.ops.drain import Report, Went
+from ckpt.ops.drainask import Said
 from ckpt.ops.placing import Demand, Room, place, reserve_bytes, together
 from ckpt.peer import inherited, rate
 from ckpt.store import drains
@@ -171,7 +172,7 @@ def test_the_mark_of_a_drained_host(tmp_path: Path) -> None:
     assert not (tmp_path / "drained.json").exists()
 
 
-def test_two_drains_count_together(tmp_path: Path) -> None:
+def test_two_drains_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more container was started here after the first, and moved too: nobody forgets the first."""
     for item in (WEB, DrainItem("podman:db", "podman", "2" * 64, "db", "root@c")):
         made = Drain.create(tmp_path)
@@ -181,6 +182,7 @@ def test_two_drains_count_together(tmp_path: Path) -> None:
         made.release()
     drains.mark(tmp_path)
     assert (drains.marked(tmp_path) or {})["away"] == 2
+    monkeypatch.setattr(undrain.drainask, "ask", lambda sent, **how: {one.item.target: Said("there") for one in sent})
     went = undrain.undrain(undrain.UndrainRequest(), dry_run=True, store_root=tmp_path, emit=lambda event: None).went
     assert {(one.name, one.destination) for one in went} == {("web", "root@b"), ("db", "root@c")}
     with pytest.raises(CkptError, match="'x' is not among"):
