@@ -1,12 +1,11 @@
 """What engines that drive an OCI runtime share: the shim, the held dump, the held restore.
 
-A job's directory is the meeting point: the engine writes `shim.json` and `criu.conf`, the shim and CRIU's action-script
+A job's directory is the meeting point: the engine writes `shim.plan` and `criu.conf`, the shim and CRIU's action-script
 answer with the marker files `held`, `bundle` and `runtime.exit`, and read the verdict (see ckpt/store/job.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -55,10 +54,11 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     path = directory / Path(runtime).name
     shim = quoted(_shim.__file__)
     # Engines call their runtime many times; Python starts only for what the shim has a part in.
+    # podman asks `checkpoint --help` first.
     text = (
         "#!/bin/sh\n"
         + (f"CKPT_SHIM_JOB={quoted(job.directory)}; export CKPT_SHIM_JOB\n" if job else "")
-        + """case " $* " in *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
+        + """case " $* " in *" --help "*) mine= ;; *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
         + f'[ "$mine" ] && [ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
         f'  exec {quoted(sys.executable)} -I -S {shim} {quoted(real)} "$@"\n'
         f'exec {quoted(real)} "$@"\n'
@@ -95,23 +95,26 @@ def arm(
         (job.directory / marker).unlink(missing_ok=True)
     hold.set_aside(job.directory, "bundle", "runtime.exit")
     config = hold.prepare(job.directory, page_server_port=page_server_port, lazy=lazy, memory_stays=memory_stays, tcp_close=tcp_close)
-    plan: dict[str, object] = {"cold": cold, "verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
-    plan["flags"] = {"runc": [LAZY_FLAG]} if lazy or memory_stays else {}
-    part = job.directory / "shim.json.part"
-    part.write_text(json.dumps(plan))
-    part.rename(job.directory / "shim.json")
+    plan = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
+    plan |= {"cold": "1"} if cold else {}
+    plan |= {"flags runc": LAZY_FLAG} if lazy or memory_stays else {}
+    _write_plan(job, plan)
 
 
 def arm_sketch(job: Job) -> None:
     """Let the shim answer the engine's next `checkpoint` without making one."""
-    part = job.directory / "shim.json.part"
-    part.write_text(json.dumps({"verb": "checkpoint", "sketch": True}))
-    part.rename(job.directory / "shim.json")
+    _write_plan(job, {"verb": "checkpoint", "sketch": "1"})
+
+
+def _write_plan(job: Job, plan: dict[str, str]) -> None:
+    part = job.directory / f"{_shim.PLAN}.part"
+    part.write_bytes(_shim.plan_dumps(plan))
+    part.rename(job.directory / _shim.PLAN)
 
 
 def disarm(job: Job) -> None:
     """From now on the shim is the real runtime, also for what conmon starts later with this job in its environment."""
-    (job.directory / "shim.json").unlink(missing_ok=True)
+    (job.directory / _shim.PLAN).unlink(missing_ok=True)
 
 
 def wait_for(marker: Path, process: Process | None, timeout_s: float, failed: Callable[[], bool] | None = None) -> bool:

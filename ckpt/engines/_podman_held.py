@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ckpt.criu import lazy, tree
-from ckpt.engines import _hold
+from ckpt.engines import _hold, _shim
 from ckpt.engines import _podman_isolated as isolated
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
 from ckpt.host import netns, traffic
@@ -272,9 +272,9 @@ class PodmanRestore:
         directory = self.job.directory
         if not _hold.wait_for(directory / "bundle", self.process, self.options.timeout_s):
             raise self.failed()
-        told = json.loads((directory / "bundle").read_text())
+        told = _shim.plan_loads((directory / "bundle").read_bytes())
         if not self.container_id:
-            self.container_id = str(told["id"])
+            self.container_id = told["id"]
             self.job.write("creating", new_container_id=self.container_id)
         spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
         return Path(told["bundle"], spec["root"]["path"]), spec

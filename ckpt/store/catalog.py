@@ -89,6 +89,8 @@ class Catalog:
         self.drafts = root / "tmp"
         self.packs = root / "packs"
         self.locks = root / "locks"
+        self._seen: dict[str, tuple[tuple[int, ...], Checkpoint]] = {}
+        """Directory name -> its files' stamps, and what they said: a host's save lists the store for each of its containers."""
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -323,7 +325,7 @@ class Catalog:
         for name in names:
             directory = self.entries / name
             try:
-                found.append(_read(directory))
+                found.append(self._read(directory))
             except FileNotFoundError:
                 if directory.exists():  # else: removed while we looked
                     broken.append(Broken(directory, f"{MANIFEST} is missing"))
@@ -331,6 +333,18 @@ class Catalog:
                 broken.append(Broken(directory, str(error)))
         found.sort(key=lambda c: (c.manifest.name, c.manifest.generation, c.manifest.created_s))
         return Listing(tuple(found), tuple(broken))
+
+    def _read(self, directory: Path) -> Checkpoint:
+        """`_read`, once as long as the files stay the same: they are only ever replaced whole."""
+        stamps: tuple[int, ...] = ()
+        for name in (MANIFEST, entries.FILE):
+            with suppress(FileNotFoundError):
+                about = os.stat(directory / name)
+                stamps += (about.st_ino, about.st_mtime_ns, about.st_ctime_ns, about.st_size)
+        known = self._seen.get(directory.name)
+        if known is None or known[0] != stamps:
+            known = self._seen[directory.name] = stamps, _read(directory)
+        return known[1]
 
     def all(self) -> list[Checkpoint]:
         """The readable checkpoints, sorted by name, oldest first."""

@@ -267,6 +267,7 @@ class _Saving:
 
         It is read back by its restore in any case, before anything is touched.
         """
+        draft.tags = (TAG,)
         kept = draft.commit(manifest)
         try:
             self._verify(kept)
@@ -274,7 +275,7 @@ class _Saving:
             with suppress(CkptError):
                 self.catalog.remove(kept)
             raise
-        return self.catalog.amend(kept, lambda entry: replace(entry, tags=tuple(dict.fromkeys([*entry.tags, TAG])))), {}
+        return kept, {}
 
     def _verify(self, kept: Checkpoint) -> None:
         """Read it back, if asked. Raises DumpFailed."""
