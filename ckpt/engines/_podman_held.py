@@ -198,7 +198,7 @@ class PodmanRestore:
         for name, _ in self.manifest.volumes:
             if name in self.job.facts.get("volumes_ahead", []):
                 continue  # made and filled before (a migration does that while the workload still runs)
-            with _FILLING.setdefault(name, threading.Lock()):  # of copies that come at once the first makes it, and the others wait until it is filled
+            with _FILLING.setdefault(name, threading.Lock()):  # of copies that come at once the first makes it, the others wait until it is filled
                 self._make_volume(name, volume_ready)
 
     def _make_volume(self, name: str, volume_ready: Callable[[str, Path], None]) -> None:
