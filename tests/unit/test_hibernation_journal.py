@@ -93,3 +93,21 @@ def test_works_have_their_results_in_order_and_at_most_so_many_at_once() -> None
 def test_after_the_deadline_nothing_is_begun() -> None:
     found = parallel.run_all({"a": lambda: 1}, width=2, deadline_s=0.0)
     assert isinstance(found["a"], parallel.Dropped)
+
+
+@pytest.mark.parametrize("where", ["start", "is_alive", "join"])
+def test_interrupted_anywhere_it_waits_for_what_has_begun(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    goes_on, done, real, struck = threading.Event(), list[str](), getattr(threading.Thread, where), list[str]()
+
+    def strike(thread: threading.Thread, *rest: float) -> object:
+        found = real(thread, *rest)
+        if thread.name.startswith("ckpt-work") and not struck:
+            struck.append(where)
+            threading.Timer(0.1, goes_on.set).start()
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(threading.Thread, where, strike)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.run_all({"a": lambda: (goes_on.wait(30), done.append("a")), "b": lambda: done.append("b")}, width=1)
+    assert done == ["a"]
