@@ -31,9 +31,9 @@ def plan_dumps(plan: "Mapping[str, str]") -> bytes:
 
 
 def plan_loads(data: bytes) -> "dict[str, str]":
-    """What `plan_dumps` wrote, or `told`; what comes after the last zero byte is not looked at."""
+    """What `plan_dumps` wrote; what comes after the last zero byte is not looked at."""
     words = [os.fsdecode(word) for word in data.split(b"\0")[:-1]]
-    return dict(zip(words[::2], words[1::2]))
+    return dict(zip(words[::2], words[1::2], strict=False))
 
 
 def become(real: str, args: list[str]) -> None:
