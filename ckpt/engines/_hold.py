@@ -30,10 +30,11 @@ _TAIL_BYTES: Final = 1 << 20
 _Failure = TypeVar("_Failure", bound=CkptError)
 
 
-def _script(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")  # of each thread its own: several restore at once
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write or replace a small file that others read at any time, and that several threads may write at once. Not brought to the disk."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")
     part.write_text(text)
-    part.chmod(0o755)
+    part.chmod(mode)
     part.rename(path)
 
 
@@ -65,7 +66,7 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     if not path.exists() or path.read_text() != text:
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.mkdir(mode=0o755, exist_ok=True)
-        _script(path, text)
+        write_whole(path, text, 0o755)
     return path
 
 

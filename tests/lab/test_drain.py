@@ -38,11 +38,12 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
 
     planned = drained(a, "--to", "root@b,root@c", "--dry-run", code=100)
     assert {row["state"] for row in planned.values()} == {"planned", "skipped"} and state(a, "c0") == "running"
+    # Of three that are about equal; which one is alone depends on their last pages.
+    assert {row["destination"] for row in planned.values() if row["state"] == "planned"} == {"root@b", "root@c"}, planned
 
     stopped = a.popen(["ckpt", "drain", "--to", "root@b,root@c"], env={"CKPT_FAULT": "migrate-files:gate=/tmp/gate"})
     wait_until(lambda: a.exists("/tmp/gate.reached"), "a migration is under way")
-    stopped.send_signal(signal.SIGINT)
-    a.write_file("/tmp/gate", "")
+    stopped.send_signal(signal.SIGINT)  # the gate stays shut: what waits there hears of it, and gets no further before
     _, said = stopped.communicate(timeout=150)
     assert stopped.returncode == 130 and "ckpt drain --resume" in said.decode() and all(counts_on(a, name) for name in names)
 
@@ -53,14 +54,12 @@ def test_a_host_is_emptied_and_filled_again(lab: Lab) -> None:
     assert rows["fails"]["state"] == "failed" and state(a, "fails") == "running" and counts_on(a, "fails")
     assert rows["stays"]["state"] == "skipped" and counts_on(a, "stays")
     where = {name: {"root@b": b, "root@c": c}[rows[name]["destination"]] for name in names}
-    assert set(map(id, where.values())) == {id(b), id(c)}, "both hosts take some"
     for name in names:
         assert state(a, name) == ""
         wait_until(lambda name=name: counts_on(where[name], name), f"{name} counts on {where[name].name}")  # type: ignore[misc]
         assert_never_back(where[name], name, before[name])
     assert "drained" in a.run(["ckpt", "list"]).stderr
-    b_has = [name for name in names if where[name] is b]
-    killed = a.run(["ckpt", "undrain", "--only", b_has[0]], check=False, env={"CKPT_FAULT": "undrain-back:kill"}, timeout_s=150)
+    killed = a.run(["ckpt", "undrain", "--only", names[0]], check=False, env={"CKPT_FAULT": "undrain-back:kill"}, timeout_s=150)
     assert killed.returncode in (-9, 137), killed
     back = a.run(["ckpt", "undrain", "--format", "json"], timeout_s=150).stdout
     assert {row["state"] for row in json.loads(back)["results"]} == {"returned"}

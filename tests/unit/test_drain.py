@@ -313,10 +313,13 @@ def test_a_child_that_dies_without_a_word_has_failed() -> None:
     assert ended.error is not None and "SIGKILL" in ended.error.message and "boom" in ended.error.message
 
 
-def test_a_child_is_told_to_stop_once_and_waited_for() -> None:
-    script = "import signal, sys, time\nsignal.signal(signal.SIGINT, lambda *a: sys.exit(130))\nprint(flush=True)\ntime.sleep(60)"
+def test_a_child_is_told_to_stop_once_and_waited_for(tmp_path: Path) -> None:
+    script = (
+        "import signal, sys, time\nfrom pathlib import Path\nsignal.signal(signal.SIGINT, lambda *a: sys.exit(130))\n"
+        f"print(flush=True)\nPath({str(tmp_path / 'there')!r}).touch()\ntime.sleep(60)"
+    )
     began_s = time.monotonic()
-    ended, _ = follow(script, stopped=lambda: time.monotonic() > began_s + 0.5)
+    ended, _ = follow(script, stopped=(tmp_path / "there").exists)
     assert ended.returncode == 130 and isinstance(ended.error, CkptError) and time.monotonic() - began_s < 30
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +62,8 @@ class Climb:
     """Where it ended: a state of ITEM_BACK."""
     looked: restoring.Looked | None = None
     """What is known of the engine's side, good for the first rung only."""
+    shared_volumes: tuple[str, ...] = ()
+    """Named volumes that others of the hibernation have too; they stay as they are."""
     note: str = ""
     """Why it came back another way than asked for."""
     warnings: list[str] = field(default_factory=list)
@@ -114,6 +116,7 @@ class Climb:
     def _restore(self, options: RestoreOptions) -> Container:
         assert self.checkpoint is not None
         looked, self.looked = self.looked, None
+        options = replace(options, kept_volumes=self.shared_volumes)
         done = restoring.from_store(self.label, self.checkpoint, options, self.catalog, self.emit, False, trust.ANYBODY, looked)
         self.warnings += done.warnings
         if done.container is None:
@@ -288,7 +291,7 @@ def step_together(climbs: Sequence[Climb], name: str) -> None:
     try:
         faults.point("hibernate-rung")
         faults.point("hibernate-rung-restore")
-        options = RestoreOptions(timeout_s=first.settings.restore_timeout_s)
+        options = RestoreOptions(timeout_s=first.settings.restore_timeout_s, kept_volumes=first.shared_volumes)
         after = {climb.label: set(climb.item.after) & set(chosen) for climb in climbs}
         for outcome in restore_group(chosen, name, options, first.catalog, first.emit, after=after, keep=False):
             found.setdefault(outcome.target, outcome)

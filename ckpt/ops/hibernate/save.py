@@ -354,11 +354,13 @@ class _Saving:
             checkpoints = {target: one.checkpoint for target, one in names.items() if one.checkpoint is not None}
             together = sets.whole(self.catalog.root, checkpoints)
             sets.start_pods(checkpoints.values(), self.emit)
+            shared = sets.shared_volumes(checkpoints.values())
+            options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, kept_volumes=shared)
             back: set[str] = set()
             for layer in self.plan.layers:
                 for ref in [ref for ref, members in together.items() if set(layer) & set(members)]:
-                    back |= self._back_together(ref, together.pop(ref))
-                works = {target: partial(self._back_one, names[target]) for target in layer if target in names and target not in back}
+                    back |= self._back_together(ref, together.pop(ref), options)
+                works = {target: partial(self._back_one, names[target], options) for target in layer if target in names and target not in back}
                 for target, result in run_all(works, width=self.width).items():
                     if isinstance(result, BaseException):
                         said = result if isinstance(result, CkptError) else CkptError(f"{target}: {result or type(result).__name__}")
@@ -384,7 +386,7 @@ class _Saving:
         hint, log = (first.hint, first.log) if first else (None, None)
         return DumpFailed(listed, where=where, hint=hint or "mend that, or give --best-effort", log=log)
 
-    def _back_one(self, outcome: Outcome) -> None:
+    def _back_one(self, outcome: Outcome, options: RestoreOptions) -> None:
         one = self.plan.chosen[outcome.target]
         if outcome.checkpoint is None:
             assert isinstance(one.engine, Startable)
@@ -392,17 +394,15 @@ class _Saving:
             with suppress(OSError):
                 self.hibernation.write("cold", item=outcome.target)
             return
-        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s)
         found = restoring.restore([outcome.checkpoint.manifest.id], options=options, store_root=self.catalog.root, emit=self.emit)[0]
         if found.error is not None:
             raise found.error
         with suppress(OSError):
             self.hibernation.write("restored", item=outcome.target)
 
-    def _back_together(self, ref: str, members: Mapping[str, Checkpoint]) -> set[str]:
+    def _back_together(self, ref: str, members: Mapping[str, Checkpoint], options: RestoreOptions) -> set[str]:
         """Bring back a group; returns those that are back (each of the others is tried by itself then)."""
         after = {target: set(self.plan.after.get(target, ())) & set(members) for target in members}
-        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s)
         try:
             outcomes = restore_group(members, ref.partition("@")[0], options, self.catalog, self.emit, after=after)
         except CkptError as error:
