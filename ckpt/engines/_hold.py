@@ -7,6 +7,7 @@ answer with the marker files `held`, `bundle` and `runtime.exit`, and read the v
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import sys
 import threading
@@ -143,13 +144,17 @@ def alive(pid: int) -> bool:
 
 
 def wait_gone(pid: int, timeout_s: float) -> bool:
-    """Wait until the process is gone."""
-    end = time.monotonic() + timeout_s
-    while alive(pid):
-        if time.monotonic() > end:
-            return False
-        time.sleep(POLL_S)
-    return True
+    """Wait until the process is gone, or a zombie."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)  # pidfd_open(2): readable when it terminates
+        return bool(poller.poll(timeout_s * 1000)) or not alive(pid)
+    finally:
+        os.close(fd)
 
 
 def end_before_verdict(job: Job, pid: int | None, name: str) -> None:
