@@ -51,6 +51,8 @@ def make_request(session: Session, command: click.Command, to: tuple[str, ...], 
         bwlimit_bytes_s=limit,
         words=tuple(moving.words(command, passed, server=False)),
         server_words=tuple(moving.words(command, passed, server=True)),
+        group_words=tuple(moving.words(command, moving.for_group(passed), server=False)),
+        group_server_words=tuple(moving.words(command, moving.for_group(passed), server=True)),
         ssh_options=(*session.settings.ssh_options, *taken["ssh_options"]),
         access=access,
         ignore_volumes=taken["ignore_volumes"],
@@ -89,9 +91,10 @@ def command(session: Session, to: tuple[str, ...], resume: bool, reserve: str | 
     """Move all running containers of this host to others.
 
     Each is migrated as by ckpt migrate, several at a time. They are placed by the memory that is free on each host; what belongs together
-    (a pod, containers that require each other, a compose project, the label ckpt.group) goes to one. What fits nowhere, or cannot be
-    saved, is an error before anything is touched (unless --best-effort). Containers labelled ckpt.migratable=false or
-    ckpt.checkpoint=deny stay. A container whose migration fails runs on here, the others go on, and another host is tried.
+    (a pod, containers that require each other, a compose project, the label ckpt.group) goes to one, a group or project at one instant, all
+    or none, as by ckpt migrate --group. What fits nowhere, or cannot be saved, is an error before anything is touched (unless
+    --best-effort). Containers labelled ckpt.migratable=false or ckpt.checkpoint=deny stay. A container whose migration fails runs on here,
+    the others go on, and another host is tried.
 
     --bwlimit holds for all together: what one does not use, the others have.
 
@@ -123,7 +126,7 @@ def show(session: Session, report: Report) -> int:
     for one in report.went:
         if one.error is not None:
             session.reporter.error(one.error)
-        elif one.state not in ("moved", "planned", "returned"):
+        elif not one.well:
             session.reporter.warning(f"{one.name}: {one.state}{f': {one.reason}' if one.reason else ''}")
     return report.exit_code
 
@@ -133,7 +136,7 @@ def went_row(one: Went, drain: str) -> Row:
     return {
         "name": one.name,
         "id": one.container_id or None,
-        "ok": one.error is None and one.state in ("moved", "planned", "returned"),
+        "ok": one.well or (one.error is None and one.state in ("moved", "planned")),
         "target": one.target,
         "state": one.state,
         "destination": one.destination,

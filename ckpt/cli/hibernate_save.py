@@ -25,8 +25,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 PLAN_FIELDS = ("name", "id", "ok", "action", "layer", "after", "units", "group", "needed_bytes", "error")
 
 
-def save_options(function: F) -> F:
-    """What says whom to save, and how."""
+def save_options(function: F, *, verify: bool = False) -> F:
+    """What says whom to save, and how.
+
+    Args:
+        verify: read each checkpoint back unless told otherwise.
+    """
     for option in reversed((
         click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=completion.containers),
         click.option("-a", "--all", "every", is_flag=True, help="Every running container, and the process trees of hibernate.toml (the default)."),
@@ -40,7 +44,10 @@ def save_options(function: F) -> F:
             "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
             help="For all together (default: as configured, 300).",
         ),
-        click.option("--verify", is_flag=True, help="Read back each checkpoint before its workload ends (a restore reads it back anyway)."),
+        click.option(
+            "--verify/--no-verify", default=verify,
+            help=f"Read back each checkpoint before its workload ends (its restore does so anyway). Default: {'yes' if verify else 'no'}.",
+        ),
     )):  # fmt: skip
         function = option(function)
     return function

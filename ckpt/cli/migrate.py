@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @moving.options
 @click.option("--bwlimit-shared", "shared_limit", type=click.Path(path_type=Path), hidden=True)
 @click.option("--stdio", is_flag=True, hidden=True, help="To the ckpt peer on standard input and output.")
+@click.option("--links", type=click.IntRange(1, 1000), hidden=True, help="With --group: to so many ckpt peers that will be brought to us.")
 def command(
     session: Session,
     target: str | None,
@@ -58,6 +59,7 @@ def command(
     dry_run: bool,
     shared_limit: Path | None,
     stdio: bool,
+    links: int | None,
     **given: Any,
 ) -> int:
     """Move a running container to another host, over ssh or to its ckpt serve.
@@ -90,7 +92,11 @@ def command(
         words = [word for word in (target, destination, *more) if word is not None]
         if stdio or job_id is not None:
             raise UsageError("--stdio is for single containers" if stdio else "--continue ID needs no --group, no target and no destination")
+        if links is not None:
+            return _fetched(session, group, words, links, given)
         return _group(session, group, words, dry_run, shared_limit, given)
+    if links is not None:
+        raise UsageError("--links is for --group")
     if more:
         raise UsageError("several targets go together as a group only", hint="ckpt migrate --group NAME root@b web db")
     if stdio:
@@ -167,6 +173,15 @@ def _group(session: Session, name: str, words: Sequence[str], dry_run: bool, sha
         return [*_closing(rows, destination), *([said] if rows else [])]
 
     return session.finish(outcomes, table=table)
+
+
+def _fetched(session: Session, name: str, targets: Sequence[str], count: int, given: dict[str, Any]) -> int:
+    """To the host that fetches the group (ops/fetching.py): all words are targets."""
+    from ckpt.events import Figures
+
+    with inherited.door(count) as path:
+        session.emit(Figures("", {"links": path}))
+        return _group(session, name, [inherited.DESTINATION, *targets], False, None, given)
 
 
 def _plan(session: Session, target: str, destination: str, options: MigrateOptions) -> int:

@@ -69,6 +69,12 @@ def take(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in NAMES}
 
 
+def for_group(taken: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what is for single containers only: a group's memory is not sent ahead, and does not come behind it."""
+    none = {"precopy": False, "max_downtime_s": None, "max_rounds": None, "on_exceed": None, "auto_converge": False, "postcopy": False}
+    return {**taken, **none, "lazy": False if taken["lazy"] is False else None}
+
+
 def reached(session: Session, destination: str | None, taken: Mapping[str, Any]) -> Access | None:
     """How a destination behind `https://` is reached. Raises UsageError when the options do not go with the destination."""
     return access(session, destination, {name: taken[name] for name in _SERVER})

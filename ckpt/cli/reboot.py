@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
         ("ckpt reboot --no-reboot web", "save web for the next boot, whoever lets it come"),
     ),
 )
-@save_options
+@partial(save_options, verify=True)
 @click.option("--kexec", is_flag=True, help="By kexec, into the kernel that is loaded for it.")
 @click.option("--poweroff", is_flag=True, help="Switch the host off instead; all comes back when it is started again.")
 @click.option("--no-reboot", is_flag=True, help="Save only.")

@@ -46,8 +46,14 @@ def command(session: Session, only: tuple[str, ...], parallel: int, allow: tuple
     session.need_root()
     from ckpt.ops import undrain as use_case
 
-    words = moving.words(click.get_current_context().command, {**taken, "bwlimit_bytes_s": None, "ssh_options": ()}, server=False)
+    passed, this = {**taken, "bwlimit_bytes_s": None, "ssh_options": ()}, click.get_current_context().command
     request = use_case.UndrainRequest(
-        only, parallel, taken["bwlimit_bytes_s"] or None, tuple(words), (*session.settings.ssh_options, *taken["ssh_options"]), allow
+        only,
+        parallel,
+        taken["bwlimit_bytes_s"] or None,
+        tuple(moving.words(this, passed, server=False)),
+        tuple(moving.words(this, moving.for_group(passed), server=False)),
+        (*session.settings.ssh_options, *taken["ssh_options"]),
+        allow,
     )
     return show(session, use_case.undrain(request, dry_run=dry_run, store_root=session.store_root, emit=session.emit))

@@ -31,6 +31,8 @@ from ckpt.host import procread, run, uffd
 LOG: Final = "lazy-pages.log"
 READY: Final = "lazy.json"
 FAILED: Final = "lazy.failed"
+DAMAGE: Final = "pages.damaged"
+"""Why the process that fed the daemon gave up (ckpt/ops/feeder.py)."""
 START_LIMIT_S: Final = 30.0
 END_LIMIT_S: Final = 10.0
 POLL_S: Final = 0.003
@@ -161,6 +163,14 @@ def mark_ready(job_dir: Path, daemon: Daemon) -> None:
 def mark_failed(job_dir: Path, reason: str) -> None:
     """Say in the job's directory that there is no daemon (any more)."""
     _write(job_dir / FAILED, reason)
+
+
+def damage(job_dir: Path) -> str:
+    """Why the feeder of this job gave up; "" when it did not."""
+    try:
+        return (job_dir / DAMAGE).read_text()
+    except OSError:
+        return ""
 
 
 def wait_listening(job_dir: Path, keeper_pid: int) -> None:

@@ -1,13 +1,13 @@
 """What engines that drive an OCI runtime share: the shim, the held dump, the held restore.
 
-A job's directory is the meeting point: the engine writes `shim.json` and `criu.conf`, the shim and CRIU's action-script
+A job's directory is the meeting point: the engine writes `shim.plan` and `criu.conf`, the shim and CRIU's action-script
 answer with the marker files `held`, `bundle` and `runtime.exit`, and read the verdict (see ckpt/store/job.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
+import select
 import shutil
 import sys
 import threading
@@ -31,10 +31,11 @@ _TAIL_BYTES: Final = 1 << 20
 _Failure = TypeVar("_Failure", bound=CkptError)
 
 
-def _script(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")  # of each thread its own: several restore at once
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write or replace a small file that others read at any time, and that several threads may write at once. Not brought to the disk."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")
     part.write_text(text)
-    part.chmod(0o755)
+    part.chmod(mode)
     part.rename(path)
 
 
@@ -54,10 +55,11 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     path = directory / Path(runtime).name
     shim = quoted(_shim.__file__)
     # Engines call their runtime many times; Python starts only for what the shim has a part in.
+    # podman asks `checkpoint --help` first.
     text = (
         "#!/bin/sh\n"
         + (f"CKPT_SHIM_JOB={quoted(job.directory)}; export CKPT_SHIM_JOB\n" if job else "")
-        + """case " $* " in *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
+        + """case " $* " in *" --help "*) mine= ;; *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
         + f'[ "$mine" ] && [ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
         f'  exec {quoted(sys.executable)} -I -S {shim} {quoted(real)} "$@"\n'
         f'exec {quoted(real)} "$@"\n'
@@ -65,7 +67,7 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     if not path.exists() or path.read_text() != text:
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.mkdir(mode=0o755, exist_ok=True)
-        _script(path, text)
+        write_whole(path, text, 0o755)
     return path
 
 
@@ -94,23 +96,26 @@ def arm(
         (job.directory / marker).unlink(missing_ok=True)
     hold.set_aside(job.directory, "bundle", "runtime.exit")
     config = hold.prepare(job.directory, page_server_port=page_server_port, lazy=lazy, memory_stays=memory_stays, tcp_close=tcp_close)
-    plan: dict[str, object] = {"cold": cold, "verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
-    plan["flags"] = {"runc": [LAZY_FLAG]} if lazy or memory_stays else {}
-    part = job.directory / "shim.json.part"
-    part.write_text(json.dumps(plan))
-    part.rename(job.directory / "shim.json")
+    plan = {"verb": verb, "images": os.fspath(images), "work": os.fspath(work), "criu_config": os.fspath(config)}
+    plan |= {"cold": "1"} if cold else {}
+    plan |= {"flags runc": LAZY_FLAG} if lazy or memory_stays else {}
+    _write_plan(job, plan)
 
 
 def arm_sketch(job: Job) -> None:
     """Let the shim answer the engine's next `checkpoint` without making one."""
-    part = job.directory / "shim.json.part"
-    part.write_text(json.dumps({"verb": "checkpoint", "sketch": True}))
-    part.rename(job.directory / "shim.json")
+    _write_plan(job, {"verb": "checkpoint", "sketch": "1"})
+
+
+def _write_plan(job: Job, plan: dict[str, str]) -> None:
+    part = job.directory / f"{_shim.PLAN}.part"
+    part.write_bytes(_shim.plan_dumps(plan))
+    part.rename(job.directory / _shim.PLAN)
 
 
 def disarm(job: Job) -> None:
     """From now on the shim is the real runtime, also for what conmon starts later with this job in its environment."""
-    (job.directory / "shim.json").unlink(missing_ok=True)
+    (job.directory / _shim.PLAN).unlink(missing_ok=True)
 
 
 def wait_for(marker: Path, process: Process | None, timeout_s: float, failed: Callable[[], bool] | None = None) -> bool:
@@ -139,13 +144,17 @@ def alive(pid: int) -> bool:
 
 
 def wait_gone(pid: int, timeout_s: float) -> bool:
-    """Wait until the process is gone."""
-    end = time.monotonic() + timeout_s
-    while alive(pid):
-        if time.monotonic() > end:
-            return False
-        time.sleep(POLL_S)
-    return True
+    """Wait until the process is gone, or a zombie."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)  # pidfd_open(2): readable when it terminates
+        return bool(poller.poll(timeout_s * 1000)) or not alive(pid)
+    finally:
+        os.close(fd)
 
 
 def end_before_verdict(job: Job, pid: int | None, name: str) -> None:

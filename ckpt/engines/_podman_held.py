@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ckpt.criu import lazy, tree
-from ckpt.engines import _hold
+from ckpt.engines import _hold, _shim
 from ckpt.engines import _podman_isolated as isolated
 from ckpt.errors import BusyError, DumpFailed, RestoreFailed, StateUnknown
-from ckpt.host import netns, traffic
+from ckpt.host import conntrack, netns, traffic
 from ckpt.host.run import CommandFailed, Process, run, spawn, which
 from ckpt.model import Container, Manifest, RestoreOptions
 from ckpt.store.job import Job
@@ -30,6 +31,8 @@ STUB: Final = "stub.tar"
 SHM_TAR: Final = "devshm-checkpoint.tar"
 SKETCHED: Final = ("config.dump", "spec.dump", "network.status")
 STUB_MEMBERS: Final = (*SKETCHED, SHM_TAR, "ctr.log")
+_FILLING: Final[dict[str, threading.Lock]] = {}
+"""By the name of a volume: it is made and filled by one thread at a time."""
 
 
 def conf_override(job: Job, *, dump: bool) -> dict[str, str]:
@@ -47,9 +50,7 @@ def conf_override(job: Job, *, dump: bool) -> dict[str, str]:
     text = "\n".join(lines) + "\n"
     path = directory / "containers.conf"
     if not path.exists() or path.read_text() != text:
-        part = path.with_name(f"containers.conf.{os.getpid()}")
-        part.write_text(text)
-        part.rename(path)
+        _hold.write_whole(path, text)
     return {"CONTAINERS_CONF_OVERRIDE": os.fspath(path), "CKPT_SHIM_JOB": os.fspath(job.directory)}
 
 
@@ -194,20 +195,24 @@ class PodmanRestore:
 
     def make_volumes(self, volume_ready: Callable[[str, Path], None]) -> None:
         """Create the named volumes that are missing, and fill them; one that exists is filled only by a restore in place."""
-        podman = which("podman") or "podman"
         for name, _ in self.manifest.volumes:
             if name in self.job.facts.get("volumes_ahead", []):
                 continue  # made and filled before (a migration does that while the workload still runs)
-            existed = run([podman, "volume", "exists", name], check=False).ok
-            if existed and self.options.existing_volumes == "refuse":
-                raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or restore with --ignore-volumes to use it as it is")
-            if existed and (self.options.existing_volumes == "keep" or name in self.options.kept_volumes):
-                continue
-            if not existed:
-                self.job.write("volume", created_volumes=[*self.job.facts.get("created_volumes", []), name])
-                run([podman, "volume", "create", name])
-            mount = run([podman, "volume", "inspect", "--format", "{{.Mountpoint}}", name]).text.strip()
-            volume_ready(name, Path(mount))
+            with _FILLING.setdefault(name, threading.Lock()):  # of copies that come at once the first makes it, the others wait until it is filled
+                self._make_volume(name, volume_ready)
+
+    def _make_volume(self, name: str, volume_ready: Callable[[str, Path], None]) -> None:
+        podman = which("podman") or "podman"
+        existed = run([podman, "volume", "exists", name], check=False).ok
+        if existed and self.options.existing_volumes == "refuse":
+            raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or restore with --ignore-volumes to use it as it is")
+        if existed and (self.options.existing_volumes == "keep" or name in self.options.kept_volumes):
+            return
+        if not existed:
+            self.job.write("volume", created_volumes=[*self.job.facts.get("created_volumes", []), name])
+            run([podman, "volume", "create", name])
+        mount = run([podman, "volume", "inspect", "--format", "{{.Mountpoint}}", name]).text.strip()
+        volume_ready(name, Path(mount))
 
     def isolate(self, stage: Path, volume_ready: Callable[[str, Path], None]) -> dict[str, dict[str, Any]]:
         """Make the network namespace and the volumes of an isolated copy; returns its config.dump and spec.dump."""
@@ -251,6 +256,7 @@ class PodmanRestore:
             argv += ["--tcp-established"]
             if not options.ignore_static_ip:
                 traffic.block(self.job.directory, self.manifest.addresses)
+                conntrack.forget(self.manifest.addresses)
         argv += ["--file-locks"] if locks else []
         argv += ["--name", options.name] if options.name else []
         argv += ["--ignore-static-ip"] if options.ignore_static_ip else []
@@ -267,9 +273,9 @@ class PodmanRestore:
         directory = self.job.directory
         if not _hold.wait_for(directory / "bundle", self.process, self.options.timeout_s):
             raise self.failed()
-        told = json.loads((directory / "bundle").read_text())
+        told = _shim.plan_loads((directory / "bundle").read_bytes())
         if not self.container_id:
-            self.container_id = str(told["id"])
+            self.container_id = told["id"]
             self.job.write("creating", new_container_id=self.container_id)
         spec = json.loads((Path(told["bundle"]) / "config.json").read_text())
         return Path(told["bundle"], spec["root"]["path"]), spec

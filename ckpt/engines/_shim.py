@@ -11,16 +11,29 @@ shim returns 0 as soon as the dump is held (podman then goes on to its export), 
 the container is to start anew instead: the engine has made everything for it, and CRIU has no part in it.
 """
 
-import json
 import os
 import sys
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any  # takes milliseconds to import, while a workload stands still
+    from collections.abc import Mapping
+
+# It imports nothing that it can do without, and the plan is no JSON: `json` alone takes as long as Python's start, while a workload stands still.
 
 POLL_S = 0.002
+PLAN = "shim.plan"
+
+
+def plan_dumps(plan: "Mapping[str, str]") -> bytes:
+    """The plan as a file's content: names and values, each ended by a zero byte."""
+    return b"".join(os.fsencode(word) + b"\0" for item in plan.items() for word in item)
+
+
+def plan_loads(data: bytes) -> "dict[str, str]":
+    """What `plan_dumps` wrote; what comes after the last zero byte is not looked at."""
+    words = [os.fsdecode(word) for word in data.split(b"\0")[:-1]]
+    return dict(zip(words[::2], words[1::2], strict=False))
 
 
 def become(real: str, args: list[str]) -> None:
@@ -81,19 +94,24 @@ def option_value(args: list[str], option: str) -> str:
     return ""
 
 
-def note(job: str, name: str, text: str) -> None:
+def flags_of(plan: "dict[str, str]", real: str) -> "list[str]":
+    """What this runtime is told besides."""
+    return plan.get(f"flags {os.path.basename(real)}", "").split()
+
+
+def note(job: str, name: str, content: bytes) -> None:
     """Write a marker file so that it is whole or not there, into the block that was laid aside for it: a full disk must not hide it."""
     path = os.path.join(job, name)
     fd = os.open(path + ".part", os.O_WRONLY | os.O_CREAT, 0o600)
-    os.write(fd, text.encode())
+    os.write(fd, content)
     os.close(fd)
     os.rename(path + ".part", path)
 
 
-def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: "dict[str, Any]") -> int:
+def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: "dict[str, str]") -> int:
     rest = [word for word in rest if word != "--leave-running"]
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
-    rest = [*plan.get("flags", {}).get(os.path.basename(real), []), *rest]
+    rest = [*flags_of(plan, real), *rest]
     os.makedirs(plan["images"], mode=0o700, exist_ok=True)
     log_path = os.path.join(job, "runtime.log")
     supervisor = os.fork()
@@ -111,7 +129,7 @@ def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: "dic
             os.execv(real, [real, *head, *rest])
         _, status = os.waitpid(child, 0)
         try:
-            note(job, "runtime.exit", str(os.waitstatus_to_exitcode(status)))
+            note(job, "runtime.exit", str(os.waitstatus_to_exitcode(status)).encode())
         finally:
             os._exit(0)
     while True:
@@ -136,9 +154,9 @@ def checkpoint(real: str, head: list[str], rest: list[str], job: str, plan: "dic
         return code or 1
 
 
-def restore(real: str, head: list[str], rest: list[str], job: str, plan: "dict[str, Any]") -> int:
+def restore(real: str, head: list[str], rest: list[str], job: str, plan: "dict[str, str]") -> int:
     bundle = option_value(rest, "--bundle") or option_value(rest, "-b") or os.getcwd()
-    note(job, "bundle", json.dumps({"bundle": bundle, "pid": os.getpid(), "id": rest[-1] if rest else ""}))
+    note(job, "bundle", plan_dumps({"bundle": bundle, "pid": str(os.getpid()), "id": rest[-1] if rest else ""}))
     while not os.path.exists(os.path.join(job, "prepared")):
         if os.path.exists(os.path.join(job, "abort")) or not os.path.isdir(job):
             sys.stderr.write("ckpt: the restore was given up\n")
@@ -148,8 +166,7 @@ def restore(real: str, head: list[str], rest: list[str], job: str, plan: "dict[s
         options = [word for name in ("--pid-file", "--console-socket") if (value := option_value(rest, name)) for word in (name, value)]
         become(real, [*head[:-1], "run", "--detach", "--bundle", bundle, *options, rest[-1]])
     rest = replaced(replaced(rest, "--image-path", plan["images"]), "--work-path", plan["work"])
-    flags = plan.get("flags", {}).get(os.path.basename(real), [])
-    become(real, [*head, *flags, *rest])
+    become(real, [*head, *flags_of(plan, real), *rest])
     return 127
 
 
@@ -160,9 +177,9 @@ def main() -> int:
     if at < 0 or "--help" in args or "-h" in args or not job or not os.path.isdir(job):
         become(real, args)
     try:
-        with open(os.path.join(job, "shim.json")) as source:
-            plan = json.load(source)
-    except (OSError, ValueError):
+        with open(os.path.join(job, PLAN), "rb") as source:
+            plan = plan_loads(source.read())
+    except OSError:
         become(real, args)
     verb = args[at]
     # Without a container it is a question: podman asks for `restore --lsm-mount-context`, before it restores into a pod.

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, Final
 
 from ckpt.archive.layout import CONFIG, SPEC
 from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
-from ckpt.engines import _hold, _podman_apparmor, _podman_units
+from ckpt.engines import _hold, _leavings, _podman_apparmor, _podman_units
 from ckpt.engines._exec import exec_in
+from ckpt.engines._podman_cli import QUERY_TIMEOUT_S, podman
 from ckpt.engines._podman_held import (
     SHM_TAR,
     STUB,
@@ -33,7 +32,6 @@ from ckpt.engines._podman_held import (
     PodmanHeldDump,
     PodmanRestore,
     conf_override,
-    drop_volumes,
     dump_failed,
     shm_in_use,
     undo_dump,
@@ -41,13 +39,13 @@ from ckpt.engines._podman_held import (
     unpack_stub,
 )
 from ckpt.engines._podman_inspect import container_from_inspect, state_of
+from ckpt.engines._podman_storage import Storage
 from ckpt.engines.base import HeldDump, HeldRestore, MutateFs
-from ckpt.errors import BusyError, CkptError, EngineUnavailable, RestoreFailed, StateUnknown, TargetNotFound, TransferFailed
-from ckpt.host.run import PIPE, CommandFailed, Process, Result, run, spawn, which
-from ckpt.model import Capabilities, Container, ContainerImage, DumpOptions, Finding, Manifest, RestoreOptions
+from ckpt.errors import BusyError, CkptError, EngineUnavailable, RestoreFailed, StateUnknown, TargetNotFound
+from ckpt.host.run import CommandFailed, Process, run, spawn, which
+from ckpt.model import Capabilities, Container, DumpOptions, Finding, Manifest, RestoreOptions
 from ckpt.store.job import Job
 
-QUERY_TIMEOUT_S: Final = 60.0
 PORTS: Final = ("newPortMappings", "portMappings")
 """Of podman's config.dump: the ports of the host (libpod/container_config.go)."""
 START_LIMIT_S: Final = 120.0
@@ -55,14 +53,6 @@ RUN_LIMIT_S: Final = 900.0
 """It may have to fetch a container image first."""
 HOLD_LIMIT_S: Final = 240.0
 """Podman gives up on a runtime that does not answer within its container-create timeout (containers.conf(5))."""
-
-
-def podman(*args: str | os.PathLike[str], check: bool = True, timeout_s: float = QUERY_TIMEOUT_S) -> Result:
-    """Run a podman command. Raises EngineUnavailable when there is no podman, CommandFailed when it fails."""
-    program = which("podman")
-    if program is None:
-        raise EngineUnavailable("podman is not installed", hint="apt install podman")
-    return run([program, *args], check=check, timeout_s=timeout_s)
 
 
 @cache
@@ -79,7 +69,7 @@ def _runtime(program: str, changed_ns: int) -> tuple[str, bool]:
     return named, answer.ok and ("crun" not in Path(program).name or "+CRIU" in version)
 
 
-class Podman:
+class Podman(Storage):
     """The engine `podman`."""
 
     name = "podman"
@@ -286,7 +276,7 @@ class Podman:
         if not options.checked or (options.name and not options.unpublished):
             self._refuse(manifest, options)
         _podman_apparmor.ensure(stage / SPEC, lambda: self._load_profile(manifest))
-        if options.cold:
+        if not options.name:
             self._forget_runtime(manifest)
         try:
             changed = attempt.isolate(stage, volume_ready) if options.isolated else {}
@@ -338,10 +328,11 @@ class Podman:
             podman("container", "rm", "--force", made[-1], check=False)
 
     def _forget_runtime(self, manifest: Manifest) -> None:
-        """Remove what a runtime still keeps of a container that podman does not know (any more): it would not make one of that id."""
-        runtime = which(manifest.runtime or "crun")
-        if runtime is not None and not any(c.id == manifest.container_id for c in self.containers()):
-            run([runtime, "delete", "--force", manifest.container_id], check=False, timeout_s=QUERY_TIMEOUT_S)
+        """Remove what a runtime still keeps of a container that podman does not know (any more). Raises StateUnknown when that one lives."""
+        identity, runtime = manifest.container_id, which(manifest.runtime or "crun")
+        if runtime is not None:
+            # podman-container-exists(1): 1 is no; any other failure tells nothing.
+            _leavings.forget(runtime, identity, lambda: podman("container", "exists", identity, check=False).returncode != 1)
 
     def healthy(self, container: Container) -> bool:
         return podman("healthcheck", "run", container.id, check=False).ok
@@ -355,51 +346,6 @@ class Podman:
 
     def adopt(self, container: Container, job: Job) -> HeldDump:
         return PodmanHeldDump(container, job, job.directory / "criu", frozen_at_s=time.monotonic())
-
-    @contextmanager
-    def save_container_image(self, image: ContainerImage) -> Iterator[BinaryIO]:
-        # docker-archive rewrites the configuration of an OCI container image, and with it the id; oci-archive that of a Docker one.
-        kind = podman("image", "inspect", "--format", "{{.ManifestType}}", image.id).text
-        form = "docker-archive" if "docker" in kind else "oci-archive"
-        with TemporaryDirectory(prefix="ckpt-") as directory:
-            # A FIFO: podman cannot write an oci-archive to /dev/stdout when that is a pipe.
-            fifo = Path(directory) / "container-image"
-            os.mkfifo(fifo, 0o600)
-            process = spawn([which("podman") or "podman", "image", "save", "--quiet", "--format", form, "--output", fifo, image.id], stderr=PIPE)
-            try:
-                fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                with os.fdopen(fd, "rb", buffering=0) as stream:
-                    poller = select.poll()
-                    poller.register(fd, select.POLLIN)
-                    while not poller.poll(50) and process.poll() is None:
-                        pass
-                    os.set_blocking(fd, True)
-                    yield cast(BinaryIO, stream)
-                if process.wait(timeout=QUERY_TIMEOUT_S) != 0:
-                    assert process.stderr is not None
-                    said = process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
-                    raise TransferFailed(f"container image {image.name} cannot be read: {said}")
-            finally:
-                _hold.end_process(process)
-
-    def load_container_image(self) -> Process:
-        return spawn([which("podman") or "podman", "image", "load", "--quiet"], stdin=PIPE, stdout=PIPE, stderr=PIPE)
-
-    def name_container_image(self, image: ContainerImage) -> None:
-        if image.name and not podman("image", "exists", image.name, check=False).ok:
-            podman("image", "tag", image.id, image.name)
-
-    def has_named(self, image: ContainerImage) -> bool:
-        found = podman("image", "inspect", "--format", "{{.Id}}", "--", image.name or image.id, check=False)
-        return found.ok and found.text.strip() == image.id
-
-    def remove_container_image(self, image_id: str) -> None:
-        # Never --force: that ends and removes the containers which use it, of another migration, say, that brought the same one.
-        podman("image", "rm", image_id, check=False)
-
-    def has_container_image(self, image_id: str) -> bool:
-        """True when the container image with this very id is in podman's storage."""
-        return podman("image", "exists", image_id, check=False).ok
 
     def remove(self, container: Container) -> None:
         result = podman("container", "rm", container.id, check=False)
@@ -424,9 +370,6 @@ class Podman:
     def pod_now(self, command: Sequence[str]) -> str:
         found = self.pod(identity) if (identity := _podman_units.pod_id(command)) else None
         return found[0] if found is not None else ""
-
-    def volume_users(self, name: str) -> list[str]:
-        return podman("ps", "-a", "-q", "--no-trunc", "--filter", f"volume={name}", check=False).text.split()
 
     def start(self, container: Container) -> Container:
         result = podman("container", "start", container.id, check=False, timeout_s=START_LIMIT_S)
@@ -469,10 +412,6 @@ class Podman:
         found = json_object(config, CONFIG).get("CreateCommand")
         return [str(word) for word in found] if isinstance(found, list) else []
 
-    def image_now(self, image: ContainerImage) -> str:
-        found = podman("image", "inspect", "--format", "{{.Id}}", "--", image.name, check=False)
-        return found.text.strip() if found.ok else ""
-
     def log_command(self, container: Container) -> list[str]:
         return [which("podman") or "podman", "container", "logs", "--follow", container.id]
 
@@ -487,52 +426,6 @@ class Podman:
         result = podman("container", "rm", "--force", "--ignore", "--time", "0", container.id, check=False)
         if not result.ok:
             raise StateUnknown(f"podman cannot remove {container.name}: {result.error_text[-200:]}", hint=f"podman rm -f {container.name}")
-
-    def volume_names(self) -> list[str]:
-        """The named volumes here."""
-        return podman("volume", "ls", "--format", "{{.Name}}").text.split()
-
-    def network_names(self) -> list[str]:
-        """The networks here."""
-        return podman("network", "ls", "--format", "{{.Name}}").text.split()
-
-    def network_details(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Of those of these networks that are here: driver, subnets, the interface of this host below it, and whether other hosts share it."""
-        result = podman("network", "inspect", *names, check=False)
-        try:
-            found = json.loads(result.text or "[]")
-        except ValueError:
-            return {}
-        return {
-            str(network["name"]): {
-                "driver": str(network.get("driver", "")),
-                "subnets": [str(subnet.get("subnet", "")) for subnet in network.get("subnets") or []],
-                "interface": str(network.get("network_interface", "")),
-                # podman-network-create(1): with mode unmanaged the bridge is the administrator's.
-                "shared": network.get("driver") in ("macvlan", "ipvlan") or (network.get("options") or {}).get("mode") == "unmanaged",
-            }
-            for network in found
-        }
-
-    def make_volume(self, job: Job, name: str) -> Path:
-        made = list(job.facts.get("volumes_ahead", []))
-        if podman("volume", "exists", name, check=False).ok:
-            raise BusyError(f"volume {name} already exists here", hint="remove or rename it, or use --ignore-volumes to use it as it is")
-        job.write("volume", volumes_ahead=[*made, name])
-        try:
-            podman("volume", "create", name)
-        except CommandFailed as error:
-            job.write("volume", volumes_ahead=made)  # somebody was faster: it is not ours
-            raise CkptError(f"volume {name} cannot be made: {error.reason}") from error
-        return Path(podman("volume", "inspect", "--format", "{{.Mountpoint}}", name).text.strip())
-
-    def drop_volumes(self, job: Job) -> None:
-        drop_volumes(job, "volumes_ahead")
-
-    def remove_volumes(self, names: Sequence[str]) -> None:
-        """Remove the named volumes that no container uses any more; one that is in use stays."""
-        for name in names:
-            podman("volume", "rm", name, check=False)
 
     def rollback(self, job: Job) -> None:
         facts = job.facts

@@ -111,6 +111,7 @@ def save(
     drafts: Catalog | None = None,
     looked: checks.Looked | None = None,
     guarded: bool = True,
+    flat_digests: bool = True,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
 
@@ -118,6 +119,7 @@ def save(
         drafts: where the draft is made, when not in the store.
         looked: what a look a moment ago found, with nothing in the way; without it that look is had now.
         guarded: by a guard of its own; without it the caller has one for all that it does, and asks the engine itself what became of them.
+        flat_digests: as in `Draft`.
 
     Raises:
         BusyError: it does not run.
@@ -125,6 +127,7 @@ def save(
         StateUnknown: it could not be made sure that it runs on.
     """
     attempt = prepare(engine, container, label, options, catalog, emit, drafts=drafts, looked=looked, guarded=guarded)
+    attempt.flat_digests = flat_digests
     try:
         attempt.hold()
         attempt.go_on()
@@ -212,6 +215,7 @@ class Attempt:
     figures: dict[str, float | int | str] = field(default_factory=dict)
     in_group: bool = False
     """Others are saved with it, all or none."""
+    flat_digests: bool = True
 
     @property
     def journal(self) -> Job:
@@ -228,6 +232,7 @@ class Attempt:
             self.hooks.before("pre-checkpoint")
             self.options = decided(self.engine, self.container, self.label, self.options, self.emit)
         self.draft = self.catalog.begin(self.container.name or self.container.id)
+        self.draft.flat_digests = self.flat_digests
         self.job.write("dumping", draft=self.draft.id)
         faults.point("dumping")
         if self.streams:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -42,10 +42,28 @@ class Ended:
     job: str
     said: str = ""
     """The end of what it wrote to stderr besides events."""
+    rows: tuple[dict[str, Any], ...] = ()
+    """All of its results: of a group there are several."""
+    jobs: Mapping[str, str] = field(default_factory=dict)
+    """Target -> the id of its job."""
 
     @property
     def ok(self) -> bool:
         return self.error is None
+
+    def of(self, target: str) -> Ended:
+        """What became of one of several: without a result of its own, what became of the child."""
+        job = self.jobs.get(target, "")
+        for row in self.rows:
+            if row.get("name") != target:
+                continue
+            if row.get("ok"):
+                return replace(self, row=row, error=None, job=job)
+            given = row.get("error")
+            error = messages.error_from_json(given) if isinstance(given, dict) else self.error or Bug("its ckpt did not say why it failed")
+            return replace(self, row=row, error=error, job=job)
+        error = self.error or Bug("its ckpt did not say what became of it")
+        return replace(self, row={}, error=messages.again(error), job=job)
 
 
 def start(words: Sequence[str], *, stdin: int | IO[bytes] = DEVNULL, stdout: int | IO[bytes] = PIPE, stderr: int | IO[bytes] = PIPE) -> Process:
@@ -85,6 +103,7 @@ def follow(process: Process, *, emit: Emit, stopped: Callable[[], bool], tell: C
     rows: list[dict[str, Any]] = []
     failed: CkptError | None = None
     job = ""
+    jobs: dict[str, str] = {}
     tail = b""
     for number, line in _lines(process):
         if number is None:
@@ -106,6 +125,7 @@ def follow(process: Process, *, emit: Emit, stopped: Callable[[], bool], tell: C
                 event = _event(name, value)
                 if isinstance(event, Figures):
                     job = str(event.values.get("job") or job)
+                    jobs |= {event.target: job} if event.values.get("job") else {}
                 if event is not None:
                     emit(event)
     code = process.wait()
@@ -114,7 +134,7 @@ def follow(process: Process, *, emit: Emit, stopped: Callable[[], bool], tell: C
         failed = messages.error_from_json(row["error"])
     if failed is None and (not row or not row.get("ok")):
         failed = _silent(code, tail, told)
-    return Ended(code, row, failed, job, tail.decode(errors="replace"))
+    return Ended(code, row, failed, job, tail.decode(errors="replace"), tuple(rows), jobs)
 
 
 def alive(child: object) -> bool:

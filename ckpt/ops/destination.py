@@ -20,6 +20,7 @@ from ckpt.model import Container, DumpOptions, Finding, HostFacts
 from ckpt.ops import look
 from ckpt.ops.compat import compare
 
+WORKLOADS_CAP = 4096
 _DEFAULT_NETWORKS = {"", "podman", "bridge", "host", "none", "private", "slirp4netns", "pasta"}
 
 
@@ -70,6 +71,8 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
         "addresses_busy": [],
         "host_mounts_missing": [str(path) for path in request.get("host_mounts", []) if not os.path.exists(str(path))],
     }
+    if isinstance(asked := request.get("workloads"), list):
+        report["workloads"] = standing(asked[:WORKLOADS_CAP])
     if not request.get("engine"):
         return report
     try:
@@ -100,6 +103,28 @@ def destination_report(request: dict[str, Any], *, store_root: Path | None = Non
                 addressed = _quietly(lambda it=container: engine.describe(it).addresses, ())  # type: ignore[misc]
                 report["addresses_busy"] += sorted(addresses & set(addressed))
     return report
+
+
+def standing(asked: Sequence[Any]) -> list[dict[str, Any] | None]:
+    """How each of these workloads stands here (`engine`, `id`, `name`): its `state`, "" when its id is not here, its `name`, and whether another one
+    has the name that was given (`name_taken`); None when its engine cannot be asked."""
+    lists: dict[str, list[Container] | None] = {}
+    found: list[dict[str, Any] | None] = []
+    for one in asked:
+        engine, identity, name = (str(one.get(key) or "") for key in ("engine", "id", "name")) if isinstance(one, dict) else ("", "", "")
+        if engine not in lists:
+            try:
+                lists[engine] = list(registry.by_name(engine).containers())
+            except (CkptError, CommandFailed):
+                lists[engine] = None
+        present = lists[engine]
+        if present is None:
+            found.append(None)
+            continue
+        mine = next((c for c in present if c.id == identity), None)
+        taken = any(c.name == name and c.id != identity for c in present)
+        found.append({"state": mine.state if mine else "", "name": mine.name if mine else "", "name_taken": taken})
+    return found
 
 
 def destination_findings(

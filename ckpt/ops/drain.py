@@ -1,4 +1,5 @@
-"""`ckpt drain`: all workloads of this host go to others, several at once, each by a `ckpt migrate` of its own (docs/adr/0016).
+"""`ckpt drain`: all workloads of this host go to others, several at once, each by a `ckpt migrate` of its own (docs/adr/0016), a group by one
+`ckpt migrate --group`.
 
 The journal (store/drains.py) says what was begun; what became of it the jobs of the migrations say. So a drain that was killed is taken up
 again by looking at them: nothing is moved twice, nothing is left frozen.
@@ -17,6 +18,7 @@ from typing import Any, Final
 from ckpt.errors import (
     CkptError,
     DoneWithWarnings,
+    DumpFailed,
     IncompatibleHost,
     MigrationRolledBack,
     NeedsContinue,
@@ -27,7 +29,7 @@ from ckpt.errors import (
 )
 from ckpt.events import Emit, Notice
 from ckpt.model import Container
-from ckpt.ops import children, draining, drainstate, faults, parallel, recover
+from ckpt.ops import children, drainask, draining, drainstate, faults, parallel, recover
 from ckpt.ops.draining import Candidate, DrainRequest, Looked
 from ckpt.ops.placing import Placement, Room, reserve_bytes
 from ckpt.peer import client
@@ -57,6 +59,11 @@ class Went:
     error: CkptError | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def well(self) -> bool:
+        """It is where it was to go, and nothing else is to be said."""
+        return self.error is None and (self.state == "returned" or (self.state in ("moved", "planned") and not self.reason))
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -75,11 +82,11 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: all are away; 100: all but those that were to stay; else the gravest failure's."""
+        """0: all are away; 100: all but those that were to stay, or somebody could not be asked; else the gravest failure's."""
         error = self.error
         if error is not None:
             return error.exit_code
-        return 0 if all(one.state in ("moved", "planned", "returned") for one in self.went) else DoneWithWarnings.exit_code
+        return 0 if all(one.well for one in self.went) else DoneWithWarnings.exit_code
 
 
 def drain(
@@ -123,8 +130,12 @@ def drain(
         if journal is not None and not dry_run:
             journal.acquire()
             drainstate.settle(journal, store_root=store_root, emit=emit)
-            earlier = _earlier(journal)
+            earlier = _asked(journal, request, _earlier(journal))
         looked = draining.workloads(request, only=only)
+        for note in looked.notes:
+            emit(Notice("drain", note, warning=True))
+        if request.words != request.group_words and any(one.as_one for one in looked.candidates):
+            emit(Notice("drain", "groups move at one instant, without --precopy, --postcopy and --lazy"))
         there = _rooms(request, looked, emit)
         took = Counter(one.destination for one in earlier if one.state == "moved")
         placed = draining.placement(looked.candidates, there, reserve=request.reserve_bytes, took=took)
@@ -219,73 +230,110 @@ class _Draining:
         return sum(one.memory_bytes for one in self.groups[name])
 
     def _group(self, members: list[Candidate]) -> None:
-        """Its members one after the other, to one host; to another one when the first did not take the first of them."""
+        """What goes to one host: its units one after the other; to another one when the first did not take the first of them."""
         if members[0].target not in self.placed.chosen:
-            for one in members:
-                self._instead(one)
+            for unit in draining.units(members):
+                self._instead(unit)
             return
         destination = self.placed.chosen[members[0].target]
         tried = {destination}
         moved = 0
-        for one in members:
+        for unit in draining.units(members):
             if self.stop.is_set():
                 return
-            if self._too_late(members[moved:] if not moved else [one]):
-                self._instead(one)
+            if self._too_late(members if not moved else unit):
+                self._instead(unit)
                 continue
             while True:
-                error = self._move(one, destination)
-                if error is None:
-                    moved += 1
+                errors = self._move(unit, destination)
+                moved += len(unit) - len(errors)
+                if not errors:
                     break
-                other = self._another(members, tried) if not moved and _elsewhere(error) and not self.stop.is_set() else None
+                first = next(iter(errors.values()))
+                unsure = any(isinstance(error, NeedsContinue | StateUnknown) for error in errors.values())
+                again = not moved and not unsure and _elsewhere(first) and not self.stop.is_set()
+                other = self._another(members, tried) if again else None
                 if other is None:
-                    self._failed(one, destination, error, split=bool(moved))
+                    for one in unit:
+                        if one.target in errors:
+                            self._failed(one, destination, errors[one.target], split=bool(moved))
                     break
                 for member in members:
                     self._take(destination, -member.memory_bytes)
                     self._take(other, member.memory_bytes)
-                self.emit(Notice(one.target, f"{destination} did not take it: {error.message}; trying {other}", warning=True))
+                what = f"{destination} did not take {'it' if len(unit) == 1 else unit[0].as_one}: {first.message}; trying {other}"
+                self.emit(Notice(unit[0].target, what, warning=True))
                 destination = other
                 tried.add(other)
 
-    def _move(self, one: Candidate, destination: str) -> CkptError | None:
-        """One migration; the error when it did not go, and it runs on here."""
+    def _move(self, unit: list[Candidate], destination: str) -> dict[str, CkptError]:
+        """One migration, of one or of several that move as one; of those that did not go, and run on here or wait, the errors, causes first."""
         began_s, clock_s = time.time(), time.monotonic()
+        targets = [one.target for one in unit]
 
         def started(pid: int, start: int) -> None:
-            self.journal.write("moving", item=one.target, child=[pid, start])
+            self.journal.tell("moving", targets, child=[pid, start])
             faults.point("drain-moving")
 
-        self.journal.write("moving", item=one.target, destination=destination, began_s=began_s, child=None)
+        self.journal.tell("moving", targets, destination=destination, began_s=began_s, child=None)
         faults.point("drain-begin")
-        ended = children.run(self._words(one, destination), emit=self.emit, stopped=self._stopped, on_start=started)
+        all_of_it = children.run(self._words(unit, destination), emit=self.emit, stopped=self._stopped, on_start=started)
         faults.point("drain-ended")
-        error = ended.error
-        if isinstance(error, NeedsContinue | StateUnknown) and ended.job:
-            self.journal.write("waiting", item=one.target, job=ended.job)
-            error = drainstate.continue_(ended.job, store_root=self.root, emit=self.emit) or error
-            truth = drainstate.truth(self.journal, one.target, store_root=self.root)
-            error = None if truth.state == "moved" else error
-        if error is not None:
-            return error
-        stats = ended.row.get("stats") if isinstance(ended.row.get("stats"), dict) else {}
-        facts = {key: ended.row.get(key) for key in ("total_s", "downtime_s", "sent_bytes")}
-        self._end(one, "moved", destination=destination, container_id=str(ended.row.get("container_id") or one.container.id), job=ended.job, **facts)
-        faults.point("drain-moved")
-        sent, took_s = (stats or {}).get("sent_bytes"), time.monotonic() - clock_s
-        if isinstance(sent, int | float) and sent > (8 << 20) and took_s > 0:
+        told = {one.target: all_of_it.of(one.target) if len(unit) > 1 else all_of_it for one in unit}
+        causes = {str(row.get("name")): number for number, row in enumerate(all_of_it.rows)}
+        errors: dict[str, CkptError] = {}
+        for one in sorted(unit, key=lambda one: causes.get(one.target, len(causes))):
+            ended = told[one.target]
+            error = ended.error if ended.error is None else self._truth(one, ended)
+            if errors and isinstance(error, DumpFailed):  # it was stopped because of another one, before its own journal was begun
+                error = MigrationRolledBack(f"{one.container.name} was not migrated: {error.message}", where=error.where)
+            if error is not None:
+                errors[one.target] = error
+                continue
+            facts = {key: ended.row.get(key) for key in ("total_s", "downtime_s", "sent_bytes")}
+            container_id = str(ended.row.get("container_id") or one.container.id)
+            self._end(one, "moved", destination=destination, container_id=container_id, job=ended.job, **facts)
+            faults.point("drain-moved")
+        took_s, size_bytes = time.monotonic() - clock_s, sum(one.memory_bytes for one in unit)
+        sent = [ended.row.get("sent_bytes") for ended in told.values()]
+        if not errors and size_bytes and sum(one for one in sent if isinstance(one, int | float)) > (8 << 20) and took_s > 0:
             with self.lock:
-                self.rate_bytes_s = one.memory_bytes / took_s if one.memory_bytes else self.rate_bytes_s
-        return None
+                self.rate_bytes_s = size_bytes / took_s
+        return errors
 
-    def _words(self, one: Candidate, destination: str) -> list[str]:
+    def _truth(self, one: Candidate, ended: children.Ended) -> CkptError | None:
+        """What its migration failed with; None when it is there all the same. One in doubt is continued."""
+        error = ended.error
+        assert error is not None
+        job = ended.job if isinstance(error, NeedsContinue | StateUnknown) else ""
+        if not job:
+            if ended.row:
+                return error
+            # Without a result its ckpt has crashed, or was killed: its job knows.
+            found = drainstate.settled(self.journal, one.target, self.root, self.emit)
+            if found.state != "waiting":
+                return None if found.state == "moved" else error
+            job = found.job
+        self.journal.write("waiting", item=one.target, job=job)
+        still = drainstate.continue_(job, store_root=self.root, emit=self.emit)
+        found = drainstate.settled(self.journal, one.target, self.root, self.emit)
+        if found.state == "here":
+            return MigrationRolledBack(f"{one.container.name} was not migrated: {error.message}", log=error.log)
+        waits = still or error
+        if found.state == "waiting" and not isinstance(waits, NeedsContinue | StateUnknown):
+            where = f"{one.container.name} is frozen here, and may be running there"
+            waits = NeedsContinue(waits.message, where=where, hint=f"ckpt migrate --continue {job}")
+        return None if found.state == "moved" else waits
+
+    def _words(self, unit: list[Candidate], destination: str) -> list[str]:
         request = self.request
         words = ["migrate", "--store", str(self.root), "--format", "jsonl"]
-        words += request.server_words if is_https(destination) else request.words
         if request.bwlimit_bytes_s:
             words += ["--bwlimit", str(request.bwlimit_bytes_s), "--bwlimit-shared", str(self.journal.directory / "bwlimit")]
-        return [*words, "--", one.target, destination]
+        if len(unit) == 1:
+            return [*words, *(request.server_words if is_https(destination) else request.words), "--", unit[0].target, destination]
+        words += request.group_server_words if is_https(destination) else request.group_words
+        return [*words, "--group", unit[0].as_one, "--", destination, *(one.target for one in unit)]
 
     def _stopped(self) -> bool:
         return self.stop.is_set() or (self.until_s is not None and time.monotonic() >= self.until_s)
@@ -297,26 +345,36 @@ class _Draining:
         needed_s = OVERHEAD_S + sum(one.memory_bytes for one in members) / max(self.rate_bytes_s, 1.0)
         return time.monotonic() + needed_s > self.until_s
 
-    def _instead(self, one: Candidate) -> None:
-        """In a hurry: save it, if that is asked for and there is time; else it is left running."""
+    def _instead(self, unit: list[Candidate]) -> None:
+        """In a hurry: save it, if that is asked for and there is time; else it is left running. A group goes to the store at one instant."""
         assert self.until_s is not None
         where = self.request.else_checkpoint
         left_s = self.until_s - time.monotonic()
-        if not where or OVERHEAD_S / 2 + one.memory_bytes / SAVING_BYTES_S > left_s:
-            self._end(one, "dropped", reason="there is no time to move it; it runs on here")
-            return
-        place = [] if where == STORE else ["-e", f"{where.rstrip('/')}/{one.container.name.replace('/', '_')}.tar.zst"]
+        if not where or OVERHEAD_S / 2 + sum(one.memory_bytes for one in unit) / SAVING_BYTES_S > left_s:
+            for one in unit:
+                self._end(one, "dropped", reason="there is no time to move it; it runs on here")
+        elif where == STORE:
+            self._save(unit, ["--group", unit[0].as_one] if len(unit) > 1 else [])
+        else:
+            for one in unit:
+                location = f"{where.rstrip('/')}/{one.container.name.replace('/', '_')}.tar.zst"
+                self._save([one], ["-e", location], location)
+
+    def _save(self, unit: list[Candidate], how: list[str], location: str = "") -> None:
+        targets = [one.target for one in unit]
 
         def started(pid: int, start: int) -> None:
-            self.journal.write("saving", item=one.target, began_s=time.time(), child=[pid, start])
+            self.journal.tell("saving", targets, began_s=time.time(), child=[pid, start])
 
-        words = ["checkpoint", "--store", str(self.root), "--format", "jsonl", *place, "--", one.target]
-        ended = children.run(words, emit=self.emit, stopped=self._stopped, on_start=started)
-        if ended.error is not None:
-            self._failed(one, "", ended.error)
-            return
-        saved_as = place[1] if place else str(ended.row.get("ref") or "")
-        self._end(one, "saved", reason=f"saved as {saved_as}: there was no time to move it", ref=saved_as)
+        words = ["checkpoint", "--store", str(self.root), "--format", "jsonl", *how, "--", *targets]
+        all_of_it = children.run(words, emit=self.emit, stopped=self._stopped, on_start=started)
+        for one in unit:
+            ended = all_of_it.of(one.target) if len(unit) > 1 else all_of_it
+            if ended.error is not None:
+                self._failed(one, "", ended.error)
+                continue
+            saved_as = location or str(ended.row.get("ref") or "")
+            self._end(one, "saved", reason=f"saved as {saved_as}: there was no time to move it", ref=saved_as)
 
     def _failed(self, one: Candidate, destination: str, error: CkptError, *, split: bool = False) -> None:
         waits = isinstance(error, NeedsContinue | StateUnknown)
@@ -373,7 +431,7 @@ def _rooms(request: DrainRequest, looked: Looked, emit: Emit) -> list[Room]:
 
 
 def _item(one: Candidate, destination: str) -> DrainItem:
-    return DrainItem(one.target, one.engine.name, one.container.id, one.container.name, destination, one.memory_bytes, one.group)
+    return DrainItem(one.target, one.engine.name, one.container.id, one.container.name, destination, one.memory_bytes, one.group, one.as_one)
 
 
 def _staying(looked: Looked) -> list[Went]:
@@ -416,6 +474,21 @@ def _planned(looked: Looked, placed: Placement) -> list[Went]:
         for one in looked.candidates
         if one.target in placed.chosen
     ]
+
+
+def _asked(journal: Drain, request: DrainRequest, earlier: list[Went]) -> list[Went]:
+    """The same, as the other hosts have it: what is not there any more is told, and who could not be asked."""
+    said = drainask.ask(drainask.sent(journal), ssh_options=request.ssh_options, access=request)
+    found = []
+    for one in earlier:
+        answer = said.get(one.target) if one.state == "moved" else None
+        if answer is None:
+            found.append(one)
+            continue
+        if answer.state == "changed":
+            journal.write("changed", item=one.target, reason=answer.reason)
+        found.append(replace(one, state="changed" if answer.state == "changed" else one.state, reason=answer.reason))
+    return found
 
 
 def _earlier(journal: Drain) -> list[Went]:

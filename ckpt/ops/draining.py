@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from ckpt.engines.registry import NamedEngine
@@ -14,14 +14,13 @@ from ckpt.host import cgroup
 from ckpt.host import facts as host_facts
 from ckpt.host.procfs import OpenKinds
 from ckpt.model import Container, DumpOptions, Target
-from ckpt.ops import check, consent, look, resolve
+from ckpt.ops import check, consent, look, realgroups, resolve
 from ckpt.ops.destination import destination_findings, destination_request, facts_from
 from ckpt.ops.hibernate import selection
 from ckpt.ops.placing import Demand, Placement, Room, place, together
 from ckpt.peer import client
 from ckpt.transports.https_peer import Access
 
-_PROJECTS: Final = ("io.podman.compose.project", "com.docker.compose.project")
 PEER_LIMIT_S: Final = 120.0
 """How long the destinations are waited for, all at once."""
 
@@ -41,6 +40,9 @@ class DrainRequest:
     """Options for `ckpt migrate`."""
     server_words: tuple[str, ...] = ()
     """The same for a destination behind `https://`."""
+    group_words: tuple[str, ...] = ()
+    """Options for `ckpt migrate --group`, which takes not all of them."""
+    group_server_words: tuple[str, ...] = ()
     ssh_options: tuple[str, ...] = ()
     access: dict[str, Any] = field(default_factory=dict)
     """Destination -> Access as JSON."""
@@ -83,6 +85,8 @@ class Candidate:
     group: str = ""
     after: tuple[str, ...] = ()
     kinds: OpenKinds | None = None
+    as_one: str = ""
+    """The name under which it moves together with those of its group that have the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class Looked:
     candidates: tuple[Candidate, ...]
     skipped: tuple[tuple[str, Container, str], ...]
     unfit: tuple[tuple[str, Container, CkptError], ...]
+    notes: tuple[str, ...] = ()
+    """What is to be said about groups."""
 
 
 def workloads(request: DrainRequest, *, only: frozenset[str] | None = None) -> Looked:
@@ -140,9 +146,17 @@ def workloads(request: DrainRequest, *, only: frozenset[str] | None = None) -> L
     unknown = [name for name in request.exclude if not any(name in (target, one.name, one.id) for target, one in _known(every))]
     if unknown and only is None:
         raise UsageError(f"--exclude: nothing that runs here is called {unknown[0]!r}", where="nothing was touched")
+    sets = realgroups.find(
+        [(one.target, one.engine, one.container) for one in candidates],
+        [(target, container) for target, container, _ in skipped],
+        unfit,
+        ignore_volumes=request.ignore_volumes,
+    )
+    unfit += [(one.target, one.container, sets.held_back[one.target]) for one in candidates if one.target in sets.held_back]
+    candidates = [one for one in candidates if one.target not in sets.held_back]
     groups = together({one.target: _ties(one.container) for one in candidates})
-    grouped = [Candidate(c.target, c.engine, c.container, c.memory_bytes, groups.get(c.target, ""), c.after, c.kinds) for c in candidates]
-    return Looked(tuple(in_order(grouped)), tuple(skipped), tuple(unfit))
+    grouped = [replace(one, group=groups.get(one.target, ""), as_one=sets.names.get(one.target, "")) for one in candidates]
+    return Looked(tuple(in_order(grouped)), tuple(skipped), tuple(unfit), sets.notes)
 
 
 def _known(every: Sequence[resolve.Resolved]) -> list[tuple[str, Container]]:
@@ -164,9 +178,7 @@ def _ties(container: Container) -> list[str]:
     ties = [container.id, *container.requires]
     ties += [f"pod {container.pod}"] if container.pod else []
     ties += [f"volume {container.engine} {volume.name}" for volume in container.volumes]
-    labels = container.labels
-    ties += [f"group {labels['ckpt.group']}"] if labels.get("ckpt.group") else []
-    return ties + [f"project {labels[key]}" for key in _PROJECTS if labels.get(key)]
+    return ties + realgroups.ties(container)
 
 
 def in_order(found: Sequence[Candidate]) -> list[Candidate]:
@@ -184,6 +196,27 @@ def in_order(found: Sequence[Candidate]) -> list[Candidate]:
 
     for one in found:
         visit(one, ())
+    return list(done.values())
+
+
+def units(found: Sequence[Candidate]) -> list[list[Candidate]]:
+    """A group in what is moved at once: those that move as one, and each other one by itself; in the order of `in_order`, as far as it goes."""
+    made: dict[str, list[Candidate]] = {}
+    for one in found:
+        made.setdefault(f"set {one.as_one}" if one.as_one else one.target, []).append(one)
+    unit_of = {word: key for key, members in made.items() for one in members for word in (one.container.id, one.container.name)}
+    done: dict[str, list[Candidate]] = {}
+
+    def visit(key: str, above: tuple[str, ...]) -> None:
+        if key in done or key in above:
+            return
+        for word in (word for one in made[key] for word in (*one.container.requires, *one.after)):
+            if word in unit_of:
+                visit(unit_of[word], (*above, key))
+        done[key] = made[key]
+
+    for key in made:
+        visit(key, ())
     return list(done.values())
 
 

@@ -42,9 +42,9 @@ def settle(journal: Drain, *, store_root: Path, emit: Emit) -> None:
         if state.state == "saving":
             journal.write("dropped", item=target, reason="its saving was broken off")  # what was saved has ended, so it is not found again
             continue
-        found = _settled(journal, target, store_root, emit)
+        found = settled(journal, target, store_root, emit)
         if found.state == "waiting" and continue_(found.job, store_root=store_root, emit=emit) is None:
-            found = _settled(journal, target, store_root, emit)
+            found = settled(journal, target, store_root, emit)
         match found.state:
             case "moved":
                 item = _item(journal, target)
@@ -91,7 +91,7 @@ def _wait(target: str, state: DrainState, emit: Emit) -> None:
         time.sleep(_POLL_S)
 
 
-def _settled(journal: Drain, target: str, store_root: Path, emit: Emit) -> Truth:
+def settled(journal: Drain, target: str, store_root: Path, emit: Emit) -> Truth:
     """The truth, when its guard (or we) have brought an interrupted migration to its end."""
     until_s = time.monotonic() + SETTLE_LIMIT_S
     while (found := truth(journal, target, store_root=store_root)).state == "unsettled" and time.monotonic() < until_s:

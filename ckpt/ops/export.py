@@ -83,8 +83,8 @@ def export(
         return save(engine, container, ref, chosen, catalog, emit, keep, step="archive", drafts=volatile.catalog(store_root) if sealed else None)
     began = time.monotonic()
     emit(StepStarted(ref, "archive", f"{checkpoint.ref}, from the store"))
-    with catalog.lease(checkpoint), catalog.members(checkpoint) as members:
-        figures = packing.write(members, checkpoint.manifest)
+    with catalog.lease(checkpoint), catalog.outgoing(checkpoint) as (members, manifest):
+        figures = packing.write(members, manifest)
     emit(StepDone(ref, "archive", f"{to} {figures['digest']}", time.monotonic() - began))
     return Outcome(ref, True, checkpoint, stats={"size_bytes": checkpoint.manifest.size_bytes, **figures})
 

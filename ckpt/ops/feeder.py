@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ckpt
-from ckpt.criu import pagechunks, pagefeed
+from ckpt.criu import lazy, pagechunks, pagefeed
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
 from ckpt.ops.unpack import PageMember
@@ -28,8 +28,6 @@ from ckpt.store.catalog import Catalog
 
 START_LIMIT_S: Final = 30.0
 END_LIMIT_S: Final = 5.0
-DAMAGE: Final = "pages.damaged"
-"""In the job's directory: why it gave up."""
 _SWITCH_S: Final = 0.0002
 """Between the threads that read ahead and the one that answers page faults: with Python's 5 ms each fault may wait so long."""
 _BODY: Final = (
@@ -81,7 +79,7 @@ class _Chunks:
             return self._pages.pieces(pid, vaddr, nr_pages)
         except (CkptError, OSError) as error:
             with suppress(OSError):
-                (self._job_dir / DAMAGE).write_text(error.message if isinstance(error, CkptError) else f"its memory cannot be read: {error}")
+                (self._job_dir / lazy.DAMAGE).write_text(error.message if isinstance(error, CkptError) else f"its memory cannot be read: {error}")
             raise BrokenPipeError from error
 
 
@@ -111,11 +109,3 @@ def feeder_main(text: str) -> int:
         pagefeed.serve(feed, _Chunks(pages, Path(plan["job"])))
     pages.close()
     return 0
-
-
-def damage(job_dir: Path) -> str:
-    """Why the feeder of this job gave up; "" when it did not."""
-    try:
-        return (job_dir / DAMAGE).read_text()
-    except OSError:
-        return ""

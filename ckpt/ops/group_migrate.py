@@ -90,7 +90,7 @@ def migrate_group(
 def refuse(options: MigrateOptions, destination: str) -> None:
     """Raise UsageError for what is for single workloads only."""
     given: dict[str, Any] = {"--precopy": options.precopy, "--postcopy": options.postcopy, "--lazy": options.lazy, "--name": options.name}
-    given |= {"--publish": options.publish, "--stdio": destination == inherited.DESTINATION}
+    given |= {"--publish": options.publish, "--stdio": destination == inherited.DESTINATION and not inherited.several()}
     wrong = [word for word, value in given.items() if value]
     if wrong:
         hint = "a group is frozen, sent and resumed as a whole; migrate its members one by one for that"

@@ -10,6 +10,13 @@ Serving, it holds the lease on the checkpoint (the daemon holds it too, so it ou
 says `serving`. Memory in the store's chunks the daemon gets from a feeder (feeder.py). When all memory is there the keeper removes the
 job, and the draft that was made for this one restore.
 
+A keeper that is killed takes nothing away. Its daemon is not made to end with it (PR_SET_PDEATHSIG): it alone can still bring what is missing,
+and a tree whose daemon ends reads zeros there. It serves on as long as the tree lives, and what a tree that has ended leaves of it the next
+command removes (recover.py); only to watch for that nobody is kept beside every keeper.
+
+There is one for each copy of a set: one for all would be a death for all, and its journal, lease and verdict are those of one job. It is
+kept small instead: what only some need is imported by them.
+
 When the daemon fails, or a chunk is damaged, the tree is *ended* before it can compute with memory that it never had. The checkpoint
 stays in the store, the journal says `lost`, and the next command tells it.
 """
@@ -29,11 +36,10 @@ from pathlib import Path
 from typing import IO, Any, Final, Literal
 
 import ckpt
-from ckpt.criu import action, bindings, lazy, pagefeed, tree
+from ckpt.criu import action, lazy, tree
 from ckpt.criu.lazyrelay import Relay
 from ckpt.errors import CkptError, RestoreFailed
 from ckpt.host import run
-from ckpt.ops.feeder import Feeder, damage
 from ckpt.ops.filling import FILL
 from ckpt.store import place
 from ckpt.store.job import Job
@@ -162,7 +168,9 @@ def keeper_main(directory: str) -> int:
         stage = Path(plan["stage"])
         try:
             if plan.get("waits"):
-                bindings.load("images.pagemap_pb2")  # takes a moment, and the source is frozen later
+                from ckpt.criu import bindings, pagefeed  # noqa: F401 - takes a moment, and the source is frozen later
+
+                bindings.load("images.pagemap_pb2")
                 if os.read(0, 1) != _GO:
                     return 0
                 plan = _facts(journal)["lazy"]
@@ -227,11 +235,15 @@ def _feed(served: _Served, plan: dict[str, Any], stack: ExitStack) -> int | None
     if plan["memory"] == "images":
         return None
     if plan["memory"] == "chunks":
+        from ckpt.ops.feeder import Feeder
+
         found = {"root": place.store_of(served.job.directory), "job": served.job.directory, "images": served.stage / "checkpoint"}
         wanted = {name: plan[name] for name in ("criu_version", "checkpoint_id")}
         feeder = Feeder({**{name: str(path) for name, path in found.items()}, **wanted}, plan["fds"])
         stack.callback(feeder.close)
         return feeder.port()
+    from ckpt.criu import pagefeed
+
     feed = pagefeed.Feed(str(plan["criu_version"]))
     stack.callback(feed.close)
     if plan["memory"] == "source":
@@ -382,7 +394,7 @@ def _close(served: _Served, lost: str) -> None:
 
 
 def _ended(served: _Served, daemon: lazy.Daemon) -> str:
-    if said := damage(served.job.directory):
+    if said := lazy.damage(served.job.directory):
         return said
     status = daemon.status or 0
     if status < 0:

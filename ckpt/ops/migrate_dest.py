@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -19,6 +20,7 @@ from ckpt.archive import manifest as manifest_file
 from ckpt.archive.untagged import Untagged
 from ckpt.criu import action
 from ckpt.criu import lazy as memory
+from ckpt.criu.pagestream import PageWriter
 from ckpt.engines import registry
 from ckpt.engines.base import CarriesContainerImages, CarriesVolumes, EarlyRestore, Engine, HeldRestore, StartsEarly
 from ckpt.errors import BusyError, CkptError, DigestMismatch, RestoreFailed, UsageError
@@ -271,8 +273,6 @@ def _ahead(stage: Path, number: int) -> Path:
 
 def receive_pages(session: Session, args: dict[str, Any]) -> dict[str, Any]:
     """Make CRIU images of the memory pages that the source's dump sends. They come before the rest of the checkpoint."""
-    from ckpt.criu.pagestream import PageWriter
-
     arrival = _arrival(session)
     assert arrival.draft is not None
     stage, number, parent = arrival.draft.stage, _number(args, "images"), _number(args, "parent")
@@ -513,9 +513,13 @@ def status(root: Path, args: dict[str, Any]) -> dict[str, Any]:
     memory did not arrive). `memory` of a running one: "all", or "waiting" for the source (post-copy).
     """
     job = _job(root, args)
+    try:
+        mine = job is not None and job.acquire()
+    except FileNotFoundError:  # it went as we looked
+        job = None
     if job is None:
         return {"state": "failed", "machine": machine_id()}
-    if job.acquire():
+    if mine:
         try:
             recover.settle(job)
         finally:
@@ -532,11 +536,12 @@ def status(root: Path, args: dict[str, Any]) -> dict[str, Any]:
 def forget(root: Path, args: dict[str, Any]) -> dict[str, Any]:
     """The source knows how it ended: remove the journal."""
     job = _job(root, args)
-    if job is not None and job.acquire():
-        if job.state != "lost" and memory.running(job.directory):
-            job.write("serving")  # its keeper removes it
-        else:
-            job.write("done")
-            recover.remove(job)
-        job.release()
+    with suppress(FileNotFoundError):  # it went as we looked
+        if job is not None and job.acquire():
+            if job.state != "lost" and memory.running(job.directory):
+                job.write("serving")  # its keeper removes it
+            else:
+                job.write("done")
+                recover.remove(job)
+            job.release()
     return {}

@@ -130,11 +130,15 @@ def continue_(job_id: str, *, store_root: Path = DEFAULT_ROOT, emit: Emit) -> Ou
     from ckpt.engines import registry
 
     job = Job(place.jobs(store_root) / job_id)
+    nothing = TargetNotFound(f"no migration {job_id} waits here", hint="look into the message of the migration that was cut")
     try:
         if "/" in job_id or not job.directory.is_dir() or job.facts.get("kind") != "migrate-source":
-            raise TargetNotFound(f"no migration {job_id} waits here", hint="look into the message of the migration that was cut")
-        if not job.acquire():
-            raise BusyError(f"migration {job_id} is under way")
+            raise nothing
+        try:
+            if not job.acquire():
+                raise BusyError(f"migration {job_id} is under way")
+        except FileNotFoundError:  # its guard has just put it away
+            raise nothing from None
         facts = job.facts
         name = str(facts.get("name"))
         try:

@@ -63,16 +63,19 @@ def run_all(
                 on_done(label, result)
 
     threads = [threading.Thread(target=body, name=f"ckpt-work-{number}") for number in range(max(1, min(width, len(waiting))))]
-    for thread in threads:
-        thread.start()
     interrupted: KeyboardInterrupt | None = None
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join(_LOOK_S)
-            except KeyboardInterrupt as error:
-                halt.set()
-                interrupted = error
+    left = iter(threads)
+    while True:
+        try:  # wherever in here it comes: what has begun is waited for
+            for thread in left:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(_LOOK_S)
+            break
+        except KeyboardInterrupt as error:
+            halt.set()
+            interrupted, left = error, iter(())
     if interrupted is not None:
         raise interrupted
     for label, _ in waiting:

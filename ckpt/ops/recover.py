@@ -228,7 +228,6 @@ def sweep(root: Path = DEFAULT_ROOT) -> list[str]:
 
 def close(job: Job, guard: Process | None) -> None:
     """End a job whose journal is final: its directory goes, and so does its guard."""
-    # The guard first: on its way to the lock it would make that file again in a directory that is about to go.
     _dismiss(guard)
     remove(job)
     job.release()
@@ -274,7 +273,7 @@ def _served(job: Job) -> str:
 
 
 def remove(job: Job) -> None:
-    """Remove a job's directory, its journal last, so that a crash in between is found and finished. The history keeps a record of it."""
+    """Remove a job's directory, its journal and its lock last, so that a crash in between is found and finished. The history keeps a record of it."""
     traffic.unblock(job.directory)
     netns.drop(f"ckpt-{job.id}")
     record = history.of_journal(job)
@@ -289,10 +288,8 @@ def remove(job: Job) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    for _ in range(3):  # somebody on its way to the lock may make that file again in between
-        shutil.rmtree(job.directory, ignore_errors=True)
-        if not job.directory.exists():
-            break
+    (job.directory / "journal.jsonl").unlink(missing_ok=True)  # without a journal and with a lock it is nobody's, and anybody's to remove
+    shutil.rmtree(job.directory, ignore_errors=True)
 
 
 def log_root(root: Path) -> Path:

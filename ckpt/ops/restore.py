@@ -182,7 +182,8 @@ def prepare(
     old = _in_the_way(engine, manifest, options, source) if looked is None else looked.old
     options = options if looked is None else replace(options, checked=True, terse=True)
     isolation.require(source.checkpoint.directory if source.checkpoint else source.draft.stage, options, manifest)
-    options = replace(options, kept_volumes=tuple({*kept_volumes, *_shared_volumes(engine, manifest, options, together)}))
+    kept_volumes = {*options.kept_volumes, *kept_volumes, *_shared_volumes(engine, manifest, options, together)}
+    options = replace(options, kept_volumes=tuple(kept_volumes))
     if not source.made_here:
         small = source.checkpoint.directory if source.checkpoint else source.draft.stage
         policy.require(small, manifest, engine, options, source.label, where=f"nothing was touched; {source.remains}")

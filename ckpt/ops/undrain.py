@@ -1,29 +1,37 @@
 """`ckpt undrain`: what was moved away by a drain comes back.
 
-This host fetches it: it starts `ckpt migrate --stdio` on the other one, over its own ssh, and puts it together with a `ckpt peer` here
-(peer/inherited.py). So the other host needs no way to this one, no key and no port.
+This host fetches it over its own ssh to the other one (ops/fetching.py). What went as one comes back as one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import threading
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ckpt.engines import registry
-from ckpt.errors import CannotConnect, CkptError, MigrationRolledBack, NeedsContinue, RemoteRefused, StateUnknown, TargetNotFound, TransferFailed
+from ckpt.errors import (
+    CannotConnect,
+    CkptError,
+    MigrationRolledBack,
+    NeedsContinue,
+    RemoteRefused,
+    StateUnknown,
+    TargetNotFound,
+    TransferFailed,
+    UsageError,
+)
 from ckpt.events import Emit, Notice
-from ckpt.host.run import PIPE as FROM_HERE
-from ckpt.host.run import CommandFailed, spawn
-from ckpt.ops import children, drainstate, faults, parallel, recover
+from ckpt.ops import children, drainask, drainstate, faults, parallel, recover
 from ckpt.ops.drain import Report, Went
-from ckpt.peer import client
+from ckpt.ops.drainask import Said
+from ckpt.ops.draining import DrainRequest
+from ckpt.ops.fetching import Fetch
+from ckpt.peer import messages
 from ckpt.store import drains
 from ckpt.store.drains import Drain, DrainItem, DrainState
 from ckpt.store.history import JOB_ID
@@ -32,7 +40,6 @@ from ckpt.transports.https_peer import is_https
 
 ASK_LIMIT_S: Final = 60.0
 _ANSWER_CAP: Final = 8 << 20
-_LEAVE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class UndrainRequest:
     """Of each of them: they come from different hosts."""
     words: tuple[str, ...] = ()
     """Options for the `ckpt migrate` there."""
+    group_words: tuple[str, ...] = ()
+    """Of `ckpt migrate --group`, which takes not all of them."""
     ssh_options: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     """What they may have here beyond this host's policy, as KIND:VALUE."""
@@ -59,8 +68,8 @@ def undrain(request: UndrainRequest, *, dry_run: bool = False, store_root: Path,
         BusyError: another ckpt is at it.
         KeyboardInterrupt: nothing more was begun, what was under way is over.
     """
-    for said in recover.sweep(store_root):
-        emit(Notice("undrain", said))
+    for line in recover.sweep(store_root):
+        emit(Notice("undrain", line))
     journals = [journal for journal in Drain.every(store_root) if journal.state != drains.UNDRAINED]
     if not journals:
         raise TargetNotFound("this host was not drained, or all is back", where="nothing was touched")
@@ -77,7 +86,9 @@ def undrain(request: UndrainRequest, *, dry_run: bool = False, store_root: Path,
         for journal in journals:
             items = [item for item in away[journal.id] if not request.only or {item.target, item.name} & set(request.only)]
             if dry_run:
-                went += [_planned(item, journal.states()[item.target]) for item in items]
+                chosen = [one for one in drainask.sent(journal, drains.AWAY) if one.item in items]
+                said = drainask.ask(chosen, ssh_options=request.ssh_options, access=_request(journal))
+                went += [_planned(one, said[one.item.target]) for one in chosen]
             else:
                 went += _Undraining(request, journal, store_root, emit).run(items)
         if not dry_run:
@@ -103,6 +114,7 @@ class _Undraining:
         self.went: dict[str, Went] = {}
         self.told: dict[str, dict[str, Any]] = {}
         """Figures of the migrations."""
+        self.fetch = Fetch(request.ssh_options, request.allow, root)
 
     def run(self, items: Sequence[DrainItem]) -> list[Went]:
         """Groups stay together: one after the other, as they went."""
@@ -123,26 +135,38 @@ class _Undraining:
         return [*(self.went[item.target] for item in items if item.target in self.went), *rest]
 
     def _group(self, items: Sequence[DrainItem]) -> None:
+        units: dict[str, list[DrainItem]] = {}
         for item in items:
+            key = f"set {item.as_one} on {self._destination(item)}" if item.as_one else item.target
+            units.setdefault(key, []).append(item)
+        for unit in units.values():
             if not self.stop.is_set():
-                self._back(item)
+                self._back(unit)
 
-    def _back(self, item: DrainItem) -> None:
-        destination = self._destination(item)
+    def _back(self, unit: list[DrainItem]) -> None:
+        destination = self._destination(unit[0])
         try:
-            state, reason = self._fetch(item, destination)
+            self._note(unit, self._fetch(unit, destination), destination)
         except CkptError as error:
-            self.went[item.target] = Went(
-                item.target, item.name, "moved", destination, self._id(item), item.memory_bytes, error.message, error
-            )
-            return
-        faults.point("undrain-back")
-        self.journal.write(state, item=item.target, reason=reason)
-        told = self.told.get(item.target, {})
-        went = Went(item.target, item.name, state, "", self._id(item), item.memory_bytes, reason, None, told)
-        if state == "changed":
-            went = replace(went, destination=destination, error=TargetNotFound(f"{item.name} was not brought back: {reason}"))
-        self.went[item.target] = went
+            self._note(unit, {item.target: messages.again(error) for item in unit}, destination)
+
+    def _note(self, unit: list[DrainItem], became: Mapping[str, tuple[str, str] | CkptError], destination: str) -> None:
+        for item in sorted(unit, key=lambda item: isinstance(became[item.target], CkptError)):
+            found = became[item.target]
+            if isinstance(found, CkptError):
+                self.went[item.target] = Went(
+                    item.target, item.name, "moved", destination, self._id(item), item.memory_bytes, found.message, found
+                )
+                continue
+            state, reason = found
+            faults.point("undrain-back")
+            self.journal.write(state, item=item.target, reason=reason)
+            faults.point("undrain-noted")
+            told = self.told.get(item.target, {})
+            went = Went(item.target, item.name, state, "", self._id(item), item.memory_bytes, reason, None, told)
+            if state == "changed":
+                went = replace(went, destination=destination, error=TargetNotFound(f"{item.name} was not brought back: {reason}"))
+            self.went[item.target] = went
 
     def _destination(self, item: DrainItem) -> str:
         return str(self.states[item.target].facts.get("destination") or item.destination)
@@ -150,24 +174,56 @@ class _Undraining:
     def _id(self, item: DrainItem) -> str:
         return str(self.states[item.target].facts.get("container_id") or item.container_id)
 
-    def _fetch(self, item: DrainItem, destination: str) -> tuple[str, str]:
-        """("returned" or "changed", why). Raises CkptError when it is still there."""
-        if is_https(destination):
-            hint = f"run there: ckpt migrate {item.target} root@THIS-HOST"
-            raise RemoteRefused(f"{item.name} is behind a ckpt serve, from which nothing can be fetched", where=f"{item.name} runs there", hint=hint)
-        if self.states[item.target].state == "returning":
-            self._mend(item, destination)
-        if drainstate.runs_here(replace(item, container_id=self._id(item))):
-            return "returned", "it runs here already"
-        if changed := self._changed(item, destination):
-            return "changed", changed
-        self.journal.write("returning", item=item.target)
+    def _fetch(self, unit: list[DrainItem], destination: str) -> dict[str, tuple[str, str] | CkptError]:
+        """Of each: ("returned" or "changed", why), or why it is still there. Raises CkptError when all are."""
+        became: dict[str, tuple[str, str] | CkptError] = {}
+        answers = self._ask(unit, destination)
+        for item in unit:
+            said = answers[item.target]
+            if self.states[item.target].state == "returning" and not is_https(destination):
+                self._mend(item, destination)
+            if drainstate.runs_here(replace(item, container_id=self._id(item))):
+                became[item.target] = "returned", "it runs here already"
+            elif said.state == "changed":
+                became[item.target] = "changed", said.reason
+            elif is_https(destination):
+                became[item.target] = _unreachable(item, destination, said)
+            elif said.error is not None:
+                raise type(said.error)(said.reason, where=f"{item.name} went to {destination}", hint=said.error.hint)
+        coming = [item for item in unit if item.target not in became]
+        if coming:
+            became |= self._come(coming, destination)
+        return became
+
+    def _come(self, unit: list[DrainItem], destination: str) -> dict[str, tuple[str, str] | CkptError]:
+        """One migration to here, of one or of those that come as one."""
+        self.journal.tell("returning", [item.target for item in unit])
         faults.point("undrain-begin")
-        by_id = item.engine != "process"
-        prefix = registry.by_name(item.engine).prefixes[0]
-        target = f"{prefix}:{self._id(item)}" if by_id else item.target
         limit = ["--bwlimit", str(self.request.bwlimit_bytes_s)] if self.request.bwlimit_bytes_s else []
-        ended = self._pull(destination, [*self.request.words, *limit, "--", target], item)
+        targets = [self._target(item) for item in unit]
+        if len(unit) == 1:
+            ended = [self._pull(destination, [*self.request.words, *limit, "--", *targets], unit[0])]
+        else:
+            words = [*self.request.group_words, *limit, "--group", unit[0].as_one]
+            by_target = dict(zip(targets, unit, strict=True))
+            all_of_it = self.fetch.group(destination, words, targets, emit=self._emit_under(by_target))
+            ended = [all_of_it.of(target) for target in targets]
+        faults.point("undrain-came")
+        became: dict[str, tuple[str, str] | CkptError] = {}
+        for item, one in zip(unit, ended, strict=True):
+            try:
+                self._came(item, one, destination)
+                became[item.target] = "returned", ""
+            except CkptError as error:
+                became[item.target] = error
+        return became
+
+    def _target(self, item: DrainItem) -> str:
+        """How it is called there."""
+        return item.target if item.engine == "process" else f"{registry.by_name(item.engine).prefixes[0]}:{self._id(item)}"
+
+    def _came(self, item: DrainItem, ended: children.Ended, destination: str) -> None:
+        """Whether it did. Raises CkptError when it is still there."""
         error = ended.error
         settled = True
         if isinstance(error, NeedsContinue | StateUnknown) and JOB_ID.fullmatch(ended.job):
@@ -178,7 +234,10 @@ class _Undraining:
             # Continued it may have ended well for the other host: it went on there.
             raise _from_here(error or ended.error or TransferFailed(f"{item.name} was not brought back"), item, destination, settled=settled)
         self.told[item.target] = {key: ended.row.get(key) for key in ("total_s", "downtime_s", "sent_bytes")}
-        return "returned", ""
+
+    def _ask(self, unit: Sequence[DrainItem], destination: str) -> dict[str, Said]:
+        sent = [drainask.Sent(item, destination, self._id(item)) for item in unit]
+        return drainask.ask(sent, ssh_options=self.request.ssh_options, access=_request(self.journal))
 
     def _mend(self, item: DrainItem, destination: str) -> None:
         """Finish what an undrain that was killed left in doubt on the other host."""
@@ -187,18 +246,6 @@ class _Undraining:
                 error = self._pull(destination, ["--continue", str(row["id"])], item).error
                 if error is not None:
                     raise _from_here(error, item, destination)
-
-    def _changed(self, item: DrainItem, destination: str) -> str:
-        """Why what is there is not what went there; "" when it is. Raises CkptError when it cannot be asked."""
-        if item.engine == "process":
-            return ""
-        with client.connect(destination, ssh_options=self.request.ssh_options, purpose="check") as peer:
-            by_id = peer.call("facts", {"engine": item.engine, "id": self._id(item)}).get("names") or []
-            by_name = peer.call("facts", {"engine": item.engine, "name": item.name}).get("names") or []
-            there = peer.hostname
-        if not by_id:
-            return f"it is not on {there} any more" + (f"; another one is called {item.name} there" if by_name else "")
-        return "" if by_name else f"it has another name on {there}: to bring it back all the same, run there: ckpt migrate {self._id(item)[:12]} HOST"
 
     def _jobs(self, destination: str) -> list[dict[str, Any]]:
         """The migrations that wait on the other host."""
@@ -221,45 +268,14 @@ class _Undraining:
         return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def _pull(self, destination: str, words: Sequence[str], item: DrainItem) -> children.Ended:
-        """Run `ckpt migrate --stdio` there, its link a `ckpt peer` here."""
-        allow = [word for one in self.request.allow for word in ("--allow", one)]
-        argv = ssh.argv(destination, ["ckpt", "migrate", "--stdio", "--format", "jsonl", *words], self.request.ssh_options, batch=True)
-        from_there, to_here = os.pipe()
-        from_here, to_there = os.pipe()
-        try:
-            with os.fdopen(from_there, "rb") as inp, os.fdopen(to_there, "wb") as out, open(os.devnull, "wb") as null:
-                # Whoever is root there need not be root here: what comes is judged by this host's policy.
-                peer = children.start(["peer", "--guest", *allow, "--store", str(self.root)], stdin=inp, stdout=out, stderr=null)
-            with os.fdopen(from_here, "rb") as inp, os.fdopen(to_here, "wb") as out:
-                process = spawn(argv, stdin=inp, stdout=out, stderr=FROM_HERE, new_session=True)
-        except CommandFailed as error:
-            raise CannotConnect(f"cannot fetch from {destination}: {error.reason}") from error
-        try:
-            ended = children.follow(process, emit=self._emit_as(item), stopped=lambda: False)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-            until_s = time.monotonic() + _LEAVE_S
-            while peer.poll() is None and time.monotonic() < until_s:
-                time.sleep(0.02)
-            if peer.poll() is None:
-                peer.terminate()
-            peer.wait()
-        if ended.row:
-            return ended
-        if ended.job:
-            lost = f"the ckpt on {destination} ended before it said what became of {item.name}"
-            return replace(ended, error=StateUnknown(lost, hint="ckpt undrain, once more"))
-        if ended.returncode in (255, 127):
-            return replace(ended, error=ssh.explain(destination, ended.returncode, ended.said))
-        return ended
+        return self.fetch.single(destination, words, item.name, emit=self._emit_under({"": item}))
 
-    def _emit_as(self, item: DrainItem) -> Emit:
-        """Under the name that it has here: there it is asked for by its id."""
+    def _emit_under(self, items: Mapping[str, DrainItem]) -> Emit:
+        """Under the names that they have here: there they are asked for by their ids. "": whatever is told."""
 
         def emit(event: Any) -> None:
-            self.emit(replace(event, target=item.target))
+            item = items.get(event.target) or items.get("")
+            self.emit(replace(event, target=item.target if item is not None else event.target))
 
         return emit
 
@@ -279,9 +295,22 @@ def _from_here(error: CkptError, item: DrainItem, destination: str, *, settled: 
     return error
 
 
-def _planned(item: DrainItem, state: DrainState) -> Went:
-    destination = str(state.facts.get("destination") or item.destination)
-    return Went(item.target, item.name, "planned", destination, str(state.facts.get("container_id") or item.container_id), item.memory_bytes)
+def _unreachable(item: DrainItem, destination: str, said: Said) -> CkptError:
+    message = f"{item.name} is behind a ckpt serve, from which nothing can be fetched"
+    hint = f"run there: ckpt migrate {f'--group {item.as_one} root@THIS-HOST' if item.as_one else f'{item.target} root@THIS-HOST'}"
+    where = f"{item.name} runs there" if not said.reason else f"{item.name} went to {destination}: {said.reason}"
+    return RemoteRefused(message, where=where, hint=hint)
+
+
+def _planned(one: drainask.Sent, said: Said) -> Went:
+    state = "changed" if said.state == "changed" else "planned"
+    return Went(one.item.target, one.item.name, state, one.destination, one.container_id, one.item.memory_bytes, said.reason)
+
+
+def _request(journal: Drain) -> DrainRequest | None:
+    with suppress(UsageError):
+        return DrainRequest.from_json(journal.request)
+    return None
 
 
 def _saved(item: DrainItem, state: DrainState) -> Went:

@@ -60,7 +60,7 @@ def unpack(catalog: Catalog, checkpoint: Checkpoint, stage: Path, *, lazy: bool,
         emit(BytesMoved(label, "verify", done, None if lazy else manifest.size_bytes))
 
     with catalog.storage("unpack the checkpoint"):
-        found = catalog.materialize(checkpoint, stage, only=_not_pages if lazy else None, on_bytes=on_bytes)
+        found = catalog.materialize(checkpoint, stage, only=_not_pages if lazy else None, on_bytes=on_bytes, flat=signed)
         if lazy:
             from ckpt.criu import pagechunks
 

@@ -104,7 +104,7 @@ def _verify(ref: str, deep: bool, incoming: trust.Incoming, root: Path, emit: Em
                 _compare(digests, opened.manifest.digests, report)
         else:
             report.problems += Catalog(root).check(opened.checkpoint)
-            report.members = len(opened.manifest.digests)
+            report.members = sum(not name.endswith("/") and name not in layout.UNDIGESTED for name in opened.members.names())
             report.digests = "wrong" if report.problems else "equal"
             report.bytes = report.bytes or total
         _signature(opened, incoming, report)

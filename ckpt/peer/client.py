@@ -460,6 +460,10 @@ def _connect_inherited(timeout_s: float, link_timeout_s: float | None, carriage:
     """`connect` over our standard input and output; the peer stays until `leave_inherited`, since there is no second link."""
     if carriage is not None and (carriage.direct or carriage.streams > 1):
         raise UsageError("--streams and --direct do not go with --stdio")
+    if inherited.several():
+        with _connect_lent(timeout_s, link_timeout_s, carriage, on_event) as peer:
+            yield peer
+        return
     if not _standing:
         inp, out = inherited.ends()
         link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
@@ -476,6 +480,22 @@ def _connect_inherited(timeout_s: float, link_timeout_s: float | None, carriage:
     except BaseException:
         _standing[0].close(goodbye=False)
         raise
+
+
+@contextmanager
+def _connect_lent(timeout_s: float, link_timeout_s: float | None, carriage: Carriage | None, on_event: Emit) -> Iterator[Peer]:
+    """`connect` over one of the links that were brought to us."""
+    inp, out = inherited.lent()
+    link_timeout_s = config.load().link_timeout_s if link_timeout_s is None else link_timeout_s
+    peer = Peer(inp, out, name="the host that fetches it", on_event=on_event, carriage=carriage, link_timeout_s=link_timeout_s)
+    well = False
+    try:
+        if not peer.link.handshake(timeout_s):
+            raise CannotConnect("the host that fetches it ended before it spoke")
+        yield peer
+        well = True
+    finally:
+        peer.close(goodbye=well)
 
 
 def leave_inherited() -> None:

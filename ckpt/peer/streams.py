@@ -162,15 +162,8 @@ def _open_ssh(joining: Joining) -> dict[str, Any]:
     listener.listen(MAX_STREAMS)
 
     def greet(sock: socket.socket) -> Wire:
-        # The directory is ours alone; ask all the same.
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        _, fds, _, _ = socket.recv_fds(sock, 1, 1)
-        if uid != os.geteuid() or len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
-            raise PermissionError("not the user that runs ckpt here")
-        prepare(fds[0])
-        return _Lent(fds[0], sock)
+        fds = borrow(sock, 1)
+        return Lent(fds[0], sock)
 
     def accept() -> None:
         try:
@@ -182,7 +175,21 @@ def _open_ssh(joining: Joining) -> dict[str, Any]:
     return {"socket": f"{directory}/socket"}
 
 
-class _Lent(FdWire):
+def borrow(sock: socket.socket, count: int) -> list[int]:
+    """What `lend` hands over. Raises OSError when it is somebody else, or something else."""
+    # The directory of the socket is ours alone; ask all the same.
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    _, fds, _, _ = socket.recv_fds(sock, 1, count)
+    if uid != os.geteuid() or len(fds) != count:
+        for fd in fds:
+            os.close(fd)
+        raise PermissionError("not the user that runs ckpt here")
+    for fd in fds:
+        prepare(fd)
+    return fds
+
+
+class Lent(FdWire):
     """A descriptor of a process that waits until it is given back."""
 
     def __init__(self, fd: int, owner: socket.socket) -> None:
@@ -194,13 +201,13 @@ class _Lent(FdWire):
         self._owner.close()
 
 
-def lend(path: str) -> int:
-    """The body of `ckpt peer --join`: hand standard input over to the peer whose socket this is; ends when it needs it no more."""
+def lend(path: str, *, both: bool = False) -> int:
+    """The body of `ckpt peer --join`: hand standard input (and output) over to the ckpt whose socket this is; ends when it needs them no more."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(_HANDSHAKE_S)
         try:
             sock.connect(path)
-            socket.send_fds(sock, [b"\0"], [0])
+            socket.send_fds(sock, [b"\0"], [0, 1] if both else [0])
         except OSError as error:
             raise CannotConnect(f"nobody waits for a stream here: {error.strerror or error}") from error
         sock.settimeout(None)

@@ -115,7 +115,8 @@ class Archive:
         self._held = ExitStack()
         self._held.enter_context(catalog.lease(self.checkpoint))
         try:
-            self._members = outgoing.signed(self._held.enter_context(catalog.members(self.checkpoint)))
+            members, _ = self._held.enter_context(catalog.outgoing(self.checkpoint))
+            self._members = outgoing.signed(members)
         except BaseException:
             self._held.close()
             raise

@@ -37,6 +37,14 @@ def secret(root: Path) -> bytes:
     return made
 
 
+def known_secret(root: Path) -> bytes | None:
+    """The secret of a store's tags; None when there is none."""
+    with suppress(OSError):
+        if len(found := (root / SECRET).read_bytes()) == 32:
+            return found
+    return None
+
+
 def order(known: Iterable[Checkpoint], name: str) -> list[Checkpoint]:
     """Which checkpoints to look at first: of the same name, then of the same container image, then others; the newest first."""
     newest = sorted(known, key=lambda c: (c.manifest.generation, c.manifest.created_s), reverse=True)

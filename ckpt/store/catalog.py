@@ -44,7 +44,9 @@ from ckpt.store.draft import PRIVATE, Draft
 from ckpt.store.job import DEFAULT_ROOT
 
 if TYPE_CHECKING:
+    from ckpt.archive.members import Members
     from ckpt.store.collect import Collected
+    from ckpt.store.pages import Tagger
     from ckpt.store.reading import PageReader, StoreMembers
     from ckpt.store.recipe import Recipe
 
@@ -89,6 +91,8 @@ class Catalog:
         self.drafts = root / "tmp"
         self.packs = root / "packs"
         self.locks = root / "locks"
+        self._seen: dict[str, tuple[tuple[int, ...], Checkpoint]] = {}
+        """Directory name -> its files' stamps, and what they said: a host's save lists the store for each of its containers."""
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -250,8 +254,34 @@ class Catalog:
 
         return PageReader(checkpoint.directory, self.recipe(checkpoint), self.packs, self.key)
 
+    @contextmanager
+    def outgoing(self, checkpoint: Checkpoint) -> Iterator[tuple[Members, Manifest]]:
+        """Members and manifest for an archive: digests that were not made when it was saved are in the manifest. Keep a lease while you use it.
+
+        Raises:
+            DigestMismatch: something is damaged.
+        """
+        from ckpt.store import whole
+
+        with whole.outgoing(self, checkpoint) as found:
+            yield found
+
+    def tagger(self) -> Tagger | None:
+        """What makes the tags and seals of this store; None when its secret is lost."""
+        from ckpt.store import base
+        from ckpt.store.pages import Tagger
+
+        secret = self.key or base.known_secret(self.root)
+        return Tagger(secret) if secret else None
+
     def materialize(
-        self, checkpoint: Checkpoint, into: Path, *, only: Callable[[str], bool] | None = None, on_bytes: Callable[[int], None] | None = None
+        self,
+        checkpoint: Checkpoint,
+        into: Path,
+        *,
+        only: Callable[[str], bool] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+        flat: bool = False,
     ) -> dict[str, str]:
         """Write the members of a checkpoint as plain files (0600) into a directory; zero pages become holes.
 
@@ -259,9 +289,10 @@ class Catalog:
             into: made (0700) when it is not there; must not hold files of the members' names.
             only: which members.
             on_bytes: called, by one thread at a time, with the number of bytes written since the last call.
+            flat: make the SHA-256 of every member; else of one with a seal that is compared, and the digest is what the store says.
 
         Returns:
-            Member -> "sha256:HEX" of what was written (none of the manifest and its signature).
+            Member -> "sha256:HEX" of what was written (none of the manifest and its signature, and of members that never had one).
 
         Raises:
             DigestMismatch: something is damaged; the message names the member.
@@ -280,7 +311,8 @@ class Catalog:
         with self.members(checkpoint) as members:
             threads = max(2, min(8, os.cpu_count() or 2))
             found = self.recipe(checkpoint)
-            return materialize.materialize(members, found, into, only=only, on_bytes=tell if on_bytes else None, threads=threads)
+            tagger = None if flat else self.tagger()
+            return materialize.materialize(members, found, into, only=only, on_bytes=tell if on_bytes else None, threads=threads, tagger=tagger)
 
     def recipe(self, checkpoint: Checkpoint) -> Recipe:
         """Of which pages a checkpoint is made. Raises DigestMismatch, ArchiveInvalid."""
@@ -323,7 +355,7 @@ class Catalog:
         for name in names:
             directory = self.entries / name
             try:
-                found.append(_read(directory))
+                found.append(self._read(directory))
             except FileNotFoundError:
                 if directory.exists():  # else: removed while we looked
                     broken.append(Broken(directory, f"{MANIFEST} is missing"))
@@ -331,6 +363,18 @@ class Catalog:
                 broken.append(Broken(directory, str(error)))
         found.sort(key=lambda c: (c.manifest.name, c.manifest.generation, c.manifest.created_s))
         return Listing(tuple(found), tuple(broken))
+
+    def _read(self, directory: Path) -> Checkpoint:
+        """`_read`, once as long as the files stay the same: they are only ever replaced whole."""
+        stamps: tuple[int, ...] = ()
+        for name in (MANIFEST, entries.FILE):
+            with suppress(FileNotFoundError):
+                about = os.stat(directory / name)
+                stamps += (about.st_ino, about.st_mtime_ns, about.st_ctime_ns, about.st_size)
+        known = self._seen.get(directory.name)
+        if known is None or known[0] != stamps:
+            known = self._seen[directory.name] = stamps, _read(directory)
+        return known[1]
 
     def all(self) -> list[Checkpoint]:
         """The readable checkpoints, sorted by name, oldest first."""

@@ -49,6 +49,8 @@ class Draft:
         """Tags, note and group that the checkpoint has from its first moment."""
         self.note = ""
         self.group = ""
+        self.flat_digests = True
+        """Make the SHA-256 of what sinks write, too. Without it the manifest has none of them; an archive gets them when it is written."""
 
     @property
     def stage(self) -> Path:
@@ -83,12 +85,12 @@ class Draft:
         """
         self._packing()
 
-    def sink(self, name: str, *, digest: bool = True) -> Sink:
+    def sink(self, name: str, *, digest: bool | None = None) -> Sink:
         """Write a bulk member straight into chunks. A second sink of the same name replaces what the first one wrote.
 
         Args:
             name: a member of the layout for which `is_bulk` holds.
-            digest: also make the flat SHA-256 of the content.
+            digest: also make the flat SHA-256 of the content (None: as `flat_digests` says).
 
         Raises:
             NoSpace, PermissionDenied: the store cannot be written.
@@ -97,7 +99,8 @@ class Draft:
 
         if not is_bulk(name):
             raise ValueError(f"{name} is no bulk member")
-        sink = Sink(name, self._packing(), lambda: self._catalog.storage("store the checkpoint"), self._finished, digest=digest)
+        wanted = self.flat_digests if digest is None else digest
+        sink = Sink(name, self._packing(), lambda: self._catalog.storage("store the checkpoint"), self._finished, digest=wanted)
         with self._lock:
             old = self._sinks.pop(name, None)
             self._sinks[name] = sink

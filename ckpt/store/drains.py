@@ -2,6 +2,7 @@
 
 Directory `drains/ID/` beside the jobs (this host's own, see place), as journal.Journal has it. A line with `state` "planned" has `request`
 (what was asked for) and `items` (what shall go where); a drain that is taken up again plans anew, in the same journal, what is still here.
+Other lines tell of one workload (`item`), or of several that move as one (`members`): one line, so that all of them are begun, or none.
 `drained.json` beside `drains/` says that the host is drained, for `ckpt list` and `ckpt check`.
 """
 
@@ -33,6 +34,7 @@ UNSURE: Final = ("moving", "waiting", "saving")
 KEPT: Final = 20
 """So many journals of drains of which all is back are kept."""
 _MARK_CAP: Final = 64 << 10
+_OF_THE_LINE: Final = ("t", "state", "item", "members")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class DrainItem:
     memory_bytes: int = 0
     group: str = ""
     """Goes to one host with the others of that group."""
+    as_one: str = ""
+    """Moves together with those of `group` that have the same name here, by `ckpt migrate --group`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +127,20 @@ class Drain(Journal):
                     found[item.target] = item
         return tuple(found.values())
 
+    def tell(self, state: str, targets: Sequence[str], **facts: Any) -> None:
+        """One line about one workload, or about several that move as one. Raises OSError."""
+        about: dict[str, Any] = {"item": targets[0]} if len(targets) == 1 else {"members": list(targets)}
+        self.write(state, **about, **facts)
+
     def states(self) -> dict[str, DrainState]:
         """Where each workload stands, by target."""
         found = {item.target: DrainState() for item in self.items}
         for entry in self.entries():
-            target = entry.get("item")
-            if target in found:
-                facts = {**found[target].facts, **{key: value for key, value in entry.items() if key not in ("t", "state", "item")}}
-                found[target] = DrainState(str(entry["state"]), facts)
+            told = entry["members"] if isinstance(entry.get("members"), list) else [entry.get("item")]
+            for target in told:
+                if isinstance(target, str) and target in found:
+                    facts = {**found[target].facts, **{key: value for key, value in entry.items() if key not in _OF_THE_LINE}}
+                    found[target] = DrainState(str(entry["state"]), facts)
         return found
 
     @property

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -49,6 +50,7 @@ class Job:
         job.directory.mkdir(mode=0o700, parents=True)
         try:
             os.mkfifo(job.verdict_path, 0o600)
+            os.close(os.open(job.lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             job.acquire()
             (job.directory / "reserve").write_bytes(bytes(RESERVE_BYTES))
             job.write("started", kind=kind, **facts)
@@ -68,27 +70,42 @@ class Job:
         return self.directory / "verdict"
 
     @property
+    def lock_path(self) -> Path:
+        return self.directory / "lock"
+
+    @property
     def held_path(self) -> Path:
         return self.directory / "held"
 
     def acquire(self, *, wait: bool = False) -> bool:
-        """Take the owner's lock; False when another process lives with it (`wait`: block until it is gone)."""
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Take the owner's lock; False when another process lives with it (`wait`: block until it is gone).
+
+        Raises:
+            FileNotFoundError: the job is over, or on its way out.
+        """
+        # The file is never made here: a directory that somebody is just removing would get it again, and stay.
+        fd = os.open(self.lock_path, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not os.fstat(fd).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "the job is over", os.fspath(self.directory))
         except BlockingIOError:
             os.close(fd)
             return False
+        except BaseException:
+            os.close(fd)
+            raise
         self._lock_fd = fd
-        # O_RDWR never blocks on a FIFO, and keeps it from reaching end of file while an owner lives.
-        self._verdict_fd = os.open(self.verdict_path, os.O_RDWR | os.O_CLOEXEC)
+        with suppress(FileNotFoundError):  # its removal was broken off: what is left is the new owner's to remove
+            # O_RDWR never blocks on a FIFO, and keeps it from reaching end of file while an owner lives.
+            self._verdict_fd = os.open(self.verdict_path, os.O_RDWR | os.O_CLOEXEC)
         return True
 
     @property
     def owned(self) -> bool:
         """Whether a living process has the lock."""
         try:
-            fd = os.open(self.directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.lock_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:

@@ -1,7 +1,8 @@
 """A journal of several workloads' way: what a hibernation and a drain have in common.
 
 A directory of its own: `journal.jsonl`, one JSON object a line, on the disk before the step that it announces; `lock`, flock of the living
-owner. Lines with `item` are about one workload, the others about the whole.
+owner, who writes his pid and its start (clock ticks since boot) into it: a dead one's guard has the lock as well, and is none. Lines with
+`item` are about one workload, those with `members` about several, the others about the whole.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from ckpt.errors import BusyError
+from ckpt.host import procread
+
+_START: Final = 19
+"""Of procread.stat_fields: field 22 of /proc/PID/stat, counted from the state on (proc_pid_stat(5))."""
 
 
 class Journal:
@@ -33,7 +39,7 @@ class Journal:
         return self.directory.name
 
     def acquire(self, *, wait: bool = False) -> None:
-        """Take the owner's lock. Raises BusyError when another ckpt has it (`wait`: block until it is gone)."""
+        """Become the owner. Raises BusyError when another ckpt has the lock (`wait`, of a guard: block until it is gone, and be no owner)."""
         fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -41,7 +47,25 @@ class Journal:
             os.close(fd)
             raise BusyError(f"another ckpt works on {self.what} {self.id}", hint=self.look or None) from None
         self._lock_fd = fd
+        if not wait:
+            self._sign(f"{os.getpid()} {_start_ticks(os.getpid())}\n")
         self._mend()
+
+    @property
+    def owned(self) -> bool:
+        """Whether its owner lives. Nothing is locked to see that: it would be in the way of somebody who wants to become it."""
+        try:
+            pid, ticks = map(int, (self.directory / "lock").read_text().split())
+        except (OSError, ValueError):
+            return False
+        return _start_ticks(pid) == ticks and procread.state_of(pid) not in ("Z", "X", "")
+
+    def _sign(self, text: str) -> None:
+        """Say in the lock file whose it is. On a full disk nobody says it: it is for those who look."""
+        assert self._lock_fd is not None
+        with suppress(OSError):
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, text.encode(), 0)
 
     def _mend(self) -> None:
         """Cut off a torn last line (power loss): what is written after it would be hidden by it."""
@@ -56,9 +80,10 @@ class Journal:
 
     def release(self) -> None:
         """Give the lock back (the kernel does it too when the owner dies)."""
-        fd, self._lock_fd = self._lock_fd, None
-        if fd is not None:
-            os.close(fd)
+        if self._lock_fd is not None:
+            self._sign("")
+            os.close(self._lock_fd)
+            self._lock_fd = None
 
     def write(self, state: str, *, item: str = "", **facts: Any) -> None:
         """Append a line and bring it to the disk; may be called from any thread.
@@ -107,7 +132,7 @@ class Journal:
     @property
     def state(self) -> str:
         """The newest state of the whole."""
-        return next((str(entry["state"]) for entry in reversed(self.entries()) if "item" not in entry), "")
+        return next((str(entry["state"]) for entry in reversed(self.entries()) if not {"item", "members"} & set(entry)), "")
 
     def sync_directory(self) -> None:
         """Bring the names of a new journal to the disk."""
@@ -115,3 +140,9 @@ class Journal:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             os.fsync(fd)
             os.close(fd)
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process began, -1 when it is gone."""
+    fields = procread.stat_fields(pid)
+    return int(fields[_START]) if len(fields) > _START else -1

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from ckpt.archive.layout import DIGEST_PREFIX, MANIFEST, SIGNATURE
 from ckpt.errors import DigestMismatch, NoSpace
-from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, PAGE_BYTES, Places
+from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, PAGE_BYTES, Places, Seal, Tagger
 from ckpt.store.reading import StoreMembers
 from ckpt.store.recipe import ZERO, Bulk, Recipe
 
@@ -26,7 +26,14 @@ _AHEAD: Final = 64
 
 
 def materialize(
-    members: StoreMembers, recipe: Recipe, into: Path, *, only: Callable[[str], bool] | None, on_bytes: OnBytes | None, threads: int
+    members: StoreMembers,
+    recipe: Recipe,
+    into: Path,
+    *,
+    only: Callable[[str], bool] | None,
+    on_bytes: OnBytes | None,
+    threads: int,
+    tagger: Tagger | None,
 ) -> dict[str, str]:
     """The body of `Catalog.materialize`."""
     digests: dict[str, str] = {}
@@ -46,7 +53,7 @@ def materialize(
                 if bulk is None:
                     future: Future[str] = hashers.submit(_copy, members, name, path, on_bytes)
                 else:
-                    future = _write(members, name, bulk, path, on_bytes, writers, hashers, stop)
+                    future = _write(members, name, bulk, path, on_bytes, writers, hashers, stop, _check_of(name, bulk, tagger))
                 pending.append((name, future))
                 while pending and pending[0][1].done():
                     first, finished = pending.pop(0)
@@ -60,7 +67,7 @@ def materialize(
                     if (cause := future.exception()) is not None and not isinstance(cause, _BrokenOff):
                         raise cause from None
             raise
-    return {name: digest for name, digest in sorted(digests.items()) if name not in (MANIFEST, SIGNATURE)}
+    return {name: digest for name, digest in sorted(digests.items()) if digest and name not in (MANIFEST, SIGNATURE)}
 
 
 class _BrokenOff(Exception):
@@ -110,6 +117,7 @@ def _write(
     writers: ThreadPoolExecutor,
     hashers: ThreadPoolExecutor,
     stop: threading.Event,
+    check: _Check,
 ) -> Future[str]:
     fd = _create(path)
     room = threading.Semaphore(_AHEAD)
@@ -134,7 +142,7 @@ def _write(
                 room.release()
 
         made = threading.Condition()
-        hasher = hashers.submit(_follow, fd, bulk, last, waits, len(keys), made, stop)
+        hasher = hashers.submit(_follow, fd, bulk, last, waits, len(keys), made, stop, check)
         for task in range(len(keys)):
             room.acquire()
             with made:
@@ -150,9 +158,17 @@ def _write(
         raise
 
 
-def _follow(fd: int, bulk: Bulk, last: Places, waits: list[Future[None]], total: int, made: threading.Condition, stop: threading.Event) -> str:
-    """The flat digest, behind the writers; closes the file."""
-    digest = hashlib.sha256()
+def _follow(
+    fd: int,
+    bulk: Bulk,
+    last: Places,
+    waits: list[Future[None]],
+    total: int,
+    made: threading.Condition,
+    stop: threading.Event,
+    check: _Check,
+) -> str:
+    """The flat digest ("": it has none), behind the writers; closes the file."""
     buffer = memoryview(bytearray(_PIECE))
     try:
         seen = 0
@@ -172,7 +188,7 @@ def _follow(fd: int, bulk: Bulk, last: Places, waits: list[Future[None]], total:
                 if not count:
                     raise OSError(errno.EIO, "the file that was just written became shorter")
                 done += count
-            digest.update(buffer[:size])
+            check.update(buffer[:size])
         while seen < total:
             with made:
                 while len(waits) <= seen:
@@ -181,6 +197,7 @@ def _follow(fd: int, bulk: Bulk, last: Places, waits: list[Future[None]], total:
                     made.wait(0.5)
             waits[seen].result()
             seen += 1
+        digest = check.digest()
         when_ns = int(bulk.mtime_s * 1e9)
         os.utime(fd, ns=(when_ns, when_ns))
     except BaseException:
@@ -191,7 +208,52 @@ def _follow(fd: int, bulk: Bulk, last: Places, waits: list[Future[None]], total:
             begun = list(waits)
         wait(begun)
         os.close(fd)
-    return DIGEST_PREFIX + digest.hexdigest()
+    return digest
+
+
+class _Check(Protocol):
+    """What looks at the content of a member as it was written."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def digest(self) -> str:
+        """The flat digest, "" when there is none. Raises DigestMismatch."""
+
+
+class _Flat:
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self.update = self._hash.update
+
+    def digest(self) -> str:
+        return DIGEST_PREFIX + self._hash.hexdigest()
+
+
+class _Chunks:
+    """It only has a seal, and the secret for that is lost: there are still the checksums of its chunks."""
+
+    def update(self, data: memoryview, /) -> None:
+        pass
+
+    def digest(self) -> str:
+        return ""
+
+
+class _Sealed:
+    def __init__(self, name: str, bulk: Bulk, seal: Seal) -> None:
+        self._name, self._bulk, self._seal = name, bulk, seal
+        self.update = seal.update
+
+    def digest(self) -> str:
+        if self._seal.text() != self._bulk.seal:
+            raise DigestMismatch(f"{self._name} was changed or damaged: its seal is not the one in the store")
+        return self._bulk.digest
+
+
+def _check_of(name: str, bulk: Bulk, tagger: Tagger | None) -> _Check:
+    if tagger is not None and tagger.sealed(bulk.seal):
+        return _Sealed(name, bulk, tagger.seal())
+    return _Flat() if bulk.digest or not bulk.seal else _Chunks()
 
 
 def _by_chunk(bulk: Bulk) -> tuple[Places, Places, Places, Places]:

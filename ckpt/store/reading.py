@@ -177,7 +177,7 @@ class StoreMembers:
 
     def __init__(self, directory: Path, recipe: Recipe, pages: PageReader) -> None:
         self._files = StageMembers(directory)
-        self._recipe = recipe
+        self.recipe = recipe
         self.pages = pages
 
     def __enter__(self) -> StoreMembers:
@@ -192,7 +192,7 @@ class StoreMembers:
 
     def names(self) -> list[str]:
         """Every member, in the archive's order."""
-        names = set(self._files.names()) | self._recipe.members.keys()
+        names = set(self._files.names()) | self.recipe.members.keys()
         names |= {name.partition("/")[0] + "/" for name in names if "/" in name}
         return sorted(names, key=_order)
 
@@ -202,12 +202,12 @@ class StoreMembers:
 
     def mtime_s(self, name: str) -> float:
         """When it was written; 0 for a directory that is not there."""
-        bulk = self._recipe.members.get(name)
+        bulk = self.recipe.members.get(name)
         return bulk.mtime_s if bulk is not None else self._files.mtime_s(name)
 
     def open(self, name: str) -> BinaryIO:
         """A member from its beginning on; it can seek."""
-        if name not in self._recipe.members:
+        if name not in self.recipe.members:
             return self._files.open(name)
         return cast(BinaryIO, _MemberFile(self.pages, name))
 

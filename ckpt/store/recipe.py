@@ -1,8 +1,8 @@
 """The recipe of a checkpoint: of which pages its bulk members are made.
 
-A file `recipe` in the entry: 8 bytes magic, 4 bytes length of the head, the head (JSON: schema, packs, members with size, mtime, digest and number
-of runs), the runs of all members after each other (zstd), SHA-256 of all before it. A run is 12 bytes: a place (8 bytes, see pages; its pack is a
-number in the head's list; -2: zero pages) and how many pages from there on. The last page of a member is filled up with zeros.
+A file `recipe` in the entry: 8 bytes magic, 4 bytes length of the head, the head (JSON: schema, packs, members with size, mtime, digest, seal
+and number of runs), the runs of all members after each other (zstd), SHA-256 of all before it. A run is 12 bytes: a place (8 bytes, see pages;
+its pack is a number in the head's list; -2: zero pages) and how many pages from there on. The last page of a member is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Bulk:
     counts: Places
     mtime_s: float = 0.0
     digest: str = ""
+    """ "sha256:HEX" of the content, "" when nobody made it."""
+    seal: str = ""
+    """As `pages.Seal.text`; "" in a store of an older ckpt."""
     firsts: Places = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +110,8 @@ def dumps(recipe: Recipe) -> bytes:
         array["place"] = np.where(places >= 0, table[numbers] << PACK_SHIFT | places & LINEAR, ZERO)
         array["count"] = counts
         parts.append(array.tobytes())
-        members[name] = {"size_bytes": member.size_bytes, "mtime_s": member.mtime_s, "digest": member.digest, "runs": len(places)}
+        members[name] = {"size_bytes": member.size_bytes, "mtime_s": member.mtime_s, "runs": len(places)}
+        members[name] |= {"digest": member.digest, "seal": member.seal}
     head = json.dumps({"schema": SCHEMA, "packs": [recipe.packs[n] for n in kept], "members": members}, separators=(",", ":")).encode()
     data = _HEAD.pack(_MAGIC, len(head)) + head + zstandard.ZstdCompressor(level=1).compress(b"".join(parts))
     return data + hashlib.sha256(data).digest()
@@ -138,7 +142,8 @@ def load(path: Path) -> Recipe:
         for name, item in head["members"].items():
             part = array[at : at + item["runs"]]
             at += item["runs"]
-            member = Bulk(item["size_bytes"], part["place"].astype(np.int64), part["count"].astype(np.int64), item["mtime_s"], item["digest"])
+            place, count = part["place"].astype(np.int64), part["count"].astype(np.int64)
+            member = Bulk(item["size_bytes"], place, count, item["mtime_s"], item["digest"], str(item.get("seal", "")))
             bad = (member.places != ZERO) & ((member.places < 0) | (member.places >> PACK_SHIFT >= len(head["packs"])))
             bad |= member.counts < 1
             if not is_allowed(name) or not is_bulk(name) or bad.any() or member.firsts[-1] != pages_of(member.size_bytes):

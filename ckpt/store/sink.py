@@ -1,7 +1,7 @@
 """A bulk member on its way into the store: known pages become references, zero pages nothing, new ones chunks of a pack.
 
 A sink's caller (CRIU's pages, while a container is frozen) only copies into blocks. One thread tags pages and looks them up, one makes the flat
-digest, the packer's pool compresses. Blocks are few and used again: memory does not grow with the member.
+digest (if it is wanted) and the seal, the packer's pool compresses. Blocks are few and used again: memory does not grow with the member.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import numpy as np
 from ckpt.archive.chunks import extents
 from ckpt.archive.layout import DIGEST_PREFIX
 from ckpt.store.pack import PackWriter
-from ckpt.store.pages import CHUNK_PAGES, PAGE_BYTES, UNKNOWN, Index, Pages, Places, Tagger, is_zero
+from ckpt.store.pages import CHUNK_PAGES, PAGE_BYTES, UNKNOWN, Index, Pages, Places, Seal, Tagger, is_zero
 from ckpt.store.recipe import ZERO, Bulk, join, runs
 
 BLOCK_BYTES: Final = 1 << 20
 BLOCKS: Final = 8
 _BLOCK_PAGES: Final = BLOCK_BYTES // PAGE_BYTES
+_NOTHING: Final = memoryview(bytes(BLOCK_BYTES))
 
 
 class Packer:
@@ -62,6 +63,10 @@ class Packer:
                 self._index.add(tags[unknown[new]], made[new])
         found[solid] = places
         return found
+
+    def seal(self) -> Seal:
+        """A checksum for a member."""
+        return self._tagger.seal()
 
     def flush(self) -> None:
         """Give the chunk that is being filled to the pack, full or not."""
@@ -123,11 +128,12 @@ class Sink:
         self.name = name
         self.size_bytes = 0
         self.digest = ""
-        """ "sha256:HEX" of the content, after `close`."""
+        """ "sha256:HEX" of the content, after `close`, if it was asked for."""
         self._packer = packer
         self._storage = storage
         self._report = done
         self._hash = hashlib.sha256() if digest else None
+        self._seal = packer.seal()
         self._free: queue.SimpleQueue[_Block] = queue.SimpleQueue()
         self._made = 0
         self._block: _Block | None = None
@@ -229,7 +235,7 @@ class Sink:
             places, counts = join(np.concatenate(self._places), np.concatenate(self._counts))
         if self._hash is not None:
             self.digest = DIGEST_PREFIX + self._hash.hexdigest()
-        self._report(self, Bulk(self.size_bytes, places, counts, time.time(), self.digest))
+        self._report(self, Bulk(self.size_bytes, places, counts, time.time(), self.digest, self._seal.text()))
 
     def abort(self) -> None:
         """Forget the member."""
@@ -277,6 +283,8 @@ class Sink:
         while (block := self._to_pack.get()) is not None:
             try:
                 if self._error is None:
+                    if self._hash is None:
+                        self._update(block)
                     places, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
                     if block.filled:
                         size = -(-block.filled // PAGE_BYTES) * PAGE_BYTES
@@ -293,11 +301,15 @@ class Sink:
             self._free.put(block)
 
     def _digest(self) -> None:
-        assert self._hash is not None
-        nothing = bytes(BLOCK_BYTES)
         while (block := self._to_hash.get()) is not None:
             if self._error is None:
-                for left in range(block.zeros, 0, -_BLOCK_PAGES):
-                    self._hash.update(memoryview(nothing)[: min(left, _BLOCK_PAGES) * PAGE_BYTES])
-                self._hash.update(block.data.data[: block.filled])  # the padding of the last page is no content
+                self._update(block)
             self._hashed.put(block)
+
+    def _update(self, block: _Block) -> None:
+        """The seal, and the digest if it is wanted."""
+        parts = [_NOTHING[: min(left, _BLOCK_PAGES) * PAGE_BYTES] for left in range(block.zeros, 0, -_BLOCK_PAGES)]
+        for part in (*parts, block.data.data[: block.filled]):  # the padding of the last page is no content
+            self._seal.update(part)
+            if self._hash is not None:
+                self._hash.update(part)

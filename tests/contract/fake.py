@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,11 @@ class FakeEngine:
         return replace(can, pages=self.streams, startable=True, remakes=True)
 
     def containers(self) -> list[Container]:
-        return [self._container(path.parent.name) for path in sorted(self.world.glob("*/container.json"))]
+        found = []
+        for path in sorted(self.world.glob("*/container.json")):
+            with suppress(TargetNotFound):  # another thread, or a guard, removes it as we look
+                found.append(self._container(path.parent.name))
+        return found
 
     def find(self, name: str) -> list[Container]:
         everything = self.containers()
@@ -220,6 +225,8 @@ class FakeEngine:
             upper.mkdir(parents=True, exist_ok=True)
             for volume, _ in manifest.volumes:
                 directory = self.world / "volumes" / volume
+                if volume in options.kept_volumes and directory.is_dir():
+                    continue
                 directory.mkdir(parents=True, exist_ok=True)
                 volume_ready(volume, directory)
             rootfs_ready(upper)

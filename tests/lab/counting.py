@@ -76,7 +76,7 @@ def leftovers(host: Host) -> list[str]:
     return found.stdout.split("\n")[:-1]
 
 
-def assert_clean(*hosts: Host, limit_s: float = 30.0) -> None:
+def assert_clean(*hosts: Host, limit_s: float = 60.0) -> None:
     """Nothing is left on the hosts; guards are given a moment."""
     for host in hosts:
         wait_until(lambda host=host: not leftovers(host), f"{host.name} is clean, but {leftovers(host)}", limit_s)  # type: ignore[misc]

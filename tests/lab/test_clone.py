@@ -55,8 +55,8 @@ def run_warm(host: Host, *options: str, mib: int = MIB, code: int = 0, fault: st
 def test_a_service_is_started_once_and_copied(lab: Lab) -> None:
     host = lab.a
     host.run(["mkdir", "-p", "/srv/starts"])
-    said = run_warm(host, "--ready-port", "7001", "--ready-timeout", "2s", code=1).stderr
-    assert "not ready within 2 s" in said and f"serving on port {PORT}" in said and state(host) == ""
+    said = run_warm(host, "--ready-port", "7001", "--ready-timeout", "5s", code=1).stderr
+    assert "not ready within 5 s" in said and f"serving on port {PORT}" in said and state(host) == ""
     assert host.run(["ckpt", "list", "-q"]).stdout == "" and starts(host) == 1
 
     # Killed while it waits: the same command takes up what runs.

@@ -130,5 +130,17 @@ def test_all_come_back_after_a_boot(lab: Lab) -> None:
     assert (code, rows["podman:web"]["how"]) == (0, "restored-closed"), said
     assert counts_on(host, "web") and " ESTABLISHED" not in connections(host)
     assert_never_back(host, "web", at_least=at)
+    # The runtime has a live container of that id which podman does not know: no rung may end it, and none gets past it.
+    identity = host.run(["podman", "inspect", "--format", "{{.Id}}", "bad"]).stdout.strip()
+    python(host, SAVE, "podman:bad")
+    other = start_bare(host, "runc", identity)
+    code, rows, said = resume(host, "--same-boot")
+    assert (code, rows["podman:bad"]["how"]) == (21, "failed"), said
+    assert "that its engine does not know" in rows["podman:bad"]["error"]["message"], rows
+    seen = ticks_of(host, other)
+    wait_until(lambda: len(ticks_of(host, other)) > len(seen), "the other one goes on")
+    host.run(["runc", "delete", "--force", identity])
+    host.run(["ckpt", "restore", "bad"])
+    assert counts_on(host, "bad")
     assert_clean(host)
     host.run(["umount", "/proc/sys/kernel/random/boot_id"])

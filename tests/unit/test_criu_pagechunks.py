@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("google.protobuf")
 
+from ckpt.criu import lazy
 from ckpt.criu.bindings import load
 from ckpt.criu.pagechunks import BLOCK_BYTES, PageChunks, write_eager
 from ckpt.criu.pageserver import header_of
@@ -18,7 +19,7 @@ from ckpt.criu.pagestream import FIRST_PAGES_ID, PAGE_BYTES, PE_LAZY, PE_PRESENT
 from ckpt.errors import DigestMismatch, FeatureMissing, RestoreFailed
 from ckpt.model import Manifest
 from ckpt.ops import feeder
-from ckpt.ops.feeder import DAMAGE, Feeder, damage
+from ckpt.ops.feeder import Feeder
 from ckpt.store.catalog import Catalog, Draft
 
 try:
@@ -198,7 +199,7 @@ def test_a_feeder_serves_from_the_store(tmp_path: Path) -> None:
     stored = Stored(tmp_path / "store", content)
     assert stored.ask(BASE + 100 * PAGE_BYTES, 50) == content[100 * PAGE_BYTES : 150 * PAGE_BYTES]
     stored.feeder.close()
-    assert damage(stored.job) == ""
+    assert lazy.damage(stored.job) == ""
 
 
 @needs_root
@@ -213,7 +214,7 @@ def test_a_feeder_never_serves_a_damaged_chunk(tmp_path: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
     assert stored.ask(BASE, 512) == b""
     stored.feeder.close()
-    assert "was changed or damaged" in (stored.job / DAMAGE).read_text()
+    assert "was changed or damaged" in (stored.job / lazy.DAMAGE).read_text()
 
 
 def test_a_feeder_that_nobody_needs_ends(tmp_path: Path) -> None:

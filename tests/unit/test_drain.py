@@ -22,6 +22,7 @@ from ckpt.host.run import PIPE, spawn
 from ckpt.model import Compression, Container, JobRecord
 from ckpt.ops import children, draining, drainstate, undrain, watch
 from ckpt.ops.drain import Report, Went
+from ckpt.ops.drainask import Said
 from ckpt.ops.placing import Demand, Room, place, reserve_bytes, together
 from ckpt.peer import inherited, rate
 from ckpt.store import drains
@@ -171,7 +172,7 @@ def test_the_mark_of_a_drained_host(tmp_path: Path) -> None:
     assert not (tmp_path / "drained.json").exists()
 
 
-def test_two_drains_count_together(tmp_path: Path) -> None:
+def test_two_drains_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more container was started here after the first, and moved too: nobody forgets the first."""
     for item in (WEB, DrainItem("podman:db", "podman", "2" * 64, "db", "root@c")):
         made = Drain.create(tmp_path)
@@ -181,6 +182,7 @@ def test_two_drains_count_together(tmp_path: Path) -> None:
         made.release()
     drains.mark(tmp_path)
     assert (drains.marked(tmp_path) or {})["away"] == 2
+    monkeypatch.setattr(undrain.drainask, "ask", lambda sent, **how: {one.item.target: Said("there") for one in sent})
     went = undrain.undrain(undrain.UndrainRequest(), dry_run=True, store_root=tmp_path, emit=lambda event: None).went
     assert {(one.name, one.destination) for one in went} == {("web", "root@b"), ("db", "root@c")}
     with pytest.raises(CkptError, match="'x' is not among"):
@@ -311,10 +313,13 @@ def test_a_child_that_dies_without_a_word_has_failed() -> None:
     assert ended.error is not None and "SIGKILL" in ended.error.message and "boom" in ended.error.message
 
 
-def test_a_child_is_told_to_stop_once_and_waited_for() -> None:
-    script = "import signal, sys, time\nsignal.signal(signal.SIGINT, lambda *a: sys.exit(130))\nprint(flush=True)\ntime.sleep(60)"
+def test_a_child_is_told_to_stop_once_and_waited_for(tmp_path: Path) -> None:
+    script = (
+        "import signal, sys, time\nfrom pathlib import Path\nsignal.signal(signal.SIGINT, lambda *a: sys.exit(130))\n"
+        f"print(flush=True)\nPath({str(tmp_path / 'there')!r}).touch()\ntime.sleep(60)"
+    )
     began_s = time.monotonic()
-    ended, _ = follow(script, stopped=lambda: time.monotonic() > began_s + 0.5)
+    ended, _ = follow(script, stopped=(tmp_path / "there").exists)
     assert ended.returncode == 130 and isinstance(ended.error, CkptError) and time.monotonic() - began_s < 30
 
 

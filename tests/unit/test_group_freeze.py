@@ -61,7 +61,7 @@ def test_a_question_about_restore_is_none(tmp_path: Path) -> None:
     runtime = tmp_path / "crun"
     runtime.write_text("#!/bin/sh\necho real $*\n")
     runtime.chmod(0o755)
-    (tmp_path / "shim.json").write_text('{"verb": "restore"}')
+    (tmp_path / _shim.PLAN).write_bytes(_shim.plan_dumps({"verb": "restore"}))
     argv = [sys.executable, "-I", "-S", _shim.__file__, str(runtime), "restore", "--lsm-mount-context"]
     done = subprocess.run(argv, env={"CKPT_SHIM_JOB": str(tmp_path)}, capture_output=True, text=True, timeout=20)
     assert done.stdout == "real restore --lsm-mount-context\n"

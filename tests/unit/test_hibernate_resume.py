@@ -112,6 +112,22 @@ def test_all_come_back_once(world: World) -> None:
     assert world.counters(web) == 1
 
 
+def test_a_volume_that_several_have_stays_as_the_last_of_them_left_it(world: World) -> None:
+    """Of whom the older checkpoint is, he must not bring its content back."""
+    web, db = world.engine.start("web", volumes=("data", "own")), world.engine.start("db", volumes=("data",))
+    data, own = (world.engine.world / "volumes" / name / "rows" for name in ("data", "own"))
+    data.write_text("old")
+    own.write_text("kept")
+    journal = world.plan(db, web)
+    for container in (web, db):
+        journal.write("saved", item=f"fake:{container.name}", checkpoint_id=world.save(container.name))
+        data.write_text("new")
+    journal.write("saved")
+    own.write_text("lost")
+    assert world.how(replace(SETTINGS, parallel_boot=1)) == {"db": "restored", "web": "restored"}
+    assert (data.read_text(), own.read_text()) == ("new", "kept")
+
+
 def test_not_by_itself(world: World) -> None:
     web = world.engine.start("web")
     world.saved(web)
@@ -453,7 +469,7 @@ def test_killed_and_run_again(world: World, step: str) -> None:
     assert world.how() == {"web": "restored"}
     assert wait_until(lambda: world.engine.ticks(web.id) > at)
     assert world.counters(web) == 1 and world.state(web) == "running"
-    assert journal.state == "resumed" and not list(place.jobs(world.root).iterdir())
+    assert journal.state == "resumed" and wait_until(lambda: not list(place.jobs(world.root).iterdir())), "guards are given a moment"
     assert "is over" in world.resume().reason and world.counters(web) == 1
 
 

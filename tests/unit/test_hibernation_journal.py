@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import pytest
 
 from ckpt.errors import BusyError
 from ckpt.ops import parallel
+from ckpt.ops.hibernate.status import status
 from ckpt.store.hibernation import Hibernation, Item
 
 WEB = Item("podman:web", "podman", "1" * 64, "web", "save", after=("podman:db",), labels={"a": "b"})
@@ -33,6 +38,28 @@ def test_it_has_one_owner_at_a_time(tmp_path: Path) -> None:
         Hibernation(made.directory).acquire()
     made.release()
     Hibernation(made.directory).acquire()
+
+
+def test_a_dead_owners_guard_is_no_owner(tmp_path: Path) -> None:
+    """Until the guard is through, nothing that is begun now may take the dead one's save for one under way."""
+    made = Hibernation.create(tmp_path, "manual", [WEB])
+    assert made.owned and Hibernation(made.directory).owned
+    made.release()
+    assert not made.owned
+    script = (
+        "import os, signal, sys; from pathlib import Path; from ckpt.store.hibernation import Hibernation\n"
+        "Hibernation.create(Path(sys.argv[1]), 'manual', []).write('saving'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", script, tmp_path], env=env, timeout=60, check=False).returncode == -signal.SIGKILL
+    newest = Hibernation.newest(tmp_path)
+    assert newest is not None and newest.id != made.id
+    newest.acquire(wait=True)
+    with pytest.raises(BusyError):
+        Hibernation(newest.directory).acquire()
+    found = status(store_root=tmp_path)
+    assert found is not None and (found.state, found.exit_code) == ("interrupted", 20)
+    newest.release()
 
 
 def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
@@ -66,3 +93,21 @@ def test_works_have_their_results_in_order_and_at_most_so_many_at_once() -> None
 def test_after_the_deadline_nothing_is_begun() -> None:
     found = parallel.run_all({"a": lambda: 1}, width=2, deadline_s=0.0)
     assert isinstance(found["a"], parallel.Dropped)
+
+
+@pytest.mark.parametrize("where", ["start", "is_alive", "join"])
+def test_interrupted_anywhere_it_waits_for_what_has_begun(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    goes_on, done, real, struck = threading.Event(), list[str](), getattr(threading.Thread, where), list[str]()
+
+    def strike(thread: threading.Thread, *rest: float) -> object:
+        found = real(thread, *rest)
+        if thread.name.startswith("ckpt-work") and not struck:
+            struck.append(where)
+            threading.Timer(0.1, goes_on.set).start()
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(threading.Thread, where, strike)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.run_all({"a": lambda: (goes_on.wait(30), done.append("a")), "b": lambda: done.append("b")}, width=1)
+    assert done == ["a"]

@@ -136,10 +136,10 @@ def test_a_failure_may_be_ignored(world: World) -> None:
 
 def test_a_hook_that_hangs_is_ended_with_what_it_started(world: World) -> None:
     web = world.engine.start(
-        "web", labels={**ALL, **inside("pre-checkpoint", f"echo $$ > $INSIDE/pid; {FOREVER}"), "ckpt.hook.pre-checkpoint.timeout": "300ms"}
+        "web", labels={**ALL, **inside("pre-checkpoint", f"echo $$ > $INSIDE/pid; {FOREVER}"), "ckpt.hook.pre-checkpoint.timeout": "2s"}
     )
     outcome = world.save()
-    assert outcome.error is not None and "not over in 0.3 s" in outcome.error.message
+    assert outcome.error is not None and "not over in 2 s" in outcome.error.message
     assert world.runs(web)
     pid = int((world.engine.world / web.id / "pid").read_text())
     assert not fake.process_state(pid)

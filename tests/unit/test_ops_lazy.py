@@ -19,7 +19,7 @@ from ckpt.engines import registry
 from ckpt.errors import BusyError, DigestMismatch, FeatureMissing, RestoreFailed
 from ckpt.host import uffd
 from ckpt.model import Checkpoint, Container, Manifest
-from ckpt.ops import feeder, lazy, recover
+from ckpt.ops import lazy, recover
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 from tests.contract.subject import wait_until
@@ -189,7 +189,7 @@ def test_damaged_chunks_are_named(tmp_path: Path, criu: Path, workload: subproce
     restore.commit(workload)
     restore.job.release()
     restore.keeper.serve()
-    (restore.job.directory / feeder.DAMAGE).write_text("checkpoint/pages-1.img was changed or damaged")
+    (restore.job.directory / daemon.DAMAGE).write_text("checkpoint/pages-1.img was changed or damaged")
     criu.with_name("criu.through").write_text("1")  # the daemon, whose feeder is gone
     assert workload.wait(20) == -signal.SIGKILL
     assert wait_until(restore.over)
@@ -222,6 +222,32 @@ def test_the_lease_outlives_a_killed_keeper(tmp_path: Path, criu: Path, workload
     recover.sweep(restore.root)
     assert not restore.job.directory.exists() and not restore.leased
     restore.keeper.serve()  # nobody hears it
+
+
+def test_the_daemon_of_a_killed_keeper_goes_after_its_tree(tmp_path: Path, criu: Path, workload: subprocess.Popen[bytes]) -> None:
+    """Not with the keeper: the tree would read zeros where its memory did not arrive. Such a daemon may never end by itself."""
+    restore = Restore(tmp_path / "store")
+    restore.listen()
+    restore.commit(workload)
+    restore.job.release()
+    os.kill(restore.pid, signal.SIGKILL)
+    assert wait_until(restore.over)
+    assert recover.sweep(restore.root) == [] and daemon.running(restore.job.directory) and workload.poll() is None
+    workload.kill()
+    workload.wait()
+    assert recover.sweep(restore.root) == []
+    assert not daemon.running(restore.job.directory) and not restore.job.directory.exists()
+    assert wait_until(lambda: not restore.leased)  # the stand-in's own child has it, too
+    restore.keeper.serve()  # nobody hears it
+
+
+def test_a_keeper_is_small() -> None:
+    """There is one for each copy of a set: what only some of them need is not imported by all."""
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import ckpt.ops.lazy; print(*sys.modules)"
+    parent = str(Path(lazy.__file__).resolve().parents[2])
+    said = subprocess.run([sys.executable, "-I", "-c", script, parent], stdout=subprocess.PIPE, check=True, text=True, timeout=60).stdout.split()
+    only_some = {"ckpt.ops.feeder", "ckpt.ops.recover", "ckpt.criu.pagefeed", "ckpt.store.catalog", "concurrent.futures", "google.protobuf", "numpy"}
+    assert "ckpt.ops.lazy" in said and not only_some & set(said)
 
 
 def test_a_dead_keeper_is_no_keeper(tmp_path: Path, criu: Path) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ckpt.criu import action
 from ckpt.engines import registry
 from ckpt.errors import CkptError
 from ckpt.host.cgroup import Knob
 from ckpt.host.run import PIPE, spawn
 from ckpt.model import Container
-from ckpt.ops import faults, knobs, recover
+from ckpt.ops import faults, groupjob, knobs, recover
 from ckpt.store.catalog import Catalog
 from ckpt.store.job import Job
 
@@ -200,3 +203,74 @@ def test_faults(monkeypatch: pytest.MonkeyPatch) -> None:
         faults.point("migrate:b")
     with pytest.raises(KeyboardInterrupt):
         faults.point("c")
+
+
+def test_who_looks_for_the_lock_of_a_job_that_goes_makes_nothing(tmp_path: Path, engine: Engine) -> None:
+    """The remover has taken the lock's name away, and is about to remove the directory."""
+    job = dead(tmp_path, "checkpoint", "done")
+    (job.directory / "lock").unlink()
+    for wait in (False, True):
+        with pytest.raises(FileNotFoundError):
+            Job(job.directory).acquire(wait=wait)
+    assert not (job.directory / "lock").exists()
+
+
+def test_who_waited_for_the_lock_of_a_job_that_is_over_has_not_got_it(tmp_path: Path, engine: Engine) -> None:
+    job = Job.create(tmp_path, "checkpoint", engine="toy", container_id="c1", name="web")
+    other, said = Job(job.directory), []
+
+    def wait() -> None:
+        try:
+            said.append(other.acquire(wait=True))
+        except FileNotFoundError as error:
+            said.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not waits_for(job.directory / "lock"):
+        time.sleep(0.005)
+    recover.remove(job)
+    job.release()
+    thread.join(30)
+    assert [type(one) for one in said] == [FileNotFoundError] and not job.directory.exists()
+
+
+def waits_for(path: Path) -> bool:
+    """Whether somebody is blocked on the flock of a file (proc_locks(5))."""
+    inode = f":{path.stat().st_ino} "
+    return any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+@pytest.mark.parametrize("left", [("journal.jsonl", "lock"), ("lock",), ()], ids=["journal and lock", "lock", "nothing"])
+def test_a_removal_that_was_broken_off_is_finished(tmp_path: Path, engine: Engine, left: tuple[str, ...]) -> None:
+    job = dead(tmp_path, "checkpoint", "commit", "done")
+    for path in list(job.directory.iterdir()):
+        if path.name not in left:
+            path.unlink()
+    os.utime(job.directory, (1, 1))
+    assert recover.sweep(tmp_path) == [] and not job.directory.exists()
+
+
+def test_the_guard_of_a_group_waits_for_no_member_that_is_just_going(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for the member's lock between the removal of that file and that of the directory, each time."""
+    group = Job.create(tmp_path, groupjob.SAVE, name="shop", generation=1)
+    member = dead(tmp_path, "checkpoint", "held", "commit", "done", **{action.GROUP: group.id})
+    group.write("dumping", jobs=[member.id])
+    group.write("commit")
+    monkeypatch.setattr(recover, "FINISH_LIMIT_S", 0.1)
+    real, looked = os.rmdir, []
+
+    def rmdir(path: Any, **more: Any) -> None:
+        looked.append(Job(member.directory))
+        with contextlib.suppress(OSError):
+            looked[-1].acquire()
+        looked[-1].release()
+        real(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    assert member.acquire()
+    recover.settle(member)
+    member.release()
+    assert looked and not member.directory.exists()
+    assert recover.settle(group) == "finished"
+    group.release()

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ckpt.archive import layout
+from ckpt.archive import manifest as manifest_file
 from ckpt.archive.members import Members
 from ckpt.errors import DigestMismatch, KeyProblem
 from ckpt.model import Checkpoint, Manifest
+from ckpt.ops.copy import copy
+from ckpt.store import recipe
 from ckpt.store.catalog import Catalog
+from ckpt.store.pages import Tagger
 
 PAGE = 4096
 PAGES = "checkpoint/pages-1.img"
@@ -302,3 +307,93 @@ def test_it_is_signed_once_and_a_signed_manifest_stays_as_it_is(tmp_path: Path) 
     copied = copy.commit(made.manifest)
     assert (copied.directory / layout.MANIFEST).read_bytes() == asked[0]
     assert catalog.find("copy@1").manifest.name == "copy"
+
+
+# -- seals ----------------------------------------------------------------------------------------------------------------------
+
+
+def sealed(catalog: Catalog, data: bytes) -> Checkpoint:
+    """A checkpoint as `hibernate save` makes it: nobody made a digest of its memory."""
+    draft = catalog.begin("web")
+    draft.flat_digests = False
+    for directory in ("checkpoint", "artifacts"):
+        (draft.stage / directory).mkdir()
+    (draft.stage / layout.INVENTORY).write_bytes(b"x")
+    with draft.sink(PAGES) as sink:
+        sink.write(data)
+    assert not sink.digest
+    return draft.commit(manifest("web", {layout.INVENTORY: digest(b"x")}))
+
+
+def test_a_seal_is_of_the_content_not_of_how_it_came() -> None:
+    data = noise(700, 1) + b"end"
+    seals = set()
+    for step in (1, 4096, 1 << 20, 3 << 20, 999_999):
+        seal = Tagger(KEY).seal()
+        for at in range(0, len(data), step) if step > 1 else (0,):
+            seal.update(data[at : at + step] if step > 1 else data)
+        seals.add(seal.text())
+    assert len(seals) == 1
+    for other in (data[:-1], data + b"\0", data[4096:8192] + data[:4096] + data[8192:]):
+        seal = Tagger(KEY).seal()
+        seal.update(other)
+        assert seal.text() not in seals and Tagger(KEY).sealed(seal.text()) and not Tagger(KEY[::-1]).sealed(seal.text())
+
+
+def test_without_a_digest_the_seal_counts(tmp_path: Path) -> None:
+    catalog, data = Catalog(tmp_path / "store"), noise(600, 2) + bytes(300 * PAGE) + noise(1, 3)
+    made = sealed(catalog, data)
+    assert catalog.check(made) == []
+    assert catalog.materialize(made, tmp_path / "out") == {layout.INVENTORY: digest(b"x")}
+    assert (tmp_path / "out" / PAGES).read_bytes() == data
+    # Two pages change places: every chunk is as it was, the recipe agrees with itself.
+    path = made.directory / recipe.NAME
+    found = recipe.load(path)
+    bulk = found.members[PAGES]
+    bulk.places[0], bulk.counts[0], rest = bulk.places[0] + 1, 1, bulk.counts[0] - 1
+    places = np.concatenate(([bulk.places[0], bulk.places[0] - 1], [bulk.places[0] + 1], bulk.places[1:]))
+    counts = np.concatenate(([1, 1], [rest - 1], bulk.counts[1:]))
+    found.members[PAGES] = recipe.Bulk(bulk.size_bytes, places, counts, bulk.mtime_s, bulk.digest, bulk.seal)
+    path.write_bytes(recipe.dumps(found))
+    assert catalog.check(made) == [f"{PAGES} was changed or damaged: its seal is not the one in the store"]
+    with pytest.raises(DigestMismatch, match=f"{PAGES} was changed or damaged: its seal"):
+        catalog.materialize(made, tmp_path / "again")
+
+
+def test_a_seal_of_a_lost_secret_is_left_to_the_chunks(tmp_path: Path) -> None:
+    catalog, data = Catalog(tmp_path / "store"), noise(40, 4)
+    made = sealed(catalog, data)
+    (catalog.root / "tags.key").unlink()
+    assert catalog.check(made) == []
+    assert catalog.materialize(made, tmp_path / "out") == {layout.INVENTORY: digest(b"x")}
+    assert (tmp_path / "out" / PAGES).read_bytes() == data
+
+
+def test_an_archive_gets_the_digests_that_are_missing(tmp_path: Path) -> None:
+    catalog, data = Catalog(tmp_path / "store"), noise(40, 5)
+    with catalog.outgoing(sealed(catalog, data)) as (members, told):
+        assert told.digests == {layout.INVENTORY: digest(b"x"), PAGES: digest(data)}
+        assert manifest_file.loads(read(members, layout.MANIFEST)) == told
+        assert members.size_bytes(layout.MANIFEST) == len(read(members, layout.MANIFEST)) and read(members, PAGES) == data
+    ordinary = add(catalog, {PAGES: data, layout.INVENTORY: b"x"})
+    with catalog.outgoing(ordinary) as (members, told):
+        assert told == ordinary.manifest
+
+
+def test_a_copy_gets_the_digests_that_are_missing(tmp_path: Path) -> None:
+    data = noise(40, 7)
+    sealed(Catalog(tmp_path / "store"), data)
+    (outcome,) = copy(["web"], tmp_path / "other", store_root=tmp_path / "store", emit=lambda event: None)
+    assert outcome.ok and outcome.checkpoint is not None
+    assert outcome.checkpoint.manifest.digests == {layout.INVENTORY: digest(b"x"), PAGES: digest(data)}
+    assert Catalog(tmp_path / "other").check(outcome.checkpoint) == []
+
+
+def test_a_digest_cannot_be_taken_out_of_the_manifest(tmp_path: Path) -> None:
+    """Only what never had one may lack it."""
+    catalog = Catalog(tmp_path / "store")
+    made = add(catalog, {PAGES: noise(40, 6), layout.INVENTORY: b"x"})
+    less = replace(made, manifest=replace(made.manifest, digests={layout.INVENTORY: digest(b"x")}))
+    assert catalog.check(less) == [f"{PAGES} is not in its manifest"]
+    with pytest.raises(DigestMismatch, match="not in its manifest"):
+        layout.compare_digests(catalog.materialize(less, tmp_path / "out"), less.manifest)

@@ -230,6 +230,9 @@ class _Resume:
         usable = {item.engine for item in todo if item.action != "ignore"}
         self.there = {name: _containers(name) for name in sorted(usable)}
         climbs = {item.target: self._begin(item, states[item.target], skip) for item in todo}
+        shared = sets.shared_volumes(climb.checkpoint for climb in climbs.values() if climb.checkpoint is not None)
+        for climb in climbs.values():
+            climb.shared_volumes = shared
         systemd.notify(f"bringing back {len(climbs)} workloads")
         order = layers(todo)
         # What begins anew takes the first free address, as a pod's infra container does: those that need their old one come before.

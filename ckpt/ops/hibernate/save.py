@@ -143,8 +143,6 @@ class _Saving:
     """What does not run any more."""
     bundles: dict[str, list[str]] = field(default_factory=dict)
     """The targets of each work, by its label: one, or those of a group."""
-    pods: tuple[tuple[str, str], ...] = ()
-    """Those that were made anew when what had ended was brought back."""
 
     @property
     def width(self) -> int:
@@ -230,7 +228,7 @@ class _Saving:
         looked = self.plan.looks[one.target]
         outcome = saving.save(
             one.engine, one.container, one.target, replace(looked.options, timeout_s=limit_s), self.catalog, self.emit, self._keep,
-            looked=looked, guarded=False,
+            looked=looked, guarded=False, flat_digests=False,
         )  # fmt: skip
         return self._ended([outcome], began)
 
@@ -270,6 +268,7 @@ class _Saving:
 
         It is read back by its restore in any case, before anything is touched.
         """
+        draft.tags = (TAG,)
         kept = draft.commit(manifest)
         try:
             self._verify(kept)
@@ -277,7 +276,7 @@ class _Saving:
             with suppress(CkptError):
                 self.catalog.remove(kept)
             raise
-        return self.catalog.amend(kept, lambda entry: replace(entry, tags=tuple(dict.fromkeys([*entry.tags, TAG])))), {}
+        return kept, {}
 
     def _verify(self, kept: Checkpoint) -> None:
         """Read it back, if asked. Raises DumpFailed."""
@@ -356,12 +355,14 @@ class _Saving:
             checkpoints = {target: one.checkpoint for target, one in names.items() if one.checkpoint is not None}
             together = sets.whole(self.catalog.root, checkpoints)
             units = [unit for item in self.plan.items() for unit in item.units]
-            self.pods = tuple(sets.start_pods(checkpoints.values(), self.emit, hold=units).items())
+            pods = tuple(sets.start_pods(checkpoints.values(), self.emit, hold=units).items())
+            shared = sets.shared_volumes(checkpoints.values())
+            options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, kept_volumes=shared, pods=pods)
             back: set[str] = set()
             for layer in self.plan.layers:
                 for ref in [ref for ref, members in together.items() if set(layer) & set(members)]:
-                    back |= self._back_together(ref, together.pop(ref))
-                works = {target: partial(self._back_one, names[target]) for target in layer if target in names and target not in back}
+                    back |= self._back_together(ref, together.pop(ref), options)
+                works = {target: partial(self._back_one, names[target], options) for target in layer if target in names and target not in back}
                 for target, result in run_all(works, width=self.width).items():
                     if isinstance(result, BaseException):
                         said = result if isinstance(result, CkptError) else CkptError(f"{target}: {result or type(result).__name__}")
@@ -387,7 +388,7 @@ class _Saving:
         hint, log = (first.hint, first.log) if first else (None, None)
         return DumpFailed(listed, where=where, hint=hint or "mend that, or give --best-effort", log=log)
 
-    def _back_one(self, outcome: Outcome) -> None:
+    def _back_one(self, outcome: Outcome, options: RestoreOptions) -> None:
         one = self.plan.chosen[outcome.target]
         if outcome.checkpoint is None:
             assert isinstance(one.engine, Startable)
@@ -395,17 +396,15 @@ class _Saving:
             with suppress(OSError):
                 self.hibernation.write("cold", item=outcome.target)
             return
-        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, pods=self.pods)
         found = restoring.restore([outcome.checkpoint.manifest.id], options=options, store_root=self.catalog.root, emit=self.emit)[0]
         if found.error is not None:
             raise found.error
         with suppress(OSError):
             self.hibernation.write("restored", item=outcome.target)
 
-    def _back_together(self, ref: str, members: Mapping[str, Checkpoint]) -> set[str]:
+    def _back_together(self, ref: str, members: Mapping[str, Checkpoint], options: RestoreOptions) -> set[str]:
         """Bring back a group; returns those that are back (each of the others is tried by itself then)."""
         after = {target: set(self.plan.after.get(target, ())) & set(members) for target in members}
-        options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, pods=self.pods)
         try:
             outcomes = restore_group(members, ref.partition("@")[0], options, self.catalog, self.emit, after=after)
         except CkptError as error:

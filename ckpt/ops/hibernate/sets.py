@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,15 @@ def whole(root: Path, chosen: Mapping[str, Checkpoint]) -> dict[str, dict[str, C
         return {}
     recorded = {group.ref: {member.checkpoint_id for member in group.members} for group in groups.every(root)}
     return {ref: mine for ref, mine in found.items() if len(mine) > 1 and recorded.get(ref) == {one.manifest.id for one in mine.values()}}
+
+
+def shared_volumes(checkpoints: Iterable[Checkpoint]) -> tuple[str, ...]:
+    """Named volumes that several of these containers have: on the disk they are as the last of them left them, which no restore may undo.
+
+    Who restores one of them cannot see it by himself: between their removal and their return the others have no containers.
+    """
+    found = Counter((one.manifest.engine, volume) for one in checkpoints for volume in {name for name, _ in one.manifest.volumes})
+    return tuple(sorted({volume for (_, volume), users in found.items() if users > 1}))
 
 
 def pod_units(chosen: Iterable[Chosen]) -> list[str]:

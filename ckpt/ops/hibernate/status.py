@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt.errors import BusyError, TargetNotFound
+from ckpt.errors import TargetNotFound
 from ckpt.ops.hibernate.selection import TREE
 from ckpt.store.hibernation import ITEM_BACK, OPEN, Hibernation
 from ckpt.store.job import DEFAULT_ROOT
@@ -73,7 +73,7 @@ def status(ref: str | None = None, *, store_root: Path = DEFAULT_ROOT) -> Status
 def _status(hibernation: Hibernation) -> Status:
     entries, states = hibernation.entries(), hibernation.states()
     state = hibernation.state
-    if (state in OPEN or state == "resuming") and not _owned(hibernation):
+    if (state in OPEN or state == "resuming") and not hibernation.owned:
         state = "interrupted"
     times = {str(entry["item"]): float(entry.get("t") or 0.0) for entry in entries if "item" in entry}
     begun_s = float(entries[0].get("t") or 0.0) if entries else 0.0
@@ -89,14 +89,3 @@ def _status(hibernation: Hibernation) -> Status:
         )  # fmt: skip
     ended_s = float(entries[-1].get("t") or 0.0) if entries else 0.0
     return Status(hibernation.id, state, hibernation.kind, begun_s, ended_s, hibernation.of_this_boot, hibernation.of_this_host, tuple(lines))
-
-
-def _owned(hibernation: Hibernation) -> bool:
-    try:
-        hibernation.acquire()
-    except BusyError:
-        return True
-    except OSError:
-        return False
-    hibernation.release()
-    return False
