@@ -218,6 +218,8 @@ class RestoreOptions:
     ignore_static_mac: bool = False
     publish: tuple[str, ...] = ()
     pod: str | None = None
+    pods: tuple[tuple[str, str], ...] = ()
+    """Pods that were made anew since: the id of each then, and now."""
     existing_volumes: Literal["refuse", "keep", "replace"] = "refuse"
     """What becomes of a named volume that is there already; a restore in place replaces its content, a copy keeps it."""
     kept_volumes: tuple[str, ...] = ()

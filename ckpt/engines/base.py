@@ -254,6 +254,23 @@ class HasPods(Protocol):
 
 
 @runtime_checkable
+class RemakesPods(Protocol):
+    """What an engine offers besides whose pods a systemd unit may make, each time anew: another one, by the same name."""
+
+    def command_of(self, container: Container) -> list[str]:
+        """The command line that it was made with, [] when that is not known."""
+
+    def command_in(self, config: bytes) -> list[str]:
+        """The same, from what a checkpoint holds."""
+
+    def pod_unit(self, command: Sequence[str]) -> str:
+        """The unit that makes the pod of a container which was made by `command`; "" for none."""
+
+    def pod_now(self, command: Sequence[str]) -> str:
+        """The id of the pod that this unit has made last, "" when there is none."""
+
+
+@runtime_checkable
 class SharesVolumes(Protocol):
     """What an engine offers besides whose containers can have a named volume together."""
 

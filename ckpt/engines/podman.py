@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -21,7 +21,7 @@ from ckpt.archive.layout import CONFIG, SPEC
 from ckpt.archive.manifest import json_object
 from ckpt.archive.wants import Profile
 from ckpt.criu import action
-from ckpt.engines import _hold, _leavings, _podman_apparmor
+from ckpt.engines import _hold, _leavings, _podman_apparmor, _podman_units
 from ckpt.engines._exec import exec_in
 from ckpt.engines._podman_cli import QUERY_TIMEOUT_S, podman
 from ckpt.engines._podman_held import (
@@ -213,6 +213,9 @@ class Podman(Storage):
 
         config = b"" if options.checked and not options.name else self._by_id(stage, manifest)
         own = {CONFIG: config} if config else {}
+        if not changed and (here := stage / CONFIG).exists():
+            free = _podman_units.out_of_unit(json_object(config or here.read_bytes(), CONFIG))
+            own |= {CONFIG: json.dumps(free).encode()} if free is not None else {}
         for name, content in changed.items():
             known = json.loads(config) if config and name == CONFIG else {}
             image = {key: known[key] for key in ("rootfsImageName",) if key in known}
@@ -265,7 +268,7 @@ class Podman(Storage):
         self, stage: Path, manifest: Manifest, options: RestoreOptions, job: Job, *, volume_ready: Callable[[str, Path], None]
     ) -> PodmanEarlyRestore:
         if options.pod is None and not options.name:
-            options = replace(options, pod=self._pod_of(stage, manifest))
+            options = replace(options, pod=self._pod_of(stage, manifest, dict(options.pods)))
         attempt = PodmanRestore(job, manifest, options)
         job.write(
             "restoring", engine=self.name, container_id=manifest.container_id, container_name=options.name or manifest.name, copy=bool(options.name)
@@ -288,11 +291,16 @@ class Podman(Storage):
             raise
         return PodmanEarlyRestore(self, attempt)
 
-    def _pod_of(self, stage: Path, manifest: Manifest) -> str | None:
-        """The pod that it was in, None for none: podman restores it into that one only when told. Raises RestoreFailed when it is not here."""
+    def _pod_of(self, stage: Path, manifest: Manifest, anew: Mapping[str, str]) -> str | None:
+        """The pod that it was in, or its successor, None for none: podman restores it into one only when told.
+
+        Raises:
+            RestoreFailed: it is not here.
+        """
         if not (stage / CONFIG).exists():
             return None
         pod = str(json_object((stage / CONFIG).read_bytes(), CONFIG).get("pod") or "")
+        pod = anew.get(pod, pod)
         if pod and not podman("pod", "exists", pod, check=False).ok:
             raise RestoreFailed(f"{manifest.name} was in a pod that is not here ({pod[:12]})", hint="make one like it, and give its name: --pod NAME")
         return pod or None
@@ -356,6 +364,12 @@ class Podman(Storage):
         if infra and not (result := podman("container", "start", infra, check=False, timeout_s=START_LIMIT_S)).ok:
             said = (result.error_text.strip() or f"status {result.returncode}").splitlines()[-1]
             raise RestoreFailed(f"podman cannot start the infra container of pod {name[:12]}: {said}")
+
+    pod_unit = staticmethod(_podman_units.pod_unit)
+
+    def pod_now(self, command: Sequence[str]) -> str:
+        found = self.pod(identity) if (identity := _podman_units.pod_id(command)) else None
+        return found[0] if found is not None else ""
 
     def start(self, container: Container) -> Container:
         result = podman("container", "start", container.id, check=False, timeout_s=START_LIMIT_S)

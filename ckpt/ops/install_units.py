@@ -40,12 +40,11 @@ class Place:
         return self.root / LOCAL if self.prefix is None else self.root / str(self.prefix / "lib/systemd/system").lstrip("/")
 
     @property
-    def quadlet(self) -> Path:
-        return (
-            self.root / units.QUADLET
-            if self.prefix is None
-            else self.root / "usr/share/containers/systemd" / units.QUADLET.relative_to("etc/containers/systemd")
-        )
+    def quadlet(self) -> dict[Path, str]:
+        """The drop-ins for Quadlet, with their texts."""
+        above = self.root / (units.QUADLET if self.prefix is None else "usr/share/containers/systemd")
+        # A pod ends no later than its containers, and its unit may start before them.
+        return {above / "container.d" / units.DROP_IN: units.quadlet(), above / "pod.d" / units.DROP_IN: units.stopped_later()}
 
     @property
     def live(self) -> bool:
@@ -119,7 +118,7 @@ def files(place: Place, store_root: Path, *, owners: Sequence[str] = ()) -> dict
     drop_ins = [f"{prefix}.scope" for prefix in units.SCOPES] + [f"{prefix}.service" for prefix in units.SERVICES]
     for name in dict.fromkeys([*drop_ins, *owners]):
         found[above / f"{name}.d" / units.DROP_IN] = units.stopped_later()
-    found[place.quadlet] = units.quadlet()
+    found |= place.quadlet
     return found
 
 
@@ -273,7 +272,7 @@ def ours(text: str) -> bool:
 def found(place: Place) -> list[Path]:
     """All files of ours that are there."""
     names = ("ckpt-*.service", "ckpt-*.timer", f"*.d/{units.DROP_IN}")
-    candidates = [path for name in names for path in sorted(place.directory.glob(name))] + [place.quadlet]
+    candidates = [path for name in names for path in sorted(place.directory.glob(name))] + list(place.quadlet)
     mine = []
     for path in candidates:
         with suppress(CkptError):

@@ -30,8 +30,8 @@ SCOPES: Final = ("libpod-", "runc-", "crun-", "ckpt-")
 """How the scopes begin that podman (also conmon's), runc and crun with systemd's cgroups, and ckpt itself make."""
 SERVICES: Final = ("container-", "pod-")
 """How the units of `podman generate systemd` begin."""
-QUADLET: Final = Path("etc/containers/systemd/container.d") / DROP_IN
-"""podman-systemd.unit(5): a drop-in for all *.container units."""
+QUADLET: Final = Path("etc/containers/systemd")
+"""podman-systemd.unit(5): here container.d and pod.d have drop-ins for all *.container and *.pod units."""
 
 _ENGINES: Final = "podman.service docker.service containerd.service crio.service"
 _COLD: Final = "podman-restart.service podman-auto-update.service podman.service"

@@ -116,6 +116,26 @@ def test_only_units_that_really_own_it(host: Host, monkeypatch: pytest.MonkeyPat
     assert guards.owned(container) == ("web.service",)
 
 
+@pytest.mark.parametrize(
+    ("command", "mine"),
+    [
+        ("run --name web --replace --rm busybox", True),  # Quadlet, `podman generate systemd --new`
+        ("container run --name=web busybox", True),
+        ("start web", True),
+        ("run --name webs busybox web", False),
+        ("run --name", False),
+        ("", False),
+    ],
+)
+def test_a_unit_owns_what_it_would_make_anew(host: Host, monkeypatch: pytest.MonkeyPatch, command: str, mine: bool) -> None:
+    """What a resume has brought back is in no unit's cgroup, and is lost when the next boot but one starts it cold."""
+    shown = f"{{ path=/usr/bin/podman ; argv[]=/usr/bin/podman {command} ; ignore_errors=no ; pid=0 ; code=(null) ; status=0/0 }}"
+    monkeypatch.setattr(systemd, "unit_of", lambda pid: "libpod-1.scope")
+    monkeypatch.setattr(systemd, "control", lambda *words: shown)
+    container = Container("podman", "1", "web", "running", pid=os.getpid(), units=("web.service",))
+    assert guards.owned(container) == (("web.service",) if mine else ())
+
+
 def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd, "running", lambda: False)
     monkeypatch.setattr(guards, "UNITS", tmp_path)
@@ -123,3 +143,12 @@ def test_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert guards.guard_units(["web.service"]) == ()
     guards.resume_over()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_unit_of_a_pod_is_held_in_this_boot_only(host: Host) -> None:
+    assert guards.guard_units(["web.service"], ["shop-pod.service", "../x"]) == ("'../x' is no unit that can be kept from starting",)
+    assert [path.name for path in host.units.iterdir()] == ["web.service.d"]  # at the boot it makes the pod
+    assert (host.transient / "shop-pod.service.d/91-ckpt.conf").read_text().endswith("[Service]\nRestart=no\n")
+    assert guards.guarded() == ("shop-pod.service", "web.service")
+    guards.unguard_units(["web.service", "shop-pod.service"])
+    assert guards.guarded() == () and not list(host.transient.iterdir())

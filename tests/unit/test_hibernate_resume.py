@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from ckpt.archive import layout
 from ckpt.errors import BusyError, CkptError, IncompatibleHost, StartedCold
 from ckpt.events import ignore
 from ckpt.host.run import run
-from ckpt.model import Container, DumpOptions, Target
+from ckpt.model import Container, DumpOptions, Manifest, RestoreOptions, Target
 from ckpt.ops import arm, faults, mark
 from ckpt.ops.checkpoint import checkpoint
 from ckpt.ops.group import checkpoint_group
-from ckpt.ops.hibernate import canary, sets
+from ckpt.ops.hibernate import canary, guards, sets
 from ckpt.ops.hibernate import resume as resuming
 from ckpt.ops.hibernate.ladder import Climb
 from ckpt.ops.hibernate.resume import Resumed, _by_after, layers
@@ -376,6 +377,60 @@ def test_the_pods_of_a_layer_are_there_before_it(world: World, monkeypatch: pyte
     monkeypatch.setattr(fake.FakeEngine, "start_pod", lambda self, name: started.append(name), raising=False)
     monkeypatch.setattr(sets, "described", lambda checkpoint: {"pod": "shop"})
     assert world.how() == {"web": "restored", "db": "restored"} and started == ["shop"]
+
+
+@pytest.mark.parametrize("at_boot", [True, False])
+@pytest.mark.parametrize("there", ["gone", "left", "runs"])
+def test_a_pod_that_its_unit_makes_anew(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_boot: bool, there: str) -> None:
+    """Its unit is started, and its containers come back into the new one; theirs are not to start them meanwhile. One that runs is left alone."""
+    journal, *_ = saved_group(world)
+    items = [replace(item, units=(f"{item.name}.service",)) for item in journal.items]
+    journal.acquire()
+    journal.extend(items, "reboot")
+    journal.write("saved")
+    journal.release()
+    happened: list[object] = []
+    engine = fake.FakeEngine
+    real = engine.restore
+    infra = Container("fake", "infra", "infra", "running" if there == "runs" else "exited")
+
+    def restore(self: fake.FakeEngine, stage: Path, manifest: Manifest, options: RestoreOptions, *rest: object, **more: object) -> object:
+        happened.append((manifest.name, options.pods))
+        return real(self, stage, manifest, options, *rest, **more)  # type: ignore[arg-type]
+
+    described = engine.describe
+    new = {
+        "pod": lambda self, name: None if there == "gone" and name == "then" else (name, "infra"),
+        "start_pod": lambda self, name: happened.append(("start_pod", name)),
+        "command_of": lambda self, container: [],
+        "command_in": lambda self, config: ["made"],
+        "pod_unit": lambda self, command: "shop-pod.service",
+        "pod_now": lambda self, command: "now",
+        "describe": lambda self, one: infra if one.id == "infra" else described(self, one),
+    }
+    for name, does in new.items():
+        monkeypatch.setattr(engine, name, does, raising=False)
+    monkeypatch.setattr(engine, "restore", restore)
+    monkeypatch.setattr(sets, "described", lambda checkpoint: {"pod": "then"})
+    monkeypatch.setattr(layout, "CONFIG", "artifacts/ckpt.json")  # any file: the fake's have none
+    monkeypatch.setattr(guards, "RESUMED", tmp_path / "resumed")
+    monkeypatch.setattr(guards, "guarded", lambda: ())
+    monkeypatch.setattr(sets.systemd, "running", lambda: True)
+    monkeypatch.setattr(sets.systemd, "notify", lambda *words, **more: None)
+
+    def control(*words: str, **more: object) -> str:
+        marked = sorted(path.name for path in (tmp_path / "resumed").iterdir()) if (tmp_path / "resumed").exists() else []
+        happened.append((words, marked))
+        return ""
+
+    monkeypatch.setattr(sets.systemd, "control", control)
+    done = resuming.resume(store_root=world.root, settings=SETTINGS, at_boot=at_boot, emit=ignore)
+    assert {one.target: one.how for one in done.back} == {"fake:web": "restored", "fake:db": "restored"}, done.back
+    if there == "runs":
+        assert happened[0] == ("start_pod", "then") and sorted(happened[1:]) == [("db", ()), ("web", ())]  # type: ignore[type-var]
+        return
+    assert happened[:2] == [(("start", "--", "shop-pod.service"), [] if at_boot else ["db.service", "web.service"]), ("start_pod", "now")]
+    assert sorted(happened[2:]) == [("db", (("then", "now"),)), ("web", (("then", "now"),))]  # type: ignore[type-var]
 
 
 def test_layers_of_groups() -> None:

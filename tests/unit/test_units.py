@@ -101,6 +101,7 @@ def test_install_twice_and_uninstall_leaves_nothing(tmp_path: Path) -> None:
         "etc/systemd/system/libpod-.scope.d/10-ckpt.conf",
         "etc/systemd/system/multi-user.target.wants/ckpt-resume.service",
         "etc/containers/systemd/container.d/10-ckpt.conf",
+        "etc/containers/systemd/pod.d/10-ckpt.conf",
     } <= set(files(tmp_path))
     assert os.readlink(tmp_path / "etc/systemd/system/multi-user.target.wants/ckpt-hibernate.service") == "/etc/systemd/system/ckpt-hibernate.service"
     assert all(path.stat().st_mode & 0o777 == 0o644 and path.read_text().startswith(units.HEADER) for path in first.paths)
@@ -169,7 +170,7 @@ class Manager:
         monkeypatch.setattr(systemd, "running", lambda: True)
         monkeypatch.setattr(systemd, "control", self.control)
         monkeypatch.setattr(install_units, "LOCAL", root / "etc/systemd/system")
-        monkeypatch.setattr(units, "QUADLET", root / "etc/containers/systemd/container.d/10-ckpt.conf")
+        monkeypatch.setattr(units, "QUADLET", root / "etc/containers/systemd")
         monkeypatch.setattr(guards, "UNITS", root / "etc/systemd/system")
         monkeypatch.setattr(guards, "TRANSIENT", root / "run/systemd/system")
 

@@ -1,5 +1,8 @@
 """Keeps systemd from starting cold at the boot what `ckpt hibernate resume` brings back: drop-ins for the units that own the containers.
 
+A pod that a unit makes anew each time it starts (Quadlet) ends with its containers: its unit must not start again before the boot, but at the
+boot it must, and the containers come back into the new one.
+
 A drop-in is written when its container is saved, `/etc/systemd/system/UNIT.d/90-ckpt.conf`: the unit waits for ckpt-resume.service, and is
 skipped when that has left `/run/ckpt/resumed/UNIT`. Another one, in /run, until the boot: the unit does not start its container anew when that
 was saved and ended (Restart=). What it says counts until the manager reads its files anew, so the drop-ins go when
@@ -33,16 +36,32 @@ _SERVICE: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}\.service")
 def owned(container: Container) -> tuple[str, ...]:
     """The units of a running container that really own it: it, or the process above it (conmon), is in the unit's cgroup.
 
+    Or that would make it anew in its place: what a resume has brought back is in no unit any more, and must not be lost at the boot after that.
     The names come from a label, which a container image can have as well: it must not say which units of the host are skipped.
     """
     if not container.pid or not systemd.running():
         return ()
     homes = {systemd.unit_of(container.pid), systemd.unit_of(_parent(container.pid))}
-    return tuple(unit for unit in container.units if unit in homes and _SERVICE.fullmatch(unit))
+    named = [unit for unit in container.units if _SERVICE.fullmatch(unit)]
+    return tuple(unit for unit in named if unit in homes or _makes(unit, container.name))
 
 
-def guard_units(units: Iterable[str]) -> tuple[str, ...]:
+def _makes(unit: str, name: str) -> bool:
+    """Whether a unit's command line starts or makes a container of this name."""
+    try:
+        words = systemd.control("show", "--property=ExecStart", "--value", "--", unit).split()
+    except CkptError:
+        return False
+    following = words[words.index("--name") + 1 :][:1] if "--name" in words else []
+    return bool(name) and (name in following or f"--name={name}" in words or ("start" in words and name in words[words.index("start") :]))
+
+
+def guard_units(units: Iterable[str], pods: Iterable[str] = ()) -> tuple[str, ...]:
     """Write the drop-ins, on the disk when this returns. Without systemd nothing is done.
+
+    Args:
+        units: of the containers.
+        pods: units that make their pods; they must not do so again in this boot.
 
     Returns:
         Warnings: units that could not be guarded, and would start cold.
@@ -51,12 +70,14 @@ def guard_units(units: Iterable[str]) -> tuple[str, ...]:
         return ()
     failed = []
     written = 0
-    for unit in dict.fromkeys(units):
+    making = frozenset(pods)
+    for unit in dict.fromkeys([*units, *sorted(making)]):
         if not _SERVICE.fullmatch(unit):
             failed.append(f"{unit[:64]!r} is no unit that can be kept from starting")
             continue
         try:
-            _write(UNITS / f"{unit}.d" / DROP_IN, text(unit))
+            if unit not in making:
+                _write(UNITS / f"{unit}.d" / DROP_IN, text(unit))
             if TRANSIENT.is_dir():  # its presence is what says that systemd runs: never made here
                 _write(TRANSIENT / f"{unit}.d" / HOLD, f"{HEADER}\n[Service]\nRestart=no\n")
             written += 1
@@ -100,12 +121,12 @@ def resume_over() -> None:
 
 def guarded() -> tuple[str, ...]:
     """The units that have a drop-in of ours."""
-    found = []
-    for path in sorted(UNITS.glob(f"*.service.d/{DROP_IN}")):
+    found = set()
+    for path in (*UNITS.glob(f"*.service.d/{DROP_IN}"), *TRANSIENT.glob(f"*.service.d/{HOLD}")):
         with suppress(OSError):
             if path.read_text(errors="replace").startswith(HEADER):
-                found.append(path.parent.name.removesuffix(".d"))
-    return tuple(found)
+                found.add(path.parent.name.removesuffix(".d"))
+    return tuple(sorted(found))
 
 
 def unguard_units(units: Iterable[str] | None = None) -> None:

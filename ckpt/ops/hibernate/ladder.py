@@ -66,6 +66,8 @@ class Climb:
     """Named volumes that others of the hibernation have too; they stay as they are."""
     note: str = ""
     """Why it came back another way than asked for."""
+    pods: dict[str, str] = field(default_factory=dict)
+    """Those that were made anew since: the id of each then, and now."""
     warnings: list[str] = field(default_factory=list)
     error: CkptError | None = None
     at_s: float = 0.0
@@ -116,7 +118,7 @@ class Climb:
     def _restore(self, options: RestoreOptions) -> Container:
         assert self.checkpoint is not None
         looked, self.looked = self.looked, None
-        options = replace(options, kept_volumes=self.shared_volumes)
+        options = replace(options, kept_volumes=self.shared_volumes, pods=tuple(self.pods.items()))
         done = restoring.from_store(self.label, self.checkpoint, options, self.catalog, self.emit, False, trust.ANYBODY, looked)
         self.warnings += done.warnings
         if done.container is None:
@@ -291,7 +293,8 @@ def step_together(climbs: Sequence[Climb], name: str) -> None:
     try:
         faults.point("hibernate-rung")
         faults.point("hibernate-rung-restore")
-        options = RestoreOptions(timeout_s=first.settings.restore_timeout_s, kept_volumes=first.shared_volumes)
+        limit_s, pods = first.settings.restore_timeout_s, tuple(first.pods.items())
+        options = RestoreOptions(timeout_s=limit_s, kept_volumes=first.shared_volumes, pods=pods)
         after = {climb.label: set(climb.item.after) & set(chosen) for climb in climbs}
         for outcome in restore_group(chosen, name, options, first.catalog, first.emit, after=after, keep=False):
             found.setdefault(outcome.target, outcome)

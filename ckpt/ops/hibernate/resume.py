@@ -106,7 +106,7 @@ def resume(
         guard = recover.start_guard(found)
         if found.state in OVER:
             return Resumed(reason=f"hibernation {found.id} is over already")
-        back, song = _Resume(found, store_root, settings, rungs, width or settings.parallel_boot, emit).run()
+        back, song = _Resume(found, store_root, settings, rungs, width or settings.parallel_boot, emit, at_boot=at_boot).run()
     finally:
         recover.dismiss(guard)
         found.release()
@@ -190,7 +190,15 @@ class _Resume:
     """One resume on its way."""
 
     def __init__(
-        self, hibernation: Hibernation, root: Path, settings: HibernateSettings, rungs: Sequence[Rung] | None, width: int, emit: Emit
+        self,
+        hibernation: Hibernation,
+        root: Path,
+        settings: HibernateSettings,
+        rungs: Sequence[Rung] | None,
+        width: int,
+        emit: Emit,
+        *,
+        at_boot: bool = False,
     ) -> None:
         self.hibernation = hibernation
         self.root = root
@@ -203,6 +211,9 @@ class _Resume:
         self.song: canary.Song | None = None
         self.there: dict[str, Sequence[Container]] = {}
         self.images: dict[ContainerImage, bool] = {}
+        self.at_boot = at_boot
+        self.pods: dict[str, str] = {}
+        """Those that were made anew since."""
 
     def run(self) -> tuple[tuple[Back, ...], canary.Song | None]:
         """Bring everything back; returns it in the order of the plan."""
@@ -273,7 +284,7 @@ class _Resume:
         """What is to be tried for a workload; one that runs already, or is not ours to bring back, is over at once."""
         checkpoint, note = self._checkpoint(item, state)
         ladder = list(self.rungs or self.settings.ladder_of(item.target, item.name))
-        climb = Climb(item, checkpoint, ladder, self.hibernation, self.settings, self.catalog, self.emit, note=note)
+        climb = Climb(item, checkpoint, ladder, self.hibernation, self.settings, self.catalog, self.emit, note=note, pods=self.pods)
         climb.tried += [row for row in state.facts.get("rungs") or [] if isinstance(row, dict)]
         if item.action == "ignore" or (self.cut and checkpoint is None and self.settings.on_crash == "ignore"):
             climb.end("left")
@@ -340,7 +351,9 @@ class _Resume:
         Members of a set that are all here try their first restore together.
         """
         alive = [climb for climb in climbs if not climb.over and climb.rungs[:1] != ["leave"] and (cold or climb.rungs[:1] != ["cold"])]
-        sets.start_pods([climb.checkpoint for climb in alive if climb.checkpoint is not None], self.emit)
+        # At a boot the units of the containers wait for the resume; else that of their pod would start them.
+        units = [unit for climb in alive for unit in climb.item.units if not self.at_boot]
+        self.pods |= sets.start_pods([climb.checkpoint for climb in alive if climb.checkpoint is not None], self.emit, hold=units)
         while left := [climb for climb in climbs if not climb.over and (cold or climb.rungs[:1] != ["cold"])]:
             began = time.monotonic()
             for climb in left:

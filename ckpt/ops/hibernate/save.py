@@ -180,7 +180,8 @@ class _Saving:
         """Everything, layer by layer; each has its outcome then."""
         self.hibernation.write("saving")
         faults.point("hibernate-saving")
-        for text in guards.guard_units([unit for item in self.plan.items() for unit in item.units if item.action == "save"]):
+        pods = sets.pod_units(one for one in todo.values() if one.action == "save") if systemd.running() else []
+        for text in guards.guard_units([unit for item in self.plan.items() for unit in item.units if item.action == "save"], pods):
             self.emit(Notice("", text, warning=True))
         for target, error in self.plan.problems.items():
             self._failed(target, error)
@@ -353,9 +354,10 @@ class _Saving:
         with recover.uninterrupted():
             checkpoints = {target: one.checkpoint for target, one in names.items() if one.checkpoint is not None}
             together = sets.whole(self.catalog.root, checkpoints)
-            sets.start_pods(checkpoints.values(), self.emit)
+            units = [unit for item in self.plan.items() for unit in item.units]
+            pods = tuple(sets.start_pods(checkpoints.values(), self.emit, hold=units).items())
             shared = sets.shared_volumes(checkpoints.values())
-            options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, kept_volumes=shared)
+            options = RestoreOptions(timeout_s=self.settings.restore_timeout_s, kept_volumes=shared, pods=pods)
             back: set[str] = set()
             for layer in self.plan.layers:
                 for ref in [ref for ref, members in together.items() if set(layer) & set(members)]:
@@ -367,7 +369,7 @@ class _Saving:
                         lost[target] = said
                         with suppress(OSError):
                             self.hibernation.write("failed", item=target, error=said.to_json())
-            guards.unguard_units([unit for item in self.plan.items() for unit in item.units])
+            guards.unguard_units([*units, *sets.pod_units(self.plan.chosen.values())] if systemd.running() else units)
             # What an earlier save had ended waits on: it is to come back after the next boot, or by a resume.
             waits = any(state.state in ITEM_SAVED for target, state in self.hibernation.states().items() if target not in names)
             with suppress(OSError):

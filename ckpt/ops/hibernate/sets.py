@@ -6,15 +6,22 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ckpt.archive import layout
 from ckpt.engines import registry
-from ckpt.engines.base import HasPods
+from ckpt.engines.base import HasPods, RemakesPods
+from ckpt.engines.registry import NamedEngine
 from ckpt.errors import CkptError
 from ckpt.events import Emit, Notice
-from ckpt.model import Checkpoint
+from ckpt.host import systemd
+from ckpt.model import Checkpoint, Container
+from ckpt.ops.hibernate import guards
+from ckpt.ops.hibernate.selection import Chosen
 from ckpt.store import groups
+
+START_LIMIT_S: Final = 120.0
+"""How long a unit may take to make its pod, and start what holds the namespaces."""
 
 
 def whole(root: Path, chosen: Mapping[str, Checkpoint]) -> dict[str, dict[str, Checkpoint]]:
@@ -38,17 +45,49 @@ def shared_volumes(checkpoints: Iterable[Checkpoint]) -> tuple[str, ...]:
     return tuple(sorted({volume for (_, volume), users in found.items() if users > 1}))
 
 
-def start_pods(checkpoints: Iterable[Checkpoint], emit: Emit) -> None:
-    """Let run what holds the namespaces of these containers' pods. Never raises: the restores that miss it say what is wrong."""
-    pods = {(one.manifest.engine, pod_of(one)): one.manifest.name for one in checkpoints}
-    for (name, pod), label in pods.items():
-        engine = registry.by_name(name)
+def pod_units(chosen: Iterable[Chosen]) -> list[str]:
+    """The units that make the pods of these containers."""
+    found = []
+    for one in {(one.engine.name, one.container.pod): one for one in chosen if one.container.pod and one.container.units}.values():
+        if isinstance(one.engine, RemakesPods) and (unit := one.engine.pod_unit(one.engine.command_of(one.container))):
+            found.append(unit)
+    return found
+
+
+def start_pods(checkpoints: Iterable[Checkpoint], emit: Emit, *, hold: Iterable[str] = (), limit_s: float = START_LIMIT_S) -> dict[str, str]:
+    """Let run what holds the namespaces of these containers' pods. Never raises: the restores that miss it say what is wrong.
+
+    Args:
+        hold: units of containers that are not to be started by that of their pod.
+        limit_s: how long the unit of a pod may take.
+
+    Returns:
+        The pods that their units have made anew: their ids then, and now.
+    """
+    anew: dict[str, str] = {}
+    for (name, pod), one in {(one.manifest.engine, pod_of(one)): one for one in checkpoints}.items():
+        engine, label = registry.by_name(name), one.manifest.name
         if not pod or not isinstance(engine, HasPods):
             continue
         try:
-            engine.start_pod(pod)
-        except CkptError as error:
-            emit(Notice(label, error.message, warning=True))
+            if isinstance(engine, RemakesPods) and systemd.running() and not _runs(engine.pod(pod), engine):
+                command = engine.command_in((one.directory / layout.CONFIG).read_bytes())
+                if unit := engine.pod_unit(command):
+                    guards.mark_resumed(hold)
+                    systemd.control("start", "--", unit, timeout_s=limit_s)  # done at once when it is active
+                    if now := engine.pod_now(command):
+                        anew[pod] = now
+            engine.start_pod(anew.get(pod, pod))
+        except (CkptError, OSError) as error:
+            emit(Notice(label, error.message if isinstance(error, CkptError) else str(error), warning=True))
+    return anew
+
+
+def _runs(found: tuple[str, str] | None, engine: NamedEngine) -> bool:
+    """Whether this pod is here, and what holds its namespaces runs."""
+    if found is None or not found[1]:
+        return found is not None
+    return engine.describe(Container(engine.name, found[1], "", "unknown")).state == "running"
 
 
 def pod_of(checkpoint: Checkpoint) -> str:
