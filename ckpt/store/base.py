@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from ckpt.model import Checkpoint
 from ckpt.store import durable, recipe
 from ckpt.store.dead import load_dead
 from ckpt.store.pack import SUFFIX, count_pages, read_table, read_tags
-from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, Index, Tagger
+from ckpt.store.pages import CHUNK_PAGES, LINEAR, PACK_SHIFT, Index, Places, Tagger
 
 BUDGET_BYTES: Final = 64 << 20
 _PAGE_COST: Final = 24
@@ -122,22 +123,43 @@ def _used(names: list[str], packs: Path, known: Sequence[Checkpoint]) -> dict[st
         try:
             if wanted.isdisjoint(recipe.load_packs(path)):
                 continue
-            found = recipe.load(path)
+            found = _spans(path)
         except (CkptError, OSError):
             return {}
-        for member in found.members.values():
-            for number in np.unique(member.places[member.places != recipe.ZERO] >> PACK_SHIFT).tolist():
-                name = found.packs[number]
-                if name not in wanted:
+        for name, firsts, counts in found:
+            if name not in wanted:
+                continue
+            if name not in begins:
+                try:
+                    begins[name] = np.zeros(len(read_table(packs / (name + SUFFIX))) * CHUNK_PAGES + 1, np.int32)
+                except (CkptError, OSError):
+                    wanted.discard(name)
                     continue
-                if name not in begins:
-                    try:
-                        begins[name] = np.zeros(len(read_table(packs / (name + SUFFIX))) * CHUNK_PAGES + 1, np.int32)
-                    except (CkptError, OSError):
-                        wanted.discard(name)
-                        continue
-                mine = member.places >> PACK_SHIFT == number
-                first = np.minimum(member.places[mine] & LINEAR, len(begins[name]) - 1)
-                np.add.at(begins[name], first, 1)
-                np.add.at(begins[name], np.minimum(first + member.counts[mine], len(begins[name]) - 1), -1)
+            first = np.minimum(firsts, len(begins[name]) - 1)
+            np.add.at(begins[name], first, 1)
+            np.add.at(begins[name], np.minimum(first + counts, len(begins[name]) - 1), -1)
     return {name: np.cumsum(changes)[:-1] > 0 for name, changes in begins.items()}
+
+
+_Spans = list[tuple[str, Places, Places]]
+_KEPT_RUNS: Final = 1 << 20
+_kept: dict[tuple[str, int], _Spans] = {}
+"""Of recipes that were read (they never change): a host's save makes many drafts one after another. 16 MiB at most."""
+
+
+def _spans(path: Path) -> _Spans:
+    """The packs of a recipe, and of each which pages: first ones and how many. Raises DigestMismatch, ArchiveInvalid, OSError."""
+    key = os.fspath(path), os.stat(path).st_ino
+    if (known := _kept.get(key)) is not None:
+        return known
+    found = recipe.load(path)
+    made: _Spans = []
+    for member in found.members.values():
+        numbers = np.where(member.places == recipe.ZERO, -1, member.places >> PACK_SHIFT)
+        for number in np.unique(numbers[numbers >= 0]).tolist():
+            mine = numbers == number
+            made.append((found.packs[number], member.places[mine] & LINEAR, member.counts[mine]))
+    if sum(len(firsts) for spans in [*_kept.values(), made] for _, firsts, _ in spans) > _KEPT_RUNS:
+        _kept.clear()
+    _kept[key] = made
+    return made

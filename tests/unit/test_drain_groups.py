@@ -191,6 +191,12 @@ def test_one_in_doubt_waits_and_nobody_tries_elsewhere(tmp_path: Path, monkeypat
     assert moves.states == ["moved", "waiting"] and moves.report.exit_code == 51 and len(moves.words) == 1
 
 
+def test_with_one_in_doubt_no_other_host_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = ended(row("web", MigrationRolledBack("boom")), row("db", NeedsContinue("frozen")))
+    moves = Moves(tmp_path, monkeypatch, broken, ended(row("web"), row("db")), truth="waiting")
+    assert moves.states == ["failed", "waiting"] and len(moves.words) == 1
+
+
 def test_one_in_doubt_that_goes_on_here_when_it_is_continued_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     doubt = ended(row("web", NeedsContinue("frozen")), row("db", NeedsContinue("frozen")))
     refused = ended(row("web", MigrationRolledBack("boom")), row("db", MigrationRolledBack("boom")))
