@@ -22,7 +22,9 @@ from ckpt.store.recipe import ZERO, Bulk, Recipe
 
 OnBytes = Callable[[int], None]
 _PIECE: Final = 1 << 20
-_AHEAD: Final = 64
+_TOGETHER: Final = 8
+"""Chunks a task: every task wakes up threads."""
+_AHEAD: Final = 8
 
 
 def materialize(
@@ -127,23 +129,26 @@ def _write(
         os.ftruncate(fd, bulk.size_bytes)
         keys, order, bounds, last = _by_chunk(bulk)
 
+        tasks = -(-len(keys) // _TOGETHER)
+
         def write(task: int) -> None:
             try:
-                if stop.is_set():
-                    return
-                pack, number = divmod(int(keys[task]), 1 << PACK_SHIFT)
-                chunk = members.pages.load(pack, number)
-                done = _scatter(fd, bulk.size_bytes, chunk, number, order[bounds[task] : bounds[task + 1]])
-                if on_bytes:
-                    on_bytes(done)
+                for at in range(task * _TOGETHER, min((task + 1) * _TOGETHER, len(keys))):
+                    if stop.is_set():
+                        return
+                    pack, number = divmod(int(keys[at]), 1 << PACK_SHIFT)
+                    chunk = members.pages.load(pack, number)
+                    done = _scatter(fd, bulk.size_bytes, chunk, number, order[bounds[at] : bounds[at + 1]])
+                    if on_bytes:
+                        on_bytes(done)
             except DigestMismatch as error:
                 raise DigestMismatch(f"{name} was changed or damaged: {error.message}") from error
             finally:
                 room.release()
 
         made = threading.Condition()
-        hasher = hashers.submit(_follow, fd, bulk, last, waits, len(keys), made, stop, check)
-        for task in range(len(keys)):
+        hasher = hashers.submit(_follow, fd, bulk, last // _TOGETHER, waits, tasks, made, stop, check)
+        for task in range(tasks):
             room.acquire()
             with made:
                 waits.append(writers.submit(write, task))
