@@ -23,7 +23,7 @@ from ckpt.host.run import Process, which
 from ckpt.store.job import Job
 
 SHIM_DIR: Final = Path("/var/lib/ckpt/shim")
-POLL_S: Final = 0.003
+POLL_S: Final = 0.005
 LAZY_FLAG: Final = "--lazy-pages"
 """Of runc; it would else switch CRIU's own off, whatever the configuration file says."""
 UNDO_LIMIT_S: Final = 60.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # It imports nothing that it can do without, and the plan is no JSON: `json` alone takes as long as Python's start, while a workload stands still.
 
-POLL_S = 0.002
+POLL_S = 0.005
 PLAN = "shim.plan"
 
 
