@@ -112,6 +112,7 @@ def save(
     looked: checks.Looked | None = None,
     guarded: bool = True,
     flat_digests: bool = True,
+    raw: bool = False,
 ) -> Outcome:
     """Dump one container into a draft, make it safe by `keep`, then end or resume it.
 
@@ -119,7 +120,7 @@ def save(
         drafts: where the draft is made, when not in the store.
         looked: what a look a moment ago found, with nothing in the way; without it that look is had now.
         guarded: by a guard of its own; without it the caller has one for all that it does, and asks the engine itself what became of them.
-        flat_digests: as in `Draft`.
+        flat_digests, raw: as in `Draft`.
 
     Raises:
         BusyError: it does not run.
@@ -128,6 +129,8 @@ def save(
     """
     attempt = prepare(engine, container, label, options, catalog, emit, drafts=drafts, looked=looked, guarded=guarded)
     attempt.flat_digests = flat_digests
+    if raw and (drafts or catalog).key is None:
+        attempt.raw, attempt.streams = True, False
     try:
         attempt.hold()
         attempt.go_on()
@@ -216,6 +219,7 @@ class Attempt:
     in_group: bool = False
     """Others are saved with it, all or none."""
     flat_digests: bool = True
+    raw: bool = False
 
     @property
     def journal(self) -> Job:
@@ -232,7 +236,7 @@ class Attempt:
             self.hooks.before("pre-checkpoint")
             self.options = decided(self.engine, self.container, self.label, self.options, self.emit)
         self.draft = self.catalog.begin(self.container.name or self.container.id)
-        self.draft.flat_digests = self.flat_digests
+        self.draft.flat_digests, self.draft.raw = self.flat_digests, self.raw
         self.job.write("dumping", draft=self.draft.id)
         faults.point("dumping")
         if self.streams:
@@ -295,7 +299,7 @@ class Attempt:
             host=self.host,
             engine_version=self.version,
             freeze_s=self.freeze_s,
-            digests=dict(sorted({**layout.digest_members(draft.stage), **draft.digests}.items())),
+            digests=dict(sorted({**layout.digest_members(draft.stage, only=_not_pages if self.raw else None), **draft.digests}.items())),
             look=True,
         )
         self.emit(StepDone(self.label, "dump", "", time.monotonic() - self.frozen_at_s))
@@ -420,6 +424,10 @@ class Attempt:
         except CkptError:
             return f"{self.label} is gone"
         return f"{self.label} is {now.state}"
+
+
+def _not_pages(name: str) -> bool:
+    return not layout.is_pages(name)
 
 
 def ready(container: Container, label: str) -> None:

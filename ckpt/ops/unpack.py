@@ -60,11 +60,12 @@ def unpack(catalog: Catalog, checkpoint: Checkpoint, stage: Path, *, lazy: bool,
         emit(BytesMoved(label, "verify", done, None if lazy else manifest.size_bytes))
 
     with catalog.storage("unpack the checkpoint"):
-        found = catalog.materialize(checkpoint, stage, only=_not_pages if lazy else None, on_bytes=on_bytes, flat=signed)
+        found = catalog.materialize(checkpoint, stage, only=_not_pages if lazy else None, on_bytes=on_bytes, flat=signed, link=True)
         if lazy:
             from ckpt.criu import pagechunks
 
             with catalog.members(checkpoint) as members:
+                catalog.compare_plain(members)
                 if signed:
                     found |= _digests(members, [name for name in members.names() if layout.is_pages(name)])
                 _compare(found, manifest, stage, [] if signed else members.names())
@@ -105,7 +106,7 @@ class Unpacking:
         manifest = self._checkpoint.manifest
         try:
             with self._catalog.storage("unpack the checkpoint"):
-                found = self._catalog.materialize(self._checkpoint, self._stage, only=layout.is_pages)
+                found = self._catalog.materialize(self._checkpoint, self._stage, only=layout.is_pages, link=True)
             known = {name: digest for name, digest in manifest.digests.items() if layout.is_pages(name)}
             if known:
                 layout.compare_digests(found, replace(manifest, digests=known))

@@ -266,6 +266,14 @@ class Catalog:
         with whole.outgoing(self, checkpoint) as found:
             yield found
 
+    def compare_plain(self, members: StoreMembers) -> None:
+        """Read the plain files that only have a seal: nothing else says that they are whole. Raises DigestMismatch."""
+        from ckpt.store.check import compare_seal
+
+        for name in members.recipe.plain:
+            for problem in compare_seal(members, name, self.tagger()):
+                raise DigestMismatch(problem)
+
     def tagger(self) -> Tagger | None:
         """What makes the tags and seals of this store; None when its secret is lost."""
         from ckpt.store import base
@@ -282,6 +290,7 @@ class Catalog:
         only: Callable[[str], bool] | None = None,
         on_bytes: Callable[[int], None] | None = None,
         flat: bool = False,
+        link: bool = False,
     ) -> dict[str, str]:
         """Write the members of a checkpoint as plain files (0600) into a directory; zero pages become holes.
 
@@ -290,6 +299,7 @@ class Catalog:
             only: which members.
             on_bytes: called, by one thread at a time, with the number of bytes written since the last call.
             flat: make the SHA-256 of every member; else of one with a seal that is compared, and the digest is what the store says.
+            link: memory that is a plain file with a seal in the store is not copied: who gets it must not write to it.
 
         Returns:
             Member -> "sha256:HEX" of what was written (none of the manifest and its signature, and of members that never had one).
@@ -312,7 +322,9 @@ class Catalog:
             threads = max(2, min(8, os.cpu_count() or 2))
             found = self.recipe(checkpoint)
             tagger = None if flat else self.tagger()
-            return materialize.materialize(members, found, into, only=only, on_bytes=tell if on_bytes else None, threads=threads, tagger=tagger)
+            return materialize.materialize(
+                members, found, into, only=only, on_bytes=tell if on_bytes else None, threads=threads, tagger=tagger, link=link
+            )
 
     def recipe(self, checkpoint: Checkpoint) -> Recipe:
         """Of which pages a checkpoint is made. Raises DigestMismatch, ArchiveInvalid."""

@@ -38,7 +38,7 @@ def check(catalog: Catalog, checkpoint: Checkpoint) -> list[str]:
         for name in names:
             try:
                 if name in sealed:
-                    problems += _compare_seal(members, name, tagger)
+                    problems += compare_seal(members, name, tagger)
                     continue
                 digest = digest_of(members, name)
             except (CkptError, OSError) as error:
@@ -51,19 +51,22 @@ def check(catalog: Catalog, checkpoint: Checkpoint) -> list[str]:
 
 def undigested(members: StoreMembers, manifest: Manifest) -> list[str]:
     """The members that only have a seal."""
-    sealed = [name for name, bulk in members.recipe.members.items() if bulk.seal and not bulk.digest]
+    sealed = [name for name, bulk in members.recipe.members.items() if bulk.seal and not bulk.digest] + list(members.recipe.plain)
     return [name for name in sealed if manifest.digests and name not in manifest.digests]
 
 
-def _compare_seal(members: StoreMembers, name: str, tagger: Tagger | None) -> list[str]:
-    bulk = members.recipe.members[name]
-    seal = tagger.seal() if tagger is not None and tagger.sealed(bulk.seal) else None  # else its chunks have their checksums
+def compare_seal(members: StoreMembers, name: str, tagger: Tagger | None) -> list[str]:
+    """What is wrong with a member that has a seal."""
+    text = members.recipe.plain.get(name) or members.recipe.members[name].seal
+    if (tagger is None or not tagger.sealed(text)) and name in members.recipe.plain:
+        return [f"{name} cannot be checked: the store's secret (tags.key) is another one"]
+    seal = tagger.seal() if tagger is not None and tagger.sealed(text) else None  # else its chunks have their checksums
     buffer = memoryview(bytearray(_PIECE))
     with members.open(name) as source:
         while count := source.readinto(buffer):  # type: ignore[attr-defined]
             if seal is not None:
                 seal.update(buffer[:count])
-    if seal is not None and seal.text() != bulk.seal:
+    if seal is not None and seal.text() != text:
         return [f"{name} was changed or damaged: its seal is not the one in the store"]
     return []
 

@@ -40,6 +40,7 @@ class Draft:
         self._packs: list[str] = []
         self._sinks: dict[str, Sink] = {}
         self._bulk: dict[str, Bulk] = {}
+        self._plain: dict[str, str] = {}
         self.name = name
         self.id = identity
         self.origin = origin
@@ -51,6 +52,9 @@ class Draft:
         self.group = ""
         self.flat_digests = True
         """Make the SHA-256 of what sinks write, too. Without it the manifest has none of them; an archive gets them when it is written."""
+        self.raw = False
+        """Large members that are plain files stay so: nothing is compressed or shared with other checkpoints. Those of which the manifest has no
+        digest get a seal. Not in a store with a key."""
 
     @property
     def stage(self) -> Path:
@@ -129,9 +133,11 @@ class Draft:
         Args:
             known: digests that are known already; of other members they are made on the way.
         """
-        for name in stage_members(self.stage):
-            if name.endswith("/") or not is_bulk(name):
-                continue
+        names = [name for name in stage_members(self.stage) if not name.endswith("/") and is_bulk(name)]
+        if self.raw and self._catalog.key is None:
+            self._seal([name for name in names if name not in (known or {})])
+            return
+        for name in names:
             path = self.stage / name
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -144,6 +150,23 @@ class Draft:
             self._bulk[name].mtime_s = about.st_mtime
             self._bulk[name].digest = self._bulk[name].digest or (known or {})[name]
             path.unlink()
+
+    def _seal(self, names: list[str]) -> None:
+        from ckpt.store import base
+        from ckpt.store.pages import Tagger
+
+        if not names:
+            return
+        with self._catalog.locked():
+            tagger = Tagger(base.secret(self._catalog.root))
+        for name in names:
+            fd = os.open(self.stage / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                seal = tagger.seal()
+                seal.read(fd)
+            finally:
+                os.close(fd)
+            self._plain[name] = seal.text()
 
     def commit(self, manifest: Manifest, *, sign: Callable[[bytes], bytes] | None = None) -> Checkpoint:
         """Make the draft a checkpoint: pack it, number it, bring every byte to the disk, rename it into place.
@@ -167,6 +190,8 @@ class Draft:
 
         if open_sinks := [name for name, sink in self._sinks.items() if not sink.closed]:
             raise ValueError(f"the sink of {open_sinks[0]} is still open")
+        if self._plain and not self._bulk:
+            durable.write_file(self.stage / recipe.NAME, recipe.dumps(recipe.Recipe([], {}, self._plain)))
         if not self._bulk:
             self._stop()
             return None
@@ -178,7 +203,7 @@ class Draft:
         if made:
             writer.finish()
         self._stop()
-        durable.write_file(self.stage / recipe.NAME, recipe.dumps(recipe.Recipe([self.id, *self._packs], self._bulk)))
+        durable.write_file(self.stage / recipe.NAME, recipe.dumps(recipe.Recipe([self.id, *self._packs], self._bulk, self._plain)))
         return made
 
     def discard(self) -> None:

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -22,6 +22,7 @@ from ckpt.store.recipe import ZERO, Bulk, Recipe
 
 OnBytes = Callable[[int], None]
 _PIECE: Final = 1 << 20
+_COPIED: Final = 64 << 20
 _TOGETHER: Final = 8
 """Chunks a task: every task wakes up threads."""
 _AHEAD: Final = 8
@@ -36,6 +37,7 @@ def materialize(
     on_bytes: OnBytes | None,
     threads: int,
     tagger: Tagger | None,
+    link: bool,
 ) -> dict[str, str]:
     """The body of `Catalog.materialize`."""
     digests: dict[str, str] = {}
@@ -52,8 +54,10 @@ def materialize(
                     continue
                 path.parent.mkdir(mode=0o700, exist_ok=True)
                 bulk = recipe.members.get(name)
-                if bulk is None:
-                    future: Future[str] = hashers.submit(_copy, members, name, path, on_bytes)
+                if name in recipe.plain:
+                    future: Future[str] = hashers.submit(_plain, members, name, recipe.plain[name], path, on_bytes, tagger, link)
+                elif bulk is None:
+                    future = hashers.submit(_copy, members, name, path, on_bytes)
                 else:
                     future = _write(members, name, bulk, path, on_bytes, writers, hashers, stop, _check_of(name, bulk, tagger))
                 pending.append((name, future))
@@ -108,6 +112,41 @@ def _copy(members: StoreMembers, name: str, path: Path, on_bytes: OnBytes | None
     finally:
         os.close(fd)
     return DIGEST_PREFIX + digest.hexdigest()
+
+
+def _plain(
+    members: StoreMembers, name: str, sealed: str, path: Path, on_bytes: OnBytes | None, tagger: Tagger | None, link: bool
+) -> str:
+    """A member that is a plain file with a seal; never a digest ("")."""
+    if tagger is None or not tagger.sealed(sealed):
+        raise DigestMismatch(f"{name} cannot be checked: the store's secret (tags.key) is another one")
+    seal = tagger.seal()
+    with members.open(name) as source:
+        fd = source.fileno()
+        seal.read(fd)
+        if seal.text() != sealed:
+            raise DigestMismatch(f"{name} was changed or damaged: its seal is not the one in the store")
+        about = os.fstat(fd)
+        if link:
+            with suppress(OSError):
+                os.link(members.path(name), path, follow_symlinks=False)
+                if on_bytes:
+                    on_bytes(about.st_size)
+                return ""
+        into = _create(path)
+        try:
+            at = 0
+            while at < about.st_size:
+                count = os.copy_file_range(fd, into, min(about.st_size - at, _COPIED), at, at)
+                if not count:
+                    raise OSError(errno.EIO, f"{name} became shorter")
+                at += count
+                if on_bytes:
+                    on_bytes(count)
+            os.utime(into, ns=(about.st_mtime_ns, about.st_mtime_ns))
+        finally:
+            os.close(into)
+    return ""
 
 
 def _write(

@@ -200,6 +200,10 @@ class StoreMembers:
         """The size of a member; 0 for a directory."""
         return 0 if name.endswith("/") else self.pages.size_bytes(name)
 
+    def path(self, name: str) -> Path:
+        """Where a member is that is a plain file."""
+        return self._files.stage / name
+
     def mtime_s(self, name: str) -> float:
         """When it was written; 0 for a directory that is not there."""
         bulk = self.recipe.members.get(name)

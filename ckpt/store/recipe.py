@@ -1,8 +1,9 @@
 """The recipe of a checkpoint: of which pages its bulk members are made.
 
 A file `recipe` in the entry: 8 bytes magic, 4 bytes length of the head, the head (JSON: schema, packs, members with size, mtime, digest, seal
-and number of runs), the runs of all members after each other (zstd), SHA-256 of all before it. A run is 12 bytes: a place (8 bytes, see pages;
-its pack is a number in the head's list; -2: zero pages) and how many pages from there on. The last page of a member is filled up with zeros.
+and number of runs, seals of plain files), the runs of all members after each other (zstd), SHA-256 of all before it. A run is 12 bytes: a place
+(8 bytes, see pages; its pack is a number in the head's list; -2: zero pages) and how many pages from there on. The last page of a member is
+filled up with zeros.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Recipe:
 
     packs: list[str]
     members: dict[str, Bulk]
+    plain: dict[str, str] = field(default_factory=dict)
+    """Seals of members that are plain files beside it and have no digest."""
 
     @property
     def size_bytes(self) -> int:
@@ -112,7 +115,8 @@ def dumps(recipe: Recipe) -> bytes:
         parts.append(array.tobytes())
         members[name] = {"size_bytes": member.size_bytes, "mtime_s": member.mtime_s, "runs": len(places)}
         members[name] |= {"digest": member.digest, "seal": member.seal}
-    head = json.dumps({"schema": SCHEMA, "packs": [recipe.packs[n] for n in kept], "members": members}, separators=(",", ":")).encode()
+    told = {"schema": SCHEMA, "packs": [recipe.packs[n] for n in kept], "members": members, **({"plain": recipe.plain} if recipe.plain else {})}
+    head = json.dumps(told, separators=(",", ":")).encode()
     data = _HEAD.pack(_MAGIC, len(head)) + head + zstandard.ZstdCompressor(level=1).compress(b"".join(parts))
     return data + hashlib.sha256(data).digest()
 
@@ -151,7 +155,10 @@ def load(path: Path) -> Recipe:
             members[name] = member
         if not all(isinstance(pack, str) and pack.isalnum() for pack in head["packs"]):
             raise ValueError("impossible names of packs")
-        return Recipe(head["packs"], members)
+        plain = head.get("plain", {})
+        if not all(is_allowed(name) and is_bulk(name) and isinstance(seal, str) for name, seal in plain.items()):
+            raise ValueError("impossible plain members")
+        return Recipe(head["packs"], members, plain)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DigestMismatch(f"{path} is damaged: {error}") from None
 

@@ -228,7 +228,7 @@ class _Saving:
         looked = self.plan.looks[one.target]
         outcome = saving.save(
             one.engine, one.container, one.target, replace(looked.options, timeout_s=limit_s), self.catalog, self.emit, self._keep,
-            looked=looked, guarded=False, flat_digests=False,
+            looked=looked, guarded=False, flat_digests=False, raw=self.settings.memory == "raw",
         )  # fmt: skip
         return self._ended([outcome], began)
 

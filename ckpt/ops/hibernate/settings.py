@@ -75,8 +75,10 @@ class HibernateSettings:
     """After a power loss: what becomes of one that was not saved. "armed": its last armed checkpoint, and cold where there is none."""
     canary: bool = True
     """After a boot of another kernel: whether a process of ckpt's own is saved and restored first."""
+    memory: str = "raw"
+    """How memory lies in the store: "raw", as CRIU wrote it, which is the fastest; "packed", compressed and shared with other checkpoints."""
     keep_last: int | None = None
-    """How many checkpoints of hibernations are kept of each workload; None: all, until `ckpt prune` takes them."""
+    """How many checkpoints of hibernations are kept of each workload; None: one of raw memory, else all, until `ckpt prune` takes them."""
     trees: tuple[Tree, ...] = ()
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     """By target, `podman:web`, or by name alone."""
@@ -275,6 +277,7 @@ _KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "on_crash": _one_of("armed", "cold", "ignore"),
     "canary": _boolean,
     "keep_last": _count,
+    "memory": _one_of("raw", "packed"),
     "tree": _trees,
     "workload": _workloads,
 }
