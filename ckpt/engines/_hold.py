@@ -55,11 +55,12 @@ def shim_script(runtime: str, directory: Path, job: Job | None = None) -> Path:
     path = directory / Path(runtime).name
     shim = quoted(_shim.__file__)
     # Engines call their runtime many times; Python starts only for what the shim has a part in.
-    # podman asks `checkpoint --help` first.
+    # Without a container in the end it is a question: podman asks `checkpoint --help`, `restore --lsm-mount-context`.
     text = (
         "#!/bin/sh\n"
         + (f"CKPT_SHIM_JOB={quoted(job.directory)}; export CKPT_SHIM_JOB\n" if job else "")
-        + """case " $* " in *" --help "*) mine= ;; *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
+        + """case " $* " in *" checkpoint "*|*" restore "*) mine=1 ;; *) mine= ;; esac\n"""
+        + """for last do :; done; case "$last" in -*) mine= ;; esac\n"""
         + f'[ "$mine" ] && [ -n "$CKPT_SHIM_JOB" ] && [ -d "$CKPT_SHIM_JOB" ] && [ -r {shim} ] && [ -x {quoted(sys.executable)} ] &&\n'
         f'  exec {quoted(sys.executable)} -I -S {shim} {quoted(real)} "$@"\n'
         f'exec {quoted(real)} "$@"\n'

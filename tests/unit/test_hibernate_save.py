@@ -307,7 +307,25 @@ def test_old_checkpoints_of_hibernations_go(world: World) -> None:
     for _ in range(3):
         world.save(settings=replace(SETTINGS, keep_last=2))
         world.engine.start(web)
-    assert [c.ref for c in Catalog(world.root).all()] == ["web@2", "web@3"]
+    assert [c.ref for c in Catalog(world.root).all()] == ["web@2", "web@3"], world.events
+
+
+def test_raw_memory_is_kept_once_and_packed_memory_always(world: World) -> None:
+    web = world.engine.start("web")
+    for memory, kept in (("packed", ["web@1"]), ("packed", ["web@1", "web@2"]), ("raw", ["web@3"])):
+        world.save(settings=replace(SETTINGS, memory=memory))
+        world.engine.start(web)
+        assert [c.ref for c in Catalog(world.root).all()] == kept, world.events
+
+
+def test_what_is_of_the_past_makes_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    web = world.engine.start("web")
+    world.save(settings=replace(SETTINGS, keep_last=5))
+    world.engine.start(web)
+    monkeypatch.setattr(host_facts, "free_bytes", lambda root: 1 if Catalog(world.root).all() else 1 << 40)
+    world.save(settings=replace(SETTINGS, keep_last=5))
+    assert [c.ref for c in Catalog(world.root).all()] == ["web@2"]
+    assert any("to make room" in getattr(event, "text", "") for event in world.events)
 
 
 def test_reading_it_back_finds_a_bad_disk_while_it_still_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

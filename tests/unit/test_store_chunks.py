@@ -397,3 +397,53 @@ def test_a_digest_cannot_be_taken_out_of_the_manifest(tmp_path: Path) -> None:
     assert catalog.check(less) == [f"{PAGES} is not in its manifest"]
     with pytest.raises(DigestMismatch, match="not in its manifest"):
         layout.compare_digests(catalog.materialize(less, tmp_path / "out"), less.manifest)
+
+
+def raw(catalog: Catalog, data: bytes) -> Checkpoint:
+    """A checkpoint as `hibernate save` makes it: CRIU wrote its memory into a file."""
+    draft = catalog.begin("web")
+    draft.raw = True
+    for directory in ("checkpoint", "artifacts"):
+        (draft.stage / directory).mkdir()
+    (draft.stage / layout.INVENTORY).write_bytes(b"x")
+    (draft.stage / PAGES).write_bytes(data)
+    return draft.commit(manifest("web", {layout.INVENTORY: digest(b"x")}))
+
+
+def test_raw_memory_is_linked_and_has_a_seal(tmp_path: Path) -> None:
+    catalog, data = Catalog(tmp_path / "store"), noise(300, 8) + b"end"
+    made = raw(catalog, data)
+    assert not any(catalog.packs.iterdir()) and catalog.check(made) == [] and catalog.sizes()
+    assert catalog.materialize(made, tmp_path / "out", link=True) == {layout.INVENTORY: digest(b"x")}
+    assert (tmp_path / "out" / PAGES).samefile(made.directory / PAGES)
+    assert catalog.materialize(made, tmp_path / "copy") == {layout.INVENTORY: digest(b"x")}
+    assert (tmp_path / "copy" / PAGES).read_bytes() == data and not (tmp_path / "copy" / PAGES).samefile(made.directory / PAGES)
+    with catalog.outgoing(made) as (members, told):
+        assert told.digests[PAGES] == digest(data) and read(members, PAGES) == data
+    catalog.collect()
+    assert catalog.check(made) == []
+    catalog.remove(made)
+    assert catalog.all() == []
+
+
+def test_damaged_raw_memory_is_found(tmp_path: Path) -> None:
+    catalog, data = Catalog(tmp_path / "store"), noise(300, 9)
+    made = raw(catalog, data)
+    with (made.directory / PAGES).open("r+b") as file:
+        file.seek(1_000_003)
+        file.write(bytes([data[1_000_003] ^ 1]))
+    assert catalog.check(made) == [f"{PAGES} was changed or damaged: its seal is not the one in the store"]
+    for link in (True, False):
+        with pytest.raises(DigestMismatch, match=f"{PAGES} was changed or damaged: its seal"):
+            catalog.materialize(made, tmp_path / f"out-{link}", link=link)
+    with catalog.members(made) as members, pytest.raises(DigestMismatch, match="its seal"):
+        catalog.compare_plain(members)
+    (catalog.root / "tags.key").write_bytes(bytes(32))
+    assert "tags.key" in catalog.check(made)[0]
+
+
+def test_a_store_with_a_key_packs_raw_memory(tmp_path: Path) -> None:
+    catalog, data = Catalog(tmp_path / "store", key=KEY), noise(300, 10)
+    made = raw(catalog, data)
+    assert not (made.directory / PAGES).exists() and all(data[:64] not in path.read_bytes() for path in catalog.packs.iterdir())
+    assert catalog.check(made) == []

@@ -21,7 +21,7 @@ from ckpt.host import systemd
 from ckpt.model import Checkpoint, Container, ContainerImage
 from ckpt.ops import arm, faults, parallel, recover, warm
 from ckpt.ops import restore as restoring
-from ckpt.ops.hibernate import canary, guards, sets
+from ckpt.ops.hibernate import canary, guards, old, sets
 from ckpt.ops.hibernate.ladder import HOW, SETTLE_S, Climb, running, step_together
 from ckpt.ops.hibernate.settings import HibernateSettings, Rung, load
 from ckpt.store import place
@@ -30,7 +30,6 @@ from ckpt.store.hibernation import ITEM_BACK, OPEN, OVER, RESUMING, Hibernation,
 from ckpt.store.job import DEFAULT_ROOT, Job
 from ckpt.store.retention import when_s
 
-HIBERNATE: Final = "hibernate"
 """The tag of the checkpoints that a hibernation makes."""
 GUARDS_LIMIT_S: Final = 120.0
 """How long guards of a killed resume may take to undo or finish what it had begun."""
@@ -178,7 +177,7 @@ def _seen(hibernation: Hibernation, boot_id: str) -> bool:
 
 def last_good(known: Sequence[Checkpoint], item: Item) -> Checkpoint | None:
     """The newest checkpoint of this very workload that was made for such a time."""
-    mine = [c for c in known if _is_of(c, item) and not c.entry.foreign and {arm.TAG, HIBERNATE} & set(c.entry.tags)]
+    mine = [c for c in known if _is_of(c, item) and not c.entry.foreign and {arm.TAG, old.TAG} & set(c.entry.tags)]
     return max(mine, key=when_s, default=None)
 
 
@@ -249,6 +248,9 @@ class _Resume:
             "resumed", resumed_in=here["boot_id"], how={how: sum(one.how == how for one in back) for how in sorted({one.how for one in back})}
         )
         guards.resume_over()
+        healthy = {one.target for one in back if one.how in ("restored", "restored-closed")}
+        came = [climb.checkpoint for target, climb in climbs.items() if target in healthy and climb.checkpoint is not None]
+        old.forget(self.catalog, self.settings, came, self.emit)
         return back, self.song
 
     def _settle(self, ids: set[str]) -> None:

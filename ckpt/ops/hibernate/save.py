@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ckpt.engines.base import Startable
-from ckpt.errors import BusyError, CkptError, DumpFailed, StateUnknown
+from ckpt.errors import BusyError, CkptError, DumpFailed, NoSpace, StateUnknown
 from ckpt.events import Emit, Notice, StepDone, StepStarted
 from ckpt.host import systemd
 from ckpt.model import Checkpoint, DumpOptions, Manifest, RestoreOptions
@@ -28,8 +28,9 @@ from ckpt.ops import faults, journald, recover, warm
 from ckpt.ops import restore as restoring
 from ckpt.ops.group import save_group
 from ckpt.ops.group_restore import restore_group
-from ckpt.ops.hibernate import guards, sets
+from ckpt.ops.hibernate import guards, old, sets
 from ckpt.ops.hibernate.earlier import Earlier, written
+from ckpt.ops.hibernate.old import TAG
 from ckpt.ops.hibernate.plan import Plan, Wish, plan, refusal
 from ckpt.ops.hibernate.selection import Chosen, Selection
 from ckpt.ops.hibernate.settings import HibernateSettings
@@ -39,9 +40,7 @@ from ckpt.store import place
 from ckpt.store.catalog import Catalog, Draft
 from ckpt.store.hibernation import ITEM_SAVED, SAVED, Hibernation
 from ckpt.store.job import DEFAULT_ROOT
-from ckpt.store.retention import when_s
 
-TAG: Final = "hibernate"
 EXTEND_S: Final = 30.0
 
 
@@ -83,7 +82,11 @@ def save(wish: Wish, *, settings: HibernateSettings, store_root: Path = DEFAULT_
             targets = tuple(target for target in wish.targets if not earlier.has(target))
             made = Plan(Selection(()))
             if targets or not wish.targets:
-                made = plan(replace(wish, targets=targets), settings, catalog, emit, leave=earlier.kept(wish))
+                asked, leave = replace(wish, targets=targets), earlier.kept(wish)
+                made = plan(asked, settings, catalog, emit, leave=leave)
+                short = any(isinstance(error, NoSpace) for error in made.problems.values())
+                if short and old.make_room(catalog, [(one.engine.name, one.container.name) for one in made.chosen.values()], emit):
+                    made = plan(asked, settings, catalog, emit, leave=leave)
             if (refused := refusal(made)) is not None:
                 if not wish.lenient:
                     raise refused
@@ -172,7 +175,7 @@ class _Saving:
             raise self._back(failed[0].error)
         faults.point("hibernate-saved")
         if not self.wish.at_shutdown:
-            self._forget_old()
+            old.forget(self.catalog, self.settings, [one.checkpoint for one in self.ended.values() if one.checkpoint], self.emit)
         systemd.notify(f"{sum(outcome.ok for outcome in self.outcomes.values())} of {len(todo)} workloads are saved")
         return Saved(self.hibernation.id, tuple(self.outcomes[target] for target in todo), not failed)
 
@@ -415,17 +418,3 @@ class _Saving:
             with suppress(OSError):
                 self.hibernation.write("restored", item=target)
         return back
-
-    def _forget_old(self) -> None:
-        """Of each workload the last `keep_last` checkpoints of hibernations stay."""
-        keep = self.settings.keep_last
-        if keep is None:
-            return
-        names = {(outcome.checkpoint.manifest.engine, outcome.checkpoint.manifest.name) for outcome in self.ended.values() if outcome.checkpoint}
-        mine = [c for c in self.catalog.all() if TAG in c.entry.tags and not c.entry.pinned and not c.entry.foreign]
-        for engine, name in names:
-            for old in sorted((c for c in mine if (c.manifest.engine, c.manifest.name) == (engine, name)), key=when_s)[:-keep]:
-                try:
-                    self.catalog.remove(old)
-                except CkptError as error:
-                    self.emit(Notice("", f"{old.ref} is still there: {error.message}", warning=True))
