@@ -83,9 +83,8 @@ def test_all_or_nothing_and_killed_in_the_middle(lab: Lab) -> None:
     assert [state(host, name) for name in ("db", "web", "cache", "log")] == ["exited", "exited", "exited", "running"]
     held = json.loads(host.run(["ckpt", "list", "--format", "json"]).stdout)["results"]
     made = Counter(row["name"] for row in held if "hibernate" in row["tags"])
-    # db's and web's of the first try; and one that was just being stored when the save beside it was killed.
-    assert len(made) == len(mine) and {"db", "web"} <= {name for name, count in made.items() if count > 1}, made
-    assert made.total() in (len(mine) + 2, len(mine) + 3), made
+    # Those of the first try are gone; one may have been just being stored when the save beside it was killed.
+    assert len(made) == len(mine) and made.total() in (len(mine), len(mine) + 1), made
     at = last_tick(host, "log")
     assert ckpt(host, "save")[0] == 0 and state(host, "web") == "exited" and last_tick(host, "log") >= at  # nothing is left to do
 
