@@ -112,7 +112,7 @@ def write_eager(images_dir: Path, reader_of: Callable[[str], Reader]) -> int:
         except (ValueError, struct.error, StopIteration) as error:
             raise RestoreFailed(f"{pagemap.name} cannot be read: {error}") from error
         reader = reader_of(name)
-        fd = os.open(images_dir / name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(images_dir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)  # never a file of the store
         try:
             os.ftruncate(fd, reader.size_bytes)
             for offset, length in runs:

@@ -162,6 +162,7 @@ class Draft:
         for name in names:
             fd = os.open(self.stage / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
+                os.fchmod(fd, 0o600)  # CRIU writes it for everybody to read
                 seal = tagger.seal()
                 seal.read(fd)
             finally:

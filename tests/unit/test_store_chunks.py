@@ -407,6 +407,7 @@ def raw(catalog: Catalog, data: bytes) -> Checkpoint:
         (draft.stage / directory).mkdir()
     (draft.stage / layout.INVENTORY).write_bytes(b"x")
     (draft.stage / PAGES).write_bytes(data)
+    (draft.stage / PAGES).chmod(0o644)  # as CRIU does
     return draft.commit(manifest("web", {layout.INVENTORY: digest(b"x")}))
 
 
@@ -414,6 +415,7 @@ def test_raw_memory_is_linked_and_has_a_seal(tmp_path: Path) -> None:
     catalog, data = Catalog(tmp_path / "store"), noise(300, 8) + b"end"
     made = raw(catalog, data)
     assert not any(catalog.packs.iterdir()) and catalog.check(made) == [] and catalog.sizes()
+    assert (made.directory / PAGES).stat().st_mode & 0o777 == 0o600
     assert catalog.materialize(made, tmp_path / "out", link=True) == {layout.INVENTORY: digest(b"x")}
     assert (tmp_path / "out" / PAGES).samefile(made.directory / PAGES)
     assert catalog.materialize(made, tmp_path / "copy") == {layout.INVENTORY: digest(b"x")}
