@@ -41,7 +41,7 @@ def command(session: Session, ref: str | None) -> int:
 
     found = use_case.status(ref, store_root=session.store_root)
     if found is None:
-        session.reporter.show([], table=lambda rows: [])
+        session.reporter.show([], table=lambda rows: ["nothing was saved here"])
         return 0
     session.reporter.show(_rows(found), table=lambda rows: _lines(found, rows), exit_code=found.exit_code)
     return found.exit_code
