@@ -22,7 +22,15 @@ cat /root/.ssh/id_ed25519.pub >>/root/.ssh/authorized_keys
 printf 'Host *\n StrictHostKeyChecking no\n LogLevel ERROR\n' >/root/.ssh/config
 echo '127.0.0.1 there' >>/etc/hosts
 podman load -q -i /opt/lab/busybox.tar
+real=$(command -v criu)
+mkdir -p /usr/local/lib/criu
+mv "$real" /usr/local/lib/criu/criu
+printf '#!/bin/sh\nCRIU_FAULT=130 exec /usr/local/lib/criu/criu "$@"\n' >"$real"
+chmod +x "$real"
+sync
 """
+"""CRIU_FAULT=130 is FI_NO_BREAKPOINTS (criu/include/fault-injection.h): it steps by system calls instead. With hardware breakpoints of ptrace(2)
+the guest's kernel panics now and then under QEMU's emulation (finish_task_switch, with DR0 set): two times in some thirty boots."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
