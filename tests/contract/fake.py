@@ -118,6 +118,7 @@ class FakeEngine:
         if isinstance(name, Container):
             (self.world / name.id / "ticks").unlink(missing_ok=True)
             self._save(name.id, **{**self._load(name.id), "pid": self._spawn(name.id, -1)})
+            assert wait(lambda: self.ticks(name.id) > 0)  # before that nobody would know it for a counter
             return self.describe(name)
         identity = secrets.token_hex(32)
         upper = self.world / identity / "upper"

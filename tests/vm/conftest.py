@@ -30,7 +30,7 @@ chmod +x "$real"
 sync
 """
 """CRIU_FAULT=130 is FI_NO_BREAKPOINTS (criu/include/fault-injection.h): it steps by system calls instead. With hardware breakpoints of ptrace(2)
-the guest's kernel panics now and then under QEMU's emulation (finish_task_switch, with DR0 set): two times in some thirty boots."""
+the guest's kernel panics now and then under QEMU's emulation (finish_task_switch, with DR0 set): twice in some thirty boots."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
