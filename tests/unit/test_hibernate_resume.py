@@ -451,6 +451,7 @@ def test_a_group_killed_and_run_again(world: World, step: str) -> None:
     env = {"PYTHONPATH": os.pathsep.join(sys.path), "CKPT_FAULT": f"{step}:kill"}
     assert parse(run(argv, env=env, timeout_s=LIMIT_S, check=False)).get("killed")
     assert world.how() == {"web": "restored", "db": "restored"}
+    assert wait_until(lambda: [world.counters(c) for c in (web, db)] == [1, 1]), "a process that was just begun is not known for a counter yet"
     assert [world.counters(c) for c in (web, db)] == [1, 1] and [world.state(c) for c in (web, db)] == ["running"] * 2
     assert journal.state == "resumed" and wait_until(lambda: not list(place.jobs(world.root).iterdir()))
 
